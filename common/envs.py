@@ -1,0 +1,214 @@
+"""Environments by name, and a pool of them in worker processes with exact episode accounting. An
+episode is fixed by its seed and its actions alone, whichever process plays it. The workers import
+this module, so it must not import jax.
+"""
+
+import difflib
+import os
+import re
+import subprocess
+import sys
+import traceback
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium
+import numpy as np
+import ogbench  # noqa: F401 (registers the environments)
+
+gymnasium.logger.min_level = gymnasium.logger.ERROR  # float64 boxes are fine
+
+
+class Source(NamedTuple):
+    """What an environment name stands for; the protocol by domain is the QAM paper's."""
+
+    env: str  # "cube-triple"
+    dataset: str  # "cube-triple-play"
+    task: int  # 1..5: the named one, or OGBench's default
+    protocol: dict  # chunk_length, discount, pessimism, sparse
+
+
+def resolve(name: str) -> Source:
+    """A short name ("cube-triple"), a dataset ("cube-triple-noisy") or a full OGBench name
+    ("cube-triple-noisy-singletask-task2-v0"). Exits with the nearest names if it is none."""
+    known = sorted({i.split("-singletask")[0] for i in gymnasium.registry if "-singletask" in i})
+    known = [env for env in known if not env.startswith("visual")]
+    pattern = r"(.+?)(-navigate|-stitch|-explore|-play|-noisy)?(?:-singletask(?:-task([1-5]))?)?(?:-v0)?"
+    env, kind, task = re.fullmatch(pattern, name or "-").groups()
+    maze, slow = "maze" in env or "soccer" in env, "giant" in env or "humanoid" in env
+    kinds = ("-navigate", "-stitch", "-explore") if maze else ("-play", "-noisy")
+    if env not in known or (kind or kinds[0]) not in kinds:
+        near = known + [known_env + k for known_env in known for k in kinds]
+        near = difflib.get_close_matches(name, near, n=3, cutoff=0.4) or known
+        raise SystemExit(f"unknown environment '{name}'; did you mean {', '.join(near)}?")
+    default = 4 if "soccer" in env or "puzzle" in env else 1 if maze else 2
+    protocol = dict(chunk_length=1 if "ant" in env or "humanoid" in env else 5,
+                    discount=0.995 if slow else 0.99, pessimism=0.0 if "humanoid" in env else 0.5,
+                    sparse="scene" in env or "puzzle" in env)  # fmt: skip
+    return Source(env, env + (kind or kinds[0]), int(task or default), protocol)
+
+
+def make_env(name: str):
+    """A gymnasium environment by its OGBench name, e.g. "cube-single-singletask-task1-v0"."""
+    os.environ.setdefault("MUJOCO_GL", "disable")  # look for a display only where one is wanted
+    return gymnasium.make(name, disable_env_checker=True)
+
+
+def seed_of(*parts: int) -> int:
+    """A 32-bit seed from non-negative integers such as (seed, task, step, episode)."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+class _Slot:
+    """One environment in a worker, and its own state of the global generator that mazes draw from."""
+
+    def __init__(self, name):
+        self.env = make_env(name)
+
+    def start(self, seed):
+        np.random.seed(seed)
+        observation = self.env.reset(seed=int(seed))[0]
+        self.generator = np.random.get_state()
+        return np.float32(observation)
+
+    def step(self, action, film=False):
+        np.random.set_state(self.generator)
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.generator = np.random.get_state()
+        picture = self.env.unwrapped.render() if film else None
+        flags = float(reward), 1.0 - terminated, float(terminated or truncated)
+        return np.float32(observation), *flags, float(info.get("success", 0)), picture
+
+
+def work(pipe: int) -> None:
+    """A worker: answers [(slot, method, arguments), ...] with the results, or a traceback."""
+    connection = Connection(pipe)
+    try:
+        names, slots = connection.recv(), {}
+        while True:
+            jobs, answer = connection.recv(), []
+            try:
+                for slot, method, arguments in jobs:
+                    slots[slot] = slots.get(slot) or _Slot(names[slot])
+                    answer.append(getattr(slots[slot], method)(*arguments))
+            except Exception:
+                answer = traceback.format_exc()
+            connection.send(answer)
+    except (EOFError, OSError, KeyboardInterrupt):
+        pass  # the parent is gone, or goes
+
+
+class EnvPool:
+    """Environments in worker processes, slot i of `names` in worker i % workers (0: one per core).
+
+    Workers are fresh interpreters that import this module alone: nothing is forked (jax runs
+    threads), and the parent's script is not imported again."""
+
+    def __init__(self, names: list[str], workers: int = 0, gl: str = ""):
+        self.names, self._workers, n = names, [], len(names)
+        self.states, self.plans = [np.zeros(())] * n, [()] * n  # the actions still to be played
+        self.seeds, self.ages = np.zeros(n, np.uint32), np.zeros(n, np.int32)
+        root = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+        env = {**os.environ, "OMP_NUM_THREADS": "1"} | root | ({"MUJOCO_GL": gl} if gl else {})
+        for _ in range(min(workers or os.cpu_count(), n)):
+            ours, theirs = Pipe()
+            pipe = theirs.fileno()
+            code = [sys.executable, "-c", f"from common.envs import work; work({pipe})"]
+            self._workers.append((ours, subprocess.Popen(code, env=env, pass_fds=[pipe])))
+            theirs.close()
+            ours.send(names)
+
+    def call(self, method: str, arguments: dict[int, tuple]) -> dict:
+        """Calls `_Slot.<method>` of several slots, the workers at once: {slot: arguments} ->
+        {slot: result}. Raises RuntimeError if a worker fails or dies."""
+        jobs, results = {}, {}
+        for slot, values in arguments.items():
+            jobs.setdefault(slot % len(self._workers), []).append((slot, method, values))
+        for worker, batch in jobs.items():
+            self._workers[worker][0].send(batch)
+        for worker, batch in jobs.items():
+            connection, process = self._workers[worker]
+            try:
+                answer = connection.recv()
+            except (EOFError, OSError):
+                answer = f"process {process.pid} died with exit code {process.wait()}"
+            if isinstance(answer, str):
+                names = sorted({self.names[slot] for slot, *_ in batch})
+                raise RuntimeError(f"environment worker with {names}: {answer}")
+            results |= {slot: result for (slot, *_), result in zip(batch, answer)}
+        return results
+
+    def start(self, slots: list[int], seeds: list[int]) -> None:
+        """Begins an episode in each of `slots`."""
+        first = self.call("start", {i: (seed,) for i, seed in zip(slots, seeds)})
+        for i in slots:
+            self.states[i], self.plans[i] = first[i], ()
+        self.seeds[slots], self.ages[slots] = seeds, 0
+
+    def step(self, policy, slots: list[int], film: bool = False) -> dict:
+        """One step of n = len(slots) of them -> (n, ...) arrays: observations, next_observations,
+        actions, rewards, masks (0 where the task, not the clock, ended the episode), terminals (1
+        where it ended), success; and pictures. Where a plan is used up, the next H actions come
+        from `policy(observations (all, S), seeds (all,), ages (all,)) -> (all, H, d)`: the seed of
+        a slot's episode and the steps since its start are all that may tell it from others."""
+        if not all(len(self.plans[i]) for i in slots):
+            actions = policy(np.stack(self.states), self.seeds, self.ages)
+            self.plans = [plan if len(plan) else new for plan, new in zip(self.plans, actions)]
+        before, actions = [self.states[i] for i in slots], [self.plans[i][0] for i in slots]
+        results = self.call("step", {i: (a, film) for i, a in zip(slots, actions)})
+        for i in slots:
+            self.states[i], self.plans[i] = results[i][0], self.plans[i][1:]
+        self.ages[slots] += 1
+        *columns, pictures = zip(*(results[i] for i in slots))
+        names = "observations actions next_observations rewards masks terminals success".split()
+        arrays = {k: np.array(x, np.float32) for k, x in zip(names, (before, actions, *columns))}
+        return arrays | dict(pictures=pictures)
+
+    def play(self, policy, seeds: np.ndarray, film: bool = False) -> dict[str, np.ndarray]:
+        """Plays exactly one episode per seed, (agents, E): -> success, return, length (agents, E),
+        and path, (agents, E) lists of the visited states or, with `film`, of pictures. The pool has
+        as many slots for each agent, agent after agent; they share the agent's episodes."""
+        out = {key: np.zeros(seeds.shape) for key in ("success", "return", "length")}
+        out["path"] = np.frompyfunc(lambda _: [], 1, 1)(seeds)
+        width = len(self.names) // len(seeds)  # slots per agent, at most E
+        at = [(i // width, i % width) for i in range(len(self.names))]  # (agent, episode) of slots
+        live = fresh = list(range(len(at)))
+        while live:
+            self.start(fresh, [seeds[at[i]] for i in fresh])
+            steps = self.step(policy, live, film)
+            seen = steps["pictures" if film else "next_observations"]
+            for i, reward, state in zip(live, steps["rewards"], seen):
+                out["return"][at[i]] += reward
+                out["length"][at[i]] += 1
+                out["path"][at[i]].append(state)
+            fresh = [i for i, ended in zip(live, steps["terminals"]) if ended]
+            for i in fresh:
+                out["success"][at[i]] = steps["success"][live.index(i)]
+                at[i] = at[i][0], at[i][1] + width
+            live = [i for i in live if at[i][1] < seeds.shape[1]]
+            fresh = [i for i in fresh if i in live]
+        return out
+
+    def save(self) -> dict:
+        """What `load` needs, but for the actions of the running episodes."""
+        plans = {str(i): np.array(plan, np.float32) for i, plan in enumerate(self.plans)}
+        return dict(seeds=self.seeds, ages=self.ages, plans=plans)
+
+    def load(self, saved: dict, actions: np.ndarray) -> None:
+        """Plays the running episodes again up to where they stood; actions (n, steps, d): all that
+        were ever played, of which the last ones count."""
+        slots, ages = list(range(len(self.names))), saved["ages"]
+        self.start(slots, list(saved["seeds"]))
+        for age in range(max(ages, default=0)):
+            live = [i for i in slots if age < ages[i]]
+            for i in live:
+                self.plans[i] = actions[i, actions.shape[1] - ages[i] + age][None]
+            self.step(None, live)
+        self.plans = [saved["plans"][str(i)] for i in slots]
+
+    def close(self) -> None:
+        """Ends the workers."""
+        for connection, process in self._workers:
+            connection.close()
+            process.wait()

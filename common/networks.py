@@ -1,0 +1,53 @@
+"""Network bodies: plain Flax Linen modules. Kernels are Glorot-uniform, biases zero, GELU is the
+tanh approximation. Several inputs are concatenated, so that a call reads like Q(s, a), f(s, x, t).
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+glorot = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+
+
+class MLP(nn.Module):
+    """Dense -> GELU (-> LayerNorm, *after* the activation as in the official QAM code) for every
+    hidden width, then a linear layer of `out` units."""
+
+    hidden: Sequence[int]
+    out: int
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.hidden:
+            x = nn.gelu(nn.Dense(width, kernel_init=glorot)(x))
+            x = nn.LayerNorm()(x) if self.layer_norm else x
+        return nn.Dense(self.out, kernel_init=glorot)(x)
+
+
+class Critic(nn.Module):
+    """K independent scalar networks with LayerNorm: inputs (B, n_i) -> values (K, B)."""
+
+    hidden: Sequence[int]
+    members: int
+
+    @nn.compact
+    def __call__(self, *inputs):
+        Members = nn.vmap(MLP, variable_axes={"params": 0}, split_rngs={"params": True},
+                          in_axes=None, out_axes=0, axis_size=self.members)  # fmt: skip
+        return Members(self.hidden, 1, layer_norm=True)(jnp.concatenate(inputs, -1))[..., 0]
+
+
+class Field(nn.Module):
+    """Velocity field f(s, x, t) without LayerNorm, linear output: (B, S), (..., B, A), and a raw
+    scalar time per sample that broadcasts to (..., B), as the observations do -> (..., B, A)."""
+
+    hidden: Sequence[int]
+
+    @nn.compact
+    def __call__(self, observations, x, t):
+        lead = x.shape[:-1]
+        observations = jnp.broadcast_to(observations, (*lead, observations.shape[-1]))
+        inputs = observations, x, jnp.broadcast_to(t, lead)[..., None]
+        return MLP(self.hidden, x.shape[-1])(jnp.concatenate(inputs, -1))

@@ -1,0 +1,173 @@
+"""A run's flags, and its folder runs/<script>/<env>/<name>/ with config.json, train.csv, eval.csv,
+checkpoint.msgpack and rollouts.npz. The same command goes on from the checkpoint; rows that were
+logged after it are dropped, because they will be written again.
+"""
+
+import contextlib
+import csv
+import fcntl
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import flax.serialization
+import jax
+import numpy as np
+import tyro
+
+from common.envs import resolve
+
+MAY_BE_0 = set(  # all other numbers must be positive, and every one finite and not negative
+    "seed offline_steps online_steps collect workers video action_size discount pessimism "
+    "inv_temp".split()
+)
+AT_MOST = dict(tasks=5, discount=1, target_rate=1)
+# flags that may differ when a run is continued, for they change no result
+FREE = ("run_dir", "workers", "eval_slots", "eval_only", "video", "track", "dataset_dir", "collect")
+
+
+def configure(Args, env_defaults: dict, env: str, **flags):
+    """`Args` for an environment: the class's defaults, over them the domain's protocol, over that
+    the script's ENV_DEFAULTS, over that `flags`."""
+    source, known = resolve(env), Args.__dataclass_fields__
+    tuned = source.protocol | dict(tasks=(source.task,)) | env_defaults.get(source.env, {})
+    return Args(**{k: v for k, v in tuned.items() if k in known} | flags | dict(env=env))
+
+
+def parse(Args, env_defaults: dict, argv=None):
+    """The flags of a script; --help shows the defaults of the environment that --env names. Exits
+    with one line if a number is out of its range."""
+    argv, env = sys.argv[1:] if argv is None else argv, Args.env
+    for flag, value in zip(argv, [*argv[1:], ""]):
+        env = value if flag == "--env" else flag[6:] if flag.startswith("--env=") else env
+    args = tyro.cli(Args, args=argv, default=configure(Args, env_defaults, env))
+    for name, value in vars(args).items():
+        top = AT_MOST.get(name, sys.float_info.max)
+        for x in value if isinstance(value, tuple) else (value,):
+            if type(x) in (int, float) and not (0 < x <= top or x == 0 and name in MAY_BE_0):
+                expected = f"{'at least' if name in MAY_BE_0 else 'above'} 0, at most {top:g}"
+                raise SystemExit(f"--{name.replace('_', '-')} {x} is not possible: {expected}")
+    if args.eval_interval % args.log_interval:
+        raise SystemExit("--eval-interval must be a multiple of --log-interval")
+    return args
+
+
+class Run:
+    """The folder of a run: refuses another configuration, logs, saves and restores."""
+
+    def __init__(self, script: str, args, agents: list[tuple[int, int]], data: dict):
+        """`agents`: (task, seed) of each; `data`: what identifies the dataset."""
+        self.agents, self.folder = agents, Path(args.run_dir) / script / args.env / args.name
+        self.start, self.wandb = time.time(), None
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        made_with = dict(
+            commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            python=sys.version.split()[0],
+            packages={d.name: d.version for d in importlib.metadata.distributions()},
+        )
+        config = json.loads(json.dumps(dict(flags=vars(args) | data, made_with=made_with)))
+        with self._writing("the run folder"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SystemExit(f"{self.folder} is in use by another process") from None
+        if (self.folder / "config.json").exists():
+            old, new = json.loads((self.folder / "config.json").read_text())["flags"], config["flags"]
+            keys = [k for k in old | new if k not in FREE and old.get(k) != new.get(k)]
+            if differ := "".join(f"\n  {k}: {old.get(k)} there, {new.get(k)} now" for k in keys):
+                raise SystemExit(
+                    f"{self.folder} holds a run with another configuration:{differ}\nTo start "
+                    "another run, give it a --name; to continue that one, repeat its flags."
+                )
+        else:
+            self.write("config.json", json.dumps(config, indent=1).encode())
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project="flow-policies", name=args.name, config=config["flags"])
+
+    @contextlib.contextmanager
+    def _writing(self, name):
+        try:
+            yield
+        except OSError as error:
+            raise SystemExit(
+                f"cannot write {name} in {self.folder}: {error.strerror}. A checkpoint that is there "
+                "stays intact; mend this and repeat the command to continue."
+            ) from None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file: at any moment either the old or the new one is there, whole."""
+        with self._writing(name):
+            with open(self.folder / f"{name}.tmp", "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(self.folder / f"{name}.tmp", self.folder / name)
+
+    def log(self, table: str, step: int, metrics: dict) -> None:
+        """Appends a row per agent to <table>.csv; `metrics`: name -> (agents,) numbers. Exits if
+        one of them is not finite, with the last checkpoint left as it is."""
+        values, path = np.array([*metrics.values()], float), self.folder / f"{table}.csv"
+        for metric, agent in np.argwhere(~np.isfinite(values)):
+            name, agent = [*metrics][metric], "task {}, seed {}".format(*self.agents[agent])
+            raise SystemExit(
+                f"{name} of {agent} is not finite at step {step}: the run stops. The last "
+                f"checkpoint in {self.folder} is from before."
+            )
+        rows = [["task", "seed", "step", "seconds", *metrics]] * (not path.exists())
+        for (task, seed), numbers in zip(self.agents, values.T):
+            rows.append([task, seed, step, round(time.time() - self.start, 1), *numbers])
+            if self.wandb:
+                names = [f"{table}/task{task}-seed{seed}/{name}" for name in metrics]
+                self.wandb.log(dict(zip(names, numbers)), step=step)
+        with self._writing(path.name), open(path, "a", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+    def rows(self, table: str) -> list[dict]:
+        """The rows of <table>.csv as numbers, without a line that was torn off."""
+        path = self.folder / f"{table}.csv"
+        head, *lines = list(csv.reader(path.open(newline=""))) if path.exists() else [[]]
+        return [dict(zip(head, map(float, line))) for line in lines if len(line) == len(head)]
+
+    def save(self, step: int, tree) -> None:
+        """Writes the checkpoint: the step and any pytree of arrays."""
+        content = dict(step=step, seconds=time.time() - self.start, tree=_bare(tree))
+        self.write("checkpoint.msgpack", flax.serialization.to_bytes(jax.device_get(content)))
+
+    def restore(self, tree):
+        """(step, tree) of the checkpoint, or (0, `tree`) without one. Drops rows after it."""
+        path, content = self.folder / "checkpoint.msgpack", dict(step=0, seconds=0.0, tree=tree)
+        if path.exists():
+            try:
+                template = content | dict(tree=_bare(tree))
+                content = flax.serialization.from_bytes(template, path.read_bytes())
+            except Exception as error:
+                raise SystemExit(f"{path} is damaged ({error}); move it away to start anew") from None
+            wrap = lambda x, like: jax.random.wrap_key_data(x) if _is_key(like) else x
+            content["tree"] = jax.tree.map(wrap, content["tree"], tree)
+        for table in ("train", "eval"):
+            kept = sum(row["step"] <= content["step"] for row in self.rows(table))
+            if (self.folder / f"{table}.csv").exists():
+                lines = (self.folder / f"{table}.csv").read_text().splitlines(keepends=True)
+                self.write(f"{table}.csv", "".join(lines[: kept + 1]).encode())
+        self.start -= content["seconds"]
+        return content["step"], content["tree"]
+
+
+    def draw(self, paths): pass
+
+
+def _is_key(x) -> bool:
+    return jax.numpy.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
+
+
+def _bare(tree):
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)

@@ -1,0 +1,220 @@
+"""Tests of the dataset maker: same seed, same files; OGBench's format; experts that work."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import ogbench
+import pytest
+
+from common import collect as c
+
+MAZE = "pointmaze-medium-stitch"
+SIZE = 20_000  # 100 + 10 episodes in two training blocks and a validation block
+
+
+def read(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
+
+
+def check_format(arrays, num_rows, ob_dim, act_dim, num_buttons=0):
+    keys = {"observations", "actions", "terminals", "qpos", "qvel"}
+    assert arrays.keys() == keys | ({"button_states"} if num_buttons else set())
+    for key, array in arrays.items():
+        assert len(array) == num_rows
+        assert array.dtype == {"terminals": bool, "button_states": np.int64}.get(key, np.float32)
+    assert arrays["observations"].shape[1] == ob_dim
+    assert arrays["actions"].shape[1] == act_dim
+    assert np.abs(arrays["actions"]).max() <= 1
+    if num_buttons:
+        assert arrays["button_states"].shape == (num_rows, num_buttons)
+        assert set(np.unique(arrays["button_states"])) == {0, 1}
+
+
+@pytest.fixture(scope="module")
+def maze(tmp_path_factory):
+    return c.collect(MAZE, SIZE, tmp_path_factory.mktemp("maze"), seed=3, workers=1)
+
+
+@pytest.fixture(scope="module")
+def cube(tmp_path_factory):
+    return c.collect("cube-single-play", 1, tmp_path_factory.mktemp("cube"), workers=2)
+
+
+def test_maze_format(maze):
+    assert maze.name == f"{MAZE}-v0.npz" and len(list(maze.parent.iterdir())) == 3
+    for path, episodes in ((maze, 100), (maze.with_name(f"{MAZE}-v0-val.npz"), 10)):
+        arrays = read(path)
+        check_format(arrays, episodes * 201, ob_dim=2, act_dim=2)
+        assert np.array_equal(np.flatnonzero(arrays["terminals"]) % 201, np.full(episodes, 200))
+        inside = ~arrays["terminals"][:-1]  # rows follow one another within an episode
+        moved = np.abs(np.diff(arrays["observations"], axis=0)).max(axis=1)
+        assert moved[inside].max() < 0.5 < moved[~inside].max()
+
+
+def test_workers_and_interruption_do_not_change_the_files(maze, tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(c, "_write", interrupt)  # the workers are other processes: only the merge
+        with pytest.raises(KeyboardInterrupt):
+            c.collect(MAZE, SIZE, tmp_path, seed=3, workers=2)
+    parts = sorted((tmp_path / f"{MAZE}-v0.parts").iterdir())
+    assert len(parts) == 3
+    parts[1].unlink()
+    with pytest.raises(c.CollectError, match="seed: 3, now 4"):
+        c.collect(MAZE, SIZE, tmp_path, seed=4)
+    capsys.readouterr()
+    c.collect(f"{MAZE}-v0", SIZE - 5, tmp_path, seed=3, workers=2)  # still 100 episodes
+    assert "110 episodes of 200 steps, 60 done" in capsys.readouterr().out
+    for path in maze.parent.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_finished_files_are_never_overwritten(maze, tmp_path, capsys):
+    before = maze.stat().st_mtime_ns
+    assert c.collect(MAZE, SIZE, maze.parent, seed=3) == maze
+    assert "already there" in capsys.readouterr().out
+    assert c.main([MAZE, "--transitions", str(SIZE), "--dataset-dir", str(maze.parent)]) == 2
+    message = capsys.readouterr().err
+    assert "seed: 3, now 0" in message and message.count("\n") == 1
+    assert maze.stat().st_mtime_ns == before
+    downloaded = tmp_path / f"{MAZE}-v0.npz"
+    downloaded.write_bytes(b"")
+    with pytest.raises(c.CollectError, match="other settings"):
+        c.collect(MAZE, SIZE, tmp_path)
+    assert downloaded.read_bytes() == b""
+
+
+def test_maze_loads_and_reaches_the_goal(maze):
+    env, train, val = ogbench.make_env_and_datasets(
+        f"{MAZE}-singletask-task1-v0", dataset_dir=str(maze.parent)
+    )
+    assert (
+        len(train["rewards"]) == len(train["masks"]) == SIZE and len(val["rewards"]) == SIZE // 10
+    )
+    assert train["observations"].shape[1:] == env.observation_space.shape
+    assert 0 < np.mean(train["rewards"] == 0) < 0.2  # the goal of the task was reached
+    assert set(np.unique(train["masks"])) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    ["pointmaze-teleport-navigate", "cube-double-noisy", "scene-noisy", "puzzle-3x3-play"],
+)
+def test_an_episode_depends_on_its_seed_alone(dataset):
+    used = c.make_env(dataset, 121)
+    others = [c.collect_episode(used, dataset, 0, episode) for episode in (0, 1)]
+    again = c.collect_episode(used, dataset, 0, 2)
+    fresh = c.collect_episode(c.make_env.__wrapped__(dataset, 121), dataset, 0, 2)
+    assert equal(again, fresh)
+    others.append(c.collect_episode(used, dataset, 1, 2))
+    assert all(not np.array_equal(again["actions"], other["actions"]) for other in others)
+
+
+def test_the_scene_forgets_earlier_targets():
+    # In this episode a Markov oracle acts once on a target set before the episode began.
+    env = c.make_env("scene-noisy", 121)
+    runs = []
+    for earlier in (0.0, 0.5):
+        env.reset()
+        env.unwrapped.model.site("drawer_handle_center_target").pos[1] = earlier
+        env.unwrapped.model.site("window_handle_center_target").pos[0] = earlier
+        runs.append(c.collect_episode(env, "scene-noisy", 0, 6))
+    assert equal(*runs)
+
+
+def test_navigate_visits_several_goals():
+    dataset = "pointmaze-medium-navigate"
+    arrays = c.collect_episode(c.make_env(dataset), dataset, 0, 0)
+    cells = {tuple(cell) for cell in np.round(arrays["observations"] / 4).astype(int)}
+    assert len(arrays["terminals"]) == 1001 and len(cells) > 12
+
+
+def test_cube_moves_and_loads(cube):
+    arrays = read(cube)
+    check_format(arrays, 1001, ob_dim=28, act_dim=5)
+    block = arrays["qpos"][:, 14:17]
+    assert block[:, 2].max() > 0.08  # lifted
+    assert np.linalg.norm(block[:, :2] - block[0, :2], axis=1).max() > 0.1  # carried elsewhere
+    _, train, val = ogbench.make_env_and_datasets(
+        "cube-single-play-singletask-task1-v0", dataset_dir=str(cube.parent)
+    )
+    assert len(train["rewards"]) == len(val["masks"]) == 1000
+    assert not np.array_equal(train["actions"], val["actions"])
+
+
+def test_puzzle_has_button_states_and_loads(tmp_path):
+    dataset = "puzzle-3x3-noisy"
+    arrays = read(c.collect(dataset, 1, tmp_path, workers=2))
+    check_format(arrays, 1001, ob_dim=55, act_dim=5, num_buttons=9)
+    assert np.any(np.diff(arrays["button_states"], axis=0), axis=1).sum() > 3  # presses
+    _, train, _ = ogbench.make_env_and_datasets(
+        f"{dataset}-singletask-task1-v0", dataset_dir=str(tmp_path)
+    )
+    assert len(np.unique(train["rewards"])) > 1
+
+
+def test_scene_whose_block_left_the_table_is_redone(monkeypatch):
+    runs = []
+
+    class Env:
+        def step(self, action):
+            y = 0.3 if len(runs) == 1 else 0.0
+            info = {"prev_qpos": np.full(25, y), "prev_qvel": np.zeros(24)}
+            return np.zeros(40), 0.0, False, True, info
+
+    def policy(env, dataset, env_seed):
+        runs.append(env_seed)
+        while True:
+            yield np.zeros(40), np.zeros(5)
+
+    monkeypatch.setattr(c, "_manipulation_policy", policy)
+    arrays = c.collect_episode(Env(), "scene-play", 0, 0)
+    assert len(set(runs)) == 2 and not arrays["qpos"].any()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["pointmase-medium-navigate"], "nearest names: pointmaze-medium-navigate"),
+        (["antmaze-medium-navigate-v0"], "must be downloaded"),
+        (["humanoidmaze-large-stitch"], "must be downloaded"),
+        ([MAZE, "--transitions", "0"], "--transitions must be at least 1"),
+        ([MAZE, "--workers", "0"], "--workers must be at least 1"),
+        ([MAZE, "--seed", "-1"], "--seed must be at least 0"),
+    ],
+)
+def test_bad_requests_give_one_line(args, message, tmp_path, capsys):
+    assert c.main([*args, "--dataset-dir", str(tmp_path / "data")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "data").exists()
+
+
+def test_ctrl_c_stops_quietly(tmp_path):
+    command = [sys.executable, "-m", "common.collect", "cube-single-play", "--workers", "2"]
+    process = subprocess.Popen(
+        [*command, "--transitions", "20000", "--dataset-dir", str(tmp_path)],
+        cwd=pathlib.Path(c.__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert "Collecting" in process.stdout.readline()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(3)  # let the workers start
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=20)  # returns once the workers have gone, too
+    assert process.returncode == 130
+    assert error == "Stopped; run the same command again to continue.\n"
