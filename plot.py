@@ -1,0 +1,96 @@
+"""Pictures of run folders: `python plot.py runs/qam/pointmaze-medium/default` draws curve.png and,
+for a point maze, rollouts.png into each folder that is named. Scripts do so after every evaluation.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from common.envs import make_env, resolve
+
+PANELS = {  # metric -> table, title
+    "success": ("eval", "success rate"),
+    "length": ("eval", "episode length [steps]"),
+    "q": ("train", "mean Q on the data"),
+    "critic_loss": ("train", "critic loss"),
+}
+
+
+def read_csv(path: Path) -> dict[str, np.ndarray]:
+    """Columns of a run's CSV file as float arrays; {} if there is none."""
+    rows = list(csv.reader(path.open(newline=""))) if path.exists() else []
+    rows = [row for row in rows if len(row) == len(rows[0])]
+    return dict(zip(rows[0], np.array(rows[1:], float).T)) if len(rows) > 1 else {}
+
+
+def draw_curve(folder: Path) -> None:
+    """curve.png: one line per agent, coloured by task."""
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3), layout="constrained")
+    for axis, (metric, (table, title)) in zip(axes, PANELS.items()):
+        columns = read_csv(folder / f"{table}.csv")
+        axis.set(title=title, xlabel="updates")
+        if metric not in columns:
+            continue
+        agents = sorted(set(zip(columns["task"], columns["seed"])))
+        for task, seed in agents:
+            mine = (columns["task"] == task) & (columns["seed"] == seed)
+            style = dict(lw=1.2, marker="o", ms=3) if table == "eval" else dict(lw=1)
+            label = f"task {task:.0f}" if seed == agents[0][1] else None
+            color = f"C{int(task) - 1}"
+            axis.plot(columns["step"][mine], columns[metric][mine], label=label, color=color, **style)
+    axes[0].set_ylim(-0.03, 1.03)
+    axes[0].legend(fontsize=7, loc="lower right")
+    folder_name = "/".join(folder.resolve().parts[-3:])
+    figure.suptitle(folder_name, fontsize=9)
+    figure.savefig(folder / "curve.png", dpi=120)
+    plt.close(figure)
+
+
+def draw_rollouts(folder: Path) -> None:
+    """rollouts.png: the maze and the paths of the last evaluation, a panel per task; solved episodes
+    blue, others orange; a dot at the start, a star at the goal."""
+    if not (folder / "rollouts.npz").exists():
+        return
+    env_name = json.loads((folder / "config.json").read_text())["flags"]["env"]
+    rollouts = np.load(folder / "rollouts.npz")
+    tasks = sorted(set(rollouts["task"].tolist()))
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(3.4 * len(tasks), 3.6), layout="constrained", squeeze=False
+    )
+    for axis, task in zip(axes[0], tasks):
+        maze = make_env(f"{resolve(env_name).env}-singletask-task{task}-v0").unwrapped
+        maze.reset(seed=0)
+        rows, columns = maze.maze_map.shape
+        (left, low), (right, high) = maze.ij_to_xy((-0.5, -0.5)), maze.ij_to_xy((rows - 0.5, columns - 0.5))
+        extent = (left, right, low, high)
+        axis.imshow(maze.maze_map, origin="lower", extent=extent, cmap="Greys", vmin=0, vmax=2)
+        for i in np.flatnonzero(rollouts["task"] == task):
+            path = rollouts["path"][rollouts["episode"] == i]
+            solved = rollouts["success"][i] > 0
+            axis.plot(*path.T, color="C0" if solved else "C1", lw=0.8, alpha=0.5)
+            axis.plot(*path[0], "o", color="black", ms=2)
+        axis.plot(*maze.cur_goal_xy, "*", color="C3", ms=12)
+        axis.set(xticks=[], yticks=[])
+        rate = rollouts["success"][rollouts["task"] == task].mean()
+        axis.set_title(f"task {task}: success {rate:.2f}", fontsize=10)
+    figure.savefig(folder / "rollouts.png", dpi=120)
+    plt.close(figure)
+
+
+def draw(folder) -> None:
+    """Draws whatever the run folder has data for."""
+    draw_curve(Path(folder))
+    draw_rollouts(Path(folder))
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or sys.exit(__doc__):
+        draw(name)
+        print(f"drew {name}/curve.png")
