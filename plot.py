@@ -1,5 +1,5 @@
 """Pictures of run folders: `python plot.py runs/qam/pointmaze-medium/default` draws curve.png and,
-for a point maze, rollouts.png into each folder that is named. Scripts do so after every evaluation.
+for a maze, rollouts.png into every folder that is named. Scripts do so when they end.
 """
 
 import csv
@@ -41,10 +41,9 @@ def draw_curve(folder: Path) -> None:
         agents = sorted(set(zip(columns["task"], columns["seed"])))
         for task, seed in agents:
             mine = (columns["task"] == task) & (columns["seed"] == seed)
-            style = dict(lw=1.2, marker="o", ms=3) if table == "eval" else dict(lw=1)
+            style = dict(color=f"C{int(task) - 1}", marker="o" if table == "eval" else "", ms=3)
             label = f"task {task:.0f}" if seed == agents[0][1] else None
-            color = f"C{int(task) - 1}"
-            axis.plot(columns["step"][mine], columns[metric][mine], label=label, color=color, **style)
+            axis.plot(columns["step"][mine], columns[metric][mine], label=label, **style)
     axes[0].set_ylim(-0.03, 1.03)
     axes[0].legend(fontsize=7, loc="lower right")
     folder_name = "/".join(folder.resolve().parts[-3:])
@@ -54,32 +53,30 @@ def draw_curve(folder: Path) -> None:
 
 
 def draw_rollouts(folder: Path) -> None:
-    """rollouts.png: the maze and the paths of the last evaluation, a panel per task; solved episodes
-    blue, others orange; a dot at the start, a star at the goal."""
-    if not (folder / "rollouts.npz").exists():
-        return
+    """rollouts.png of a maze: the paths of the last evaluation, a panel per task; solved episodes
+    blue, others orange, a dot at each start and a star at the goal."""
     env_name = json.loads((folder / "config.json").read_text())["flags"]["env"]
+    if "maze" not in env_name or not (folder / "rollouts.npz").exists():
+        return
     rollouts = np.load(folder / "rollouts.npz")
-    tasks = sorted(set(rollouts["task"].tolist()))
-    figure, axes = plt.subplots(
-        1, len(tasks), figsize=(3.4 * len(tasks), 3.6), layout="constrained", squeeze=False
-    )
+    solved, of_task = rollouts["success"].ravel() > 0, rollouts["task"]
+    tasks = sorted(set(of_task.tolist()))
+    size = dict(figsize=(3.4 * len(tasks), 3.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(tasks), **size)
     for axis, task in zip(axes[0], tasks):
         maze = make_env(f"{resolve(env_name).env}-singletask-task{task}-v0").unwrapped
         maze.reset(seed=0)
-        rows, columns = maze.maze_map.shape
-        (left, low), (right, high) = maze.ij_to_xy((-0.5, -0.5)), maze.ij_to_xy((rows - 0.5, columns - 0.5))
-        extent = (left, right, low, high)
-        axis.imshow(maze.maze_map, origin="lower", extent=extent, cmap="Greys", vmin=0, vmax=2)
-        for i in np.flatnonzero(rollouts["task"] == task):
-            path = rollouts["path"][rollouts["episode"] == i]
-            solved = rollouts["success"][i] > 0
-            axis.plot(*path.T, color="C0" if solved else "C1", lw=0.8, alpha=0.5)
+        (left, low), shape = maze.ij_to_xy((-0.5, -0.5)), np.array(maze.maze_map.shape)
+        right, high = maze.ij_to_xy(shape - 0.5)
+        picture = dict(origin="lower", extent=(left, right, low, high), cmap="Greys", vmin=0, vmax=2)
+        axis.imshow(maze.maze_map, **picture)
+        for i in np.flatnonzero(of_task == task):
+            path = rollouts["path"][rollouts["episode"] == i, :2]
+            axis.plot(*path.T, color="C0" if solved[i] else "C1", lw=0.8, alpha=0.5)
             axis.plot(*path[0], "o", color="black", ms=2)
         axis.plot(*maze.cur_goal_xy, "*", color="C3", ms=12)
         axis.set(xticks=[], yticks=[])
-        rate = rollouts["success"][rollouts["task"] == task].mean()
-        axis.set_title(f"task {task}: success {rate:.2f}", fontsize=10)
+        axis.set_title(f"task {task}: success {solved[of_task == task].mean():.2f}", fontsize=10)
     figure.savefig(folder / "rollouts.png", dpi=120)
     plt.close(figure)
 

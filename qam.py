@@ -58,7 +58,6 @@ class Args:
     eval_slots: int = 10  # environments that share them, per agent
     workers: int = 0  # processes that step environments (0: one per core)
     eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
-    video: int = 0  # film this many episodes per agent at the end (needs EGL)
     track: bool = False  # log to Weights & Biases, too
     chunk_length: int = 5  # H: actions chosen at once and played open loop
     discount: float = 0.99  # gamma, per environment step
@@ -117,7 +116,7 @@ class State:
     params: dict  # critic (phi), behavior (beta), policy (theta)
     targets: dict  # moving averages of critic and behavior
     opt_state: optax.OptState
-    key: jax.Array
+    key: jax.Array  # (2,) uint32
 
 
 def optimizer(args):
@@ -260,7 +259,7 @@ def act(args, params, observations, seeds, ages):
     but the episode's seed and age in steps, (N, E) each."""
 
     def one(params, observation, seed, age):
-        key = jax.random.fold_in(jax.random.key(seed), age)
+        key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
         actions = sample_actions(args, params, observation[None], key)
         return actions.reshape(args.chunk_length, args.action_size)
 
@@ -295,12 +294,12 @@ def train_chunk(args, state, data, replay, task, updates):
 # --- shared: evaluate ---
 
 
-def evaluate(args, policy, pool, agents, step, film=False):
+def evaluate(args, policy, pool, agents, step):
     """Exactly args.eval_episodes episodes of every agent, seeded by (seed, task, step, episode):
     the same for every method. Returns (N, episodes) arrays, see `EnvPool.play`."""
     episodes = range(args.eval_episodes)
     seeds = [[seed_of(seed, task, step, e) for e in episodes] for task, seed in agents]
-    return pool.play(policy, np.array(seeds, np.uint32), film)
+    return pool.play(policy, np.array(seeds, np.uint32))
 
 
 # --- end shared ---
@@ -320,7 +319,7 @@ def main(args):
     source_data = dict(files=[path.name for path in paths], transitions=len(data.rows))
     run = Run(Path(__file__).stem, args, agents, source_data)
 
-    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), task) for task, seed in agents])
+    keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
     state = jax.jit(jax.vmap(partial(create, args, data.observations.shape[-1])))(keys)
     task = jnp.array([args.tasks.index(task) for task, _ in agents])
     replay = Replay.create(len(agents), 0, data)
@@ -342,10 +341,10 @@ def main(args):
         result = evaluate(args, policy, eval_pool, agents, done)
         scores = {name: x.mean(1) for name, x in result.items() if name != "path"}
         run.log(table, done, scores)
-        run.draw(result["path"])
         bar.write(f"{done:,} updates: success {scores['success'].mean():.2f}")
+        return result
 
-    total, sums, updates = args.offline_steps + args.online_steps, None, 0
+    total, result, sums, updates = args.offline_steps + args.online_steps, None, None, 0
     bar = tqdm(initial=done, total=total, unit="update", dynamic_ncols=True, disable=None)
     while done < total and not args.eval_only:
         if done < args.offline_steps:
@@ -356,13 +355,14 @@ def main(args):
             now = done - args.offline_steps + 1  # the environment step that every agent takes
             data, _ = shards.at(now, args.offline_steps // shards.interval)
             if replay.rewards.shape[1] < args.online_steps:
-                replay = Replay.create(len(agents), args.online_steps, data).append(replay)
+                fresh = Replay.create(len(agents), args.online_steps, data)
+                replay = fresh.append(vars(replay))
             if now == 1:
                 pool.start(everyone, [seed_of(seed, task, 0) for task, seed in agents])
             taken = pool.step(policy, everyone)
             if args.sparse:
                 taken["rewards"] = -np.float32(taken["rewards"] != 0)
-            replay = replay.append(taken)
+            replay = replay.append({name: x[:, None] for name, x in taken.items()})
             over = np.flatnonzero(taken["terminals"]).tolist()
             pool.start(over, [seed_of(agents[i][1], agents[i][0], now) for i in over])
             steps, trained = 1, int(now >= args.start_training)
@@ -374,16 +374,15 @@ def main(args):
             run.log("train", done, {name: value / updates for name, value in sums.items()})
             sums, updates = None, 0
         if done % args.eval_interval == 0 or done == total:
-            report("eval")
-            run.save(done, dict(state=state, replay=replay.filled(), pool=pool.save()))
-    bar.close()
+            result = report("eval")
+            size = int(replay.size[0])
+            filled = jax.tree.map(lambda x: x[:, :size] if x.ndim > 1 else x, replay)
+            run.save(done, dict(state=state, replay=filled, pool=pool.save()))
     if args.eval_only:
-        report("eval_only")
-    if args.video:
-        short = dataclasses.replace(args, eval_episodes=args.video)
-        films = EnvPool(names, args.workers, gl="egl")
-        run.film(evaluate(short, policy, films, agents, done, film=True)["path"])
-    return run.rows("eval")
+        result = report("eval_only")
+    bar.close()
+    run.finish(result)
+    return result
 
 
 if __name__ == "__main__":

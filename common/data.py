@@ -1,26 +1,24 @@
-"""OGBench data on the device: names and protocols, finding files, checks, chunk sampling, replay.
-
-Shapes: M stored states, N transitions, S observation size, d action size, H chunk length, A = H d
-flattened chunk, B batch, C replay slots.
+"""OGBench data on the device: finding files, checks, chunk sampling, replay. Shapes: M stored
+states, N transitions, S observation size, d action size, H chunk length, A = H d, B batch, C slots.
 """
 
-import os
-import subprocess
-import sys
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ogbench.utils
+from ogbench.relabel_utils import relabel_dataset
 
+import common.collect
 from common.envs import Source, make_env
 
-CACHE = Path("~/.ogbench/data").expanduser()  # where OGBench keeps its downloads
-AUTO_COLLECT = 200_000  # transitions of a point maze, which scripts collect by themselves
+CACHE = Path(ogbench.utils.DEFAULT_DATASET_DIR).expanduser()
+AUTO = 200_000  # transitions of a point maze, which scripts collect by themselves
 
 
 def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path]:
@@ -34,28 +32,22 @@ def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path
     if shards := [path for path in shards if not path.stem.endswith("-val")]:
         return shards
     if collect or source.dataset.startswith("pointmaze"):
-        command = [sys.executable, "-m", "common.collect", source.dataset, "--dataset-dir", here]
-        command += ["--transitions", str(collect or AUTO_COLLECT)]
-        root = str(Path(__file__).resolve().parent.parent)
-        if subprocess.run(command, env={**os.environ, "PYTHONPATH": root}).returncode:
-            raise SystemExit(f"{source.dataset} could not be collected: see above")
-        return [here / file]
-    problem = f"no {file} in {here}"
-    if not dataset_dir:
         try:
-            import ogbench.utils
-
-            ogbench.utils.download_datasets([f"{source.dataset}-v0"], CACHE)
-            return [CACHE / file]
-        except Exception as error:
-            problem = f"no {file} in {CACHE} or {here}/, and its download failed ({error})"
-    raise SystemExit(
-        f"{problem}. Four ways to provide it: (1) --dataset-dir FOLDER, with OGBench's file or the "
-        f"shards of a 100M set; (2) put the file into {CACHE}; (3) let OGBench download it: run "
-        "again with a network and without --dataset-dir; (4) make it with OGBench's scripted "
-        f"experts (not antmaze, humanoidmaze): python -m common.collect {source.dataset}, or here "
-        "--collect 1000000"
-    )
+            return [common.collect.collect(source.dataset, collect or AUTO, str(here))]
+        except common.collect.CollectError as error:
+            raise SystemExit(f"collecting {source.dataset} failed: {error}") from None
+    try:
+        if dataset_dir:
+            raise FileNotFoundError("OGBench downloads into its own cache only")
+        ogbench.utils.download_datasets([f"{source.dataset}-v0"], CACHE)
+        return [CACHE / file]
+    except Exception as e:
+        raise SystemExit(
+            f"no {file} in {here} ({e}). Four ways to provide it: (1) --dataset-dir FOLDER with "
+            f"OGBench's file or 100M shards; (2) put it into {CACHE}; (3) let OGBench download it: "
+            "with a network, without --dataset-dir; (4) make it with OGBench's scripted experts "
+            f"(no ants): python -m common.collect {source.dataset}, or here --collect 1000000"
+        ) from None
 
 
 @flax.struct.dataclass
@@ -72,12 +64,10 @@ class Dataset:
 
 
 def read(path: Path, source: Source, tasks, sparse: bool, clip: bool = True) -> Dataset:
-    """Reads one OGBench file (no pickle is executed), checks it, and labels it for `tasks` with
-    OGBench's own relabelling -> NumPy arrays. Exits with a line that names file, key and what was
-    expected. `sparse`: reward -1 unless the task is solved, in place of -(number of unmet goals).
-    `clip`: actions to +-(1 - 1e-5), as the official loader does for all files but shards."""
-    from ogbench.relabel_utils import relabel_dataset
-
+    """Reads an OGBench file (executing no pickle), checks it, labels it for `tasks` as OGBench does
+    -> NumPy arrays. Exits with a line that names file, key and what was expected. `sparse`: reward
+    -1 until all is solved, not -(unmet goals). `clip`: actions to +-(1 - 1e-5), as the official
+    loader does for all files but shards."""
     def bad(problem):
         raise SystemExit(f"bad dataset {path}: {problem}")
 
@@ -86,14 +76,13 @@ def read(path: Path, source: Source, tasks, sparse: bool, clip: bool = True) -> 
             raw = {key: file[key] for key in file.files}
     except Exception as error:  # a cut-off zip, pickled objects, no zip at all, ...
         bad(f"not readable as an .npz file without pickles ({error})")
-    for key in ("terminals", "observations", "actions", "qpos"):
-        if key not in raw:
-            bad(f"key '{key}' is missing, found {sorted(raw)}")
-        axes, rows = (1 if key == "terminals" else 2), len(np.atleast_1d(raw["terminals"]))
-        if raw[key].dtype.kind not in "fiub" or raw[key].ndim != axes or len(raw[key]) != rows:
-            found = f"{raw[key].dtype} of shape {raw[key].shape}"
-            bad(f"'{key}' is {found}, expected numbers with {axes} axes and {rows} rows")
-        if not np.isfinite(raw[key]).all():
+    if missing := {"terminals", "observations", "actions", "qpos"} - set(raw):
+        bad(f"keys {sorted(missing)} are missing, found {sorted(raw)}")
+    for key, x in raw.items():
+        axes, rows = 1 if key == "terminals" else 2, raw["terminals"].size
+        if x.dtype.kind not in "fiub" or x.ndim != axes or len(x) != rows:
+            bad(f"'{key}' is {x.dtype} {x.shape}, expected {rows} rows of numbers in {axes} axes")
+        if not np.isfinite(x).all():
             bad(f"'{key}' contains NaN or infinity, expected finite numbers")
     if np.abs(raw["actions"]).max(initial=0) > 1 + 1e-4:
         bad(f"'actions' reach {np.abs(raw['actions']).max():.4g}, expected [-1, 1]")
@@ -130,7 +119,7 @@ class Shards:
         """The data for update `step` (from 1; `swaps`: those of earlier phases), and for how many
         updates from there on they stay. The following shard is loaded meanwhile."""
         if self._count == 1:
-            return self._data, sys.maxsize
+            return self._data, 2**31
         index = (swaps + step // self.interval) % self._count
         if index != self._index:
             fresh = self._next[1].result() if self._next[0] == index else self._load(index)
@@ -161,45 +150,25 @@ class Replay:
         slots = [jnp.zeros((agents, capacity, *width)) for width in widths]
         return cls(*slots, size=jnp.zeros(agents, jnp.int32))
 
-    def append(self, rows) -> "Replay":
-        """Adds the rows of another `Replay`, or what `EnvPool.step` returns (a row per agent)."""
-        names = [name for name in self.__dataclass_fields__ if name != "size"]
-        if isinstance(rows, dict):
-            new = [rows[name][:, None] for name in names]
-        else:
-            new = [getattr(rows, name) for name in names]
-        slots = _write([getattr(self, name) for name in names], new, self.size[0])
-        return Replay(*slots, size=self.size + new[0].shape[1])
-
-    def filled(self) -> "Replay":
-        """Without the slots that are still empty."""
-        size = int(self.size[0])
-        return jax.tree.map(lambda x: x[:, :size] if x.ndim > 1 else x, self)
+    @partial(jax.jit, donate_argnums=0)
+    def append(self, rows: dict) -> "Replay":
+        """Adds `rows`: name of the field -> (N, n, ...)."""
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=self.size[0], axis=1)
+        slots = {name: put(old, rows[name]) for name, old in vars(self).items() if name != "size"}
+        return Replay(**slots, size=self.size + rows["rewards"].shape[1])
 
 
-@partial(jax.jit, donate_argnums=0)
-def _write(slots, new, start):
-    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-    return [put(x, y) for x, y in zip(slots, new)]
-
-
-class Batch(NamedTuple):
-    """Chunks of H steps, see `sample`."""
-
-    observations: jax.Array  # (B, S), at the start of the chunk
-    actions: jax.Array  # (B, A), time-major: a_0, ..., a_{H-1}
-    rewards: jax.Array  # (B,), discounted sum over the chunk
-    masks: jax.Array  # (B,), 0 if the task was solved in the chunk
-    next_observations: jax.Array  # (B, S), at the end of the chunk
-    valid: jax.Array  # (B,), 0 if the trajectory ends before the chunk's last step
+Batch = namedtuple("Batch", "observations actions rewards masks next_observations valid")
 
 
 def sample(key, data: Dataset, replay: Replay, task, batch_size, chunk_length, discount) -> Batch:
-    """Chunks drawn uniformly from the dataset followed by the replay (of one agent), exactly as
-    the official sampler draws them. `task`: the agent's row of rewards. The key is consumed.
+    """Chunks of H steps, drawn uniformly from the dataset followed by the replay (of one agent),
+    exactly as the official sampler does. `task`: the agent's row of rewards. The key is consumed.
 
-    Invalid chunks stay in the batch: their actions run on into the following trajectory, while
-    reward, mask and next observation stop at the end of their own."""
+    -> observations (B, S) at the start; actions (B, A), a_0, ..., a_{H-1}; rewards (B,), their
+    discounted sum; masks (B,), 0 if the task was solved on the way; next_observations (B, S) after
+    the last step; valid (B,), 0 if the trajectory ends before the last step. Then the actions run
+    on into the following trajectory, while everything else stops at the end of its own."""
     N, slots = len(data.rows), len(replay.rewards)
     start = jax.random.randint(key, (batch_size,), 0, N + replay.size - chunk_length + 1)
     k = start[:, None] + jnp.arange(chunk_length)  # (B, H)

@@ -1,7 +1,5 @@
-"""Environments by name, and a pool of them in worker processes with exact episode accounting. An
-episode is fixed by its seed and its actions alone, whichever process plays it. The workers import
-this module, so it must not import jax.
-"""
+"""Environments by name, and a pool of them in worker processes, which import this module: no jax
+here. An episode is fixed by its seed and its actions, whichever process plays it."""
 
 import difflib
 import os
@@ -9,9 +7,9 @@ import re
 import subprocess
 import sys
 import traceback
+from collections import namedtuple
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import NamedTuple
 
 import gymnasium
 import numpy as np
@@ -20,27 +18,24 @@ import ogbench  # noqa: F401 (registers the environments)
 gymnasium.logger.min_level = gymnasium.logger.ERROR  # float64 boxes are fine
 
 
-class Source(NamedTuple):
-    """What an environment name stands for; the protocol by domain is the QAM paper's."""
-
-    env: str  # "cube-triple"
-    dataset: str  # "cube-triple-play"
-    task: int  # 1..5: the named one, or OGBench's default
-    protocol: dict  # chunk_length, discount, pessimism, sparse
+# env "cube-triple", dataset "cube-triple-play", task 1..5, protocol {flag: value}
+Source = namedtuple("Source", "env dataset task protocol")
 
 
 def resolve(name: str) -> Source:
-    """A short name ("cube-triple"), a dataset ("cube-triple-noisy") or a full OGBench name
-    ("cube-triple-noisy-singletask-task2-v0"). Exits with the nearest names if it is none."""
-    known = sorted({i.split("-singletask")[0] for i in gymnasium.registry if "-singletask" in i})
-    known = [env for env in known if not env.startswith("visual")]
-    pattern = r"(.+?)(-navigate|-stitch|-explore|-play|-noisy)?(?:-singletask(?:-task([1-5]))?)?(?:-v0)?"
+    """What a short name ("cube-triple"), a dataset ("cube-triple-noisy") or a full OGBench name
+    ("cube-triple-noisy-singletask-task2-v0") stands for: OGBench's default task if it names none,
+    and chunk_length, discount, pessimism, sparse of the QAM paper. Exits if it is unknown."""
+    names = [i.removesuffix("-singletask-v0") for i in gymnasium.registry]
+    known = [i for i in names if f"{i}-singletask-v0" in gymnasium.registry and "visual" not in i]
+    kind = "-navigate|-stitch|-explore|-play|-noisy"
+    pattern = rf"(.+?)({kind})?(?:-singletask(?:-task([1-5]))?)?(?:-v0)?"
     env, kind, task = re.fullmatch(pattern, name or "-").groups()
     maze, slow = "maze" in env or "soccer" in env, "giant" in env or "humanoid" in env
     kinds = ("-navigate", "-stitch", "-explore") if maze else ("-play", "-noisy")
     if env not in known or (kind or kinds[0]) not in kinds:
-        near = known + [known_env + k for known_env in known for k in kinds]
-        near = difflib.get_close_matches(name, near, n=3, cutoff=0.4) or known
+        names = known + [other + kind for other in known for kind in kinds]
+        near = difflib.get_close_matches(name, names, cutoff=0.4) or known
         raise SystemExit(f"unknown environment '{name}'; did you mean {', '.join(near)}?")
     default = 4 if "soccer" in env or "puzzle" in env else 1 if maze else 2
     protocol = dict(chunk_length=1 if "ant" in env or "humanoid" in env else 5,
@@ -61,7 +56,7 @@ def seed_of(*parts: int) -> int:
 
 
 class _Slot:
-    """One environment in a worker, and its own state of the global generator that mazes draw from."""
+    """An environment in a worker; mazes draw from the global generator, so each keeps its state."""
 
     def __init__(self, name):
         self.env = make_env(name)
@@ -72,13 +67,12 @@ class _Slot:
         self.generator = np.random.get_state()
         return np.float32(observation)
 
-    def step(self, action, film=False):
+    def step(self, action):
         np.random.set_state(self.generator)
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.generator = np.random.get_state()
-        picture = self.env.unwrapped.render() if film else None
-        flags = float(reward), 1.0 - terminated, float(terminated or truncated)
-        return np.float32(observation), *flags, float(info.get("success", 0)), picture
+        flags = reward, not terminated, terminated or truncated, info.get("success", 0)
+        return np.float32(observation), *flags
 
 
 def work(pipe: int) -> None:
@@ -101,27 +95,25 @@ def work(pipe: int) -> None:
 
 class EnvPool:
     """Environments in worker processes, slot i of `names` in worker i % workers (0: one per core).
+    Workers are fresh interpreters that import this module alone: jax does not survive a fork."""
 
-    Workers are fresh interpreters that import this module alone: nothing is forked (jax runs
-    threads), and the parent's script is not imported again."""
-
-    def __init__(self, names: list[str], workers: int = 0, gl: str = ""):
+    def __init__(self, names: list[str], workers: int = 0):
         self.names, self._workers, n = names, [], len(names)
         self.states, self.plans = [np.zeros(())] * n, [()] * n  # the actions still to be played
         self.seeds, self.ages = np.zeros(n, np.uint32), np.zeros(n, np.int32)
-        root = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-        env = {**os.environ, "OMP_NUM_THREADS": "1"} | root | ({"MUJOCO_GL": gl} if gl else {})
+        root = str(Path(__file__).resolve().parent.parent)
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
         for _ in range(min(workers or os.cpu_count(), n)):
             ours, theirs = Pipe()
-            pipe = theirs.fileno()
-            code = [sys.executable, "-c", f"from common.envs import work; work({pipe})"]
-            self._workers.append((ours, subprocess.Popen(code, env=env, pass_fds=[pipe])))
+            code = f"from common.envs import work; work({theirs.fileno()})"
+            pipe = dict(env=env, pass_fds=[theirs.fileno()])
+            self._workers.append((ours, subprocess.Popen([sys.executable, "-c", code], **pipe)))
             theirs.close()
             ours.send(names)
 
     def call(self, method: str, arguments: dict[int, tuple]) -> dict:
-        """Calls `_Slot.<method>` of several slots, the workers at once: {slot: arguments} ->
-        {slot: result}. Raises RuntimeError if a worker fails or dies."""
+        """Calls `_Slot.<method>`, the workers at once: {slot: arguments} -> {slot: result}. Raises
+        RuntimeError if a worker fails or dies."""
         jobs, results = {}, {}
         for slot, values in arguments.items():
             jobs.setdefault(slot % len(self._workers), []).append((slot, method, values))
@@ -146,48 +138,42 @@ class EnvPool:
             self.states[i], self.plans[i] = first[i], ()
         self.seeds[slots], self.ages[slots] = seeds, 0
 
-    def step(self, policy, slots: list[int], film: bool = False) -> dict:
+    def step(self, policy, slots: list[int]) -> dict:
         """One step of n = len(slots) of them -> (n, ...) arrays: observations, next_observations,
         actions, rewards, masks (0 where the task, not the clock, ended the episode), terminals (1
-        where it ended), success; and pictures. Where a plan is used up, the next H actions come
-        from `policy(observations (all, S), seeds (all,), ages (all,)) -> (all, H, d)`: the seed of
-        a slot's episode and the steps since its start are all that may tell it from others."""
+        where it ended), success. Where a plan is used up, the next H actions come from
+        `policy(observations (all, S), seeds (all,), ages (all,)) -> (all, H, d)`: the seed of a
+        slot's episode and the steps since its start are all that may tell it from others."""
         if not all(len(self.plans[i]) for i in slots):
             actions = policy(np.stack(self.states), self.seeds, self.ages)
             self.plans = [plan if len(plan) else new for plan, new in zip(self.plans, actions)]
         before, actions = [self.states[i] for i in slots], [self.plans[i][0] for i in slots]
-        results = self.call("step", {i: (a, film) for i, a in zip(slots, actions)})
+        results = self.call("step", {i: (action,) for i, action in zip(slots, actions)})
         for i in slots:
             self.states[i], self.plans[i] = results[i][0], self.plans[i][1:]
         self.ages[slots] += 1
-        *columns, pictures = zip(*(results[i] for i in slots))
         names = "observations actions next_observations rewards masks terminals success".split()
-        arrays = {k: np.array(x, np.float32) for k, x in zip(names, (before, actions, *columns))}
-        return arrays | dict(pictures=pictures)
+        columns = before, actions, *zip(*(results[i] for i in slots))
+        return {name: np.array(x, np.float32) for name, x in zip(names, columns)}
 
-    def play(self, policy, seeds: np.ndarray, film: bool = False) -> dict[str, np.ndarray]:
+    def play(self, policy, seeds: np.ndarray) -> dict[str, np.ndarray]:
         """Plays exactly one episode per seed, (agents, E): -> success, return, length (agents, E),
-        and path, (agents, E) lists of the visited states or, with `film`, of pictures. The pool has
-        as many slots for each agent, agent after agent; they share the agent's episodes."""
+        and path, (agents, E) lists of the visited states. The pool has as many slots for each
+        agent, agent after agent; they share the agent's episodes."""
         out = {key: np.zeros(seeds.shape) for key in ("success", "return", "length")}
         out["path"] = np.frompyfunc(lambda _: [], 1, 1)(seeds)
         width = len(self.names) // len(seeds)  # slots per agent, at most E
         at = [(i // width, i % width) for i in range(len(self.names))]  # (agent, episode) of slots
-        live = fresh = list(range(len(at)))
-        while live:
+        while live := [i for i, (_, e) in enumerate(at) if e < seeds.shape[1]]:
+            fresh = [i for i in live if not out["length"][at[i]]]
             self.start(fresh, [seeds[at[i]] for i in fresh])
-            steps = self.step(policy, live, film)
-            seen = steps["pictures" if film else "next_observations"]
-            for i, reward, state in zip(live, steps["rewards"], seen):
-                out["return"][at[i]] += reward
+            steps = self.step(policy, live)
+            for n, i in enumerate(live):
+                out["success"][at[i]] = steps["success"][n]
+                out["return"][at[i]] += steps["rewards"][n]
                 out["length"][at[i]] += 1
-                out["path"][at[i]].append(state)
-            fresh = [i for i, ended in zip(live, steps["terminals"]) if ended]
-            for i in fresh:
-                out["success"][at[i]] = steps["success"][live.index(i)]
-                at[i] = at[i][0], at[i][1] + width
-            live = [i for i in live if at[i][1] < seeds.shape[1]]
-            fresh = [i for i in fresh if i in live]
+                out["path"][at[i]].append(steps["next_observations"][n])
+                at[i] = at[i][0], at[i][1] + width * int(steps["terminals"][n])
         return out
 
     def save(self) -> dict:
@@ -198,14 +184,12 @@ class EnvPool:
     def load(self, saved: dict, actions: np.ndarray) -> None:
         """Plays the running episodes again up to where they stood; actions (n, steps, d): all that
         were ever played, of which the last ones count."""
-        slots, ages = list(range(len(self.names))), saved["ages"]
-        self.start(slots, list(saved["seeds"]))
-        for age in range(max(ages, default=0)):
-            live = [i for i in slots if age < ages[i]]
-            for i in live:
-                self.plans[i] = actions[i, actions.shape[1] - ages[i] + age][None]
-            self.step(None, live)
-        self.plans = [saved["plans"][str(i)] for i in slots]
+        self.start(list(range(len(self.names))), list(saved["seeds"]))
+        for i, age in enumerate(saved["ages"]):
+            self.plans[i] = actions[i, actions.shape[1] - age :]
+            for _ in range(age):
+                self.step(None, [i])
+            self.plans[i] = saved["plans"][str(i)]
 
     def close(self) -> None:
         """Ends the workers."""

@@ -3,11 +3,12 @@ tanh approximation. Several inputs are concatenated, so that a call reads like Q
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-glorot = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+Dense = partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform())
 
 
 class MLP(nn.Module):
@@ -21,9 +22,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         for width in self.hidden:
-            x = nn.gelu(nn.Dense(width, kernel_init=glorot)(x))
+            x = nn.gelu(Dense(width)(x))
             x = nn.LayerNorm()(x) if self.layer_norm else x
-        return nn.Dense(self.out, kernel_init=glorot)(x)
+        return Dense(self.out)(x)
 
 
 class Critic(nn.Module):

@@ -1,7 +1,6 @@
 """A run's flags, and its folder runs/<script>/<env>/<name>/ with config.json, train.csv, eval.csv,
-checkpoint.msgpack and rollouts.npz. The same command goes on from the checkpoint; rows that were
-logged after it are dropped, because they will be written again.
-"""
+checkpoint.msgpack, rollouts.npz. The same command goes on from the checkpoint; rows logged after it
+are dropped, because they will be written again."""
 
 import contextlib
 import csv
@@ -21,13 +20,13 @@ import tyro
 
 from common.envs import resolve
 
-MAY_BE_0 = set(  # all other numbers must be positive, and every one finite and not negative
-    "seed offline_steps online_steps collect workers video action_size discount pessimism "
-    "inv_temp".split()
+POSITIVE = set(  # all other numbers may also be 0
+    "tasks num_seeds start_training log_interval eval_interval eval_episodes eval_slots lr "
+    "chunk_length flow_steps hidden_dims num_critics batch_size grad_clip".split()
 )
 AT_MOST = dict(tasks=5, discount=1, target_rate=1)
 # flags that may differ when a run is continued, for they change no result
-FREE = ("run_dir", "workers", "eval_slots", "eval_only", "video", "track", "dataset_dir", "collect")
+FREE = "run_dir dataset_dir collect workers eval_slots eval_only track".split()
 
 
 def configure(Args, env_defaults: dict, env: str, **flags):
@@ -46,11 +45,11 @@ def parse(Args, env_defaults: dict, argv=None):
         env = value if flag == "--env" else flag[6:] if flag.startswith("--env=") else env
     args = tyro.cli(Args, args=argv, default=configure(Args, env_defaults, env))
     for name, value in vars(args).items():
-        top = AT_MOST.get(name, sys.float_info.max)
+        top, flag = AT_MOST.get(name, 2**31 - 1), "--" + name.replace("_", "-")
         for x in value if isinstance(value, tuple) else (value,):
-            if type(x) in (int, float) and not (0 < x <= top or x == 0 and name in MAY_BE_0):
-                expected = f"{'at least' if name in MAY_BE_0 else 'above'} 0, at most {top:g}"
-                raise SystemExit(f"--{name.replace('_', '-')} {x} is not possible: {expected}")
+            if type(x) in (int, float) and not (0 < x <= top or x == 0 and name not in POSITIVE):
+                least = "more than 0" if name in POSITIVE else "at least 0"
+                raise SystemExit(f"{flag} {x} is out of range: expected {least}, at most {top}")
     if args.eval_interval % args.log_interval:
         raise SystemExit("--eval-interval must be a multiple of --log-interval")
     return args
@@ -63,7 +62,7 @@ class Run:
         """`agents`: (task, seed) of each; `data`: what identifies the dataset."""
         self.agents, self.folder = agents, Path(args.run_dir) / script / args.env / args.name
         self.start, self.wandb = time.time(), None
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
         made_with = dict(
             commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
             device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -77,10 +76,11 @@ class Run:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise SystemExit(f"{self.folder} is in use by another process") from None
-        if (self.folder / "config.json").exists():
-            old, new = json.loads((self.folder / "config.json").read_text())["flags"], config["flags"]
-            keys = [k for k in old | new if k not in FREE and old.get(k) != new.get(k)]
+                raise SystemExit(f"another process is using {self.folder}") from None
+        path, new = self.folder / "config.json", config["flags"]
+        if path.exists():
+            old = json.loads(path.read_text())["flags"]
+            keys = [key for key in old | new if key not in FREE and old.get(key) != new.get(key)]
             if differ := "".join(f"\n  {k}: {old.get(k)} there, {new.get(k)} now" for k in keys):
                 raise SystemExit(
                     f"{self.folder} holds a run with another configuration:{differ}\nTo start "
@@ -91,17 +91,15 @@ class Run:
         if args.track:
             import wandb
 
-            self.wandb = wandb.init(project="flow-policies", name=args.name, config=config["flags"])
+            self.wandb = wandb.init(project="flow-policies", name=args.name, config=new)
 
     @contextlib.contextmanager
     def _writing(self, name):
         try:
             yield
         except OSError as error:
-            raise SystemExit(
-                f"cannot write {name} in {self.folder}: {error.strerror}. A checkpoint that is there "
-                "stays intact; mend this and repeat the command to continue."
-            ) from None
+            problem = f"cannot write {name} in {self.folder}: {error.strerror}"
+            raise SystemExit(f"{problem}. Mend that and repeat the command to continue.") from None
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file: at any moment either the old or the new one is there, whole."""
@@ -117,11 +115,8 @@ class Run:
         one of them is not finite, with the last checkpoint left as it is."""
         values, path = np.array([*metrics.values()], float), self.folder / f"{table}.csv"
         for metric, agent in np.argwhere(~np.isfinite(values)):
-            name, agent = [*metrics][metric], "task {}, seed {}".format(*self.agents[agent])
-            raise SystemExit(
-                f"{name} of {agent} is not finite at step {step}: the run stops. The last "
-                f"checkpoint in {self.folder} is from before."
-            )
+            who = "{} of task {}, seed {}".format([*metrics][metric], *self.agents[agent])
+            raise SystemExit(f"{who} is not finite at step {step}: {self.folder} stays as it was")
         rows = [["task", "seed", "step", "seconds", *metrics]] * (not path.exists())
         for (task, seed), numbers in zip(self.agents, values.T):
             rows.append([task, seed, step, round(time.time() - self.start, 1), *numbers])
@@ -131,15 +126,9 @@ class Run:
         with self._writing(path.name), open(path, "a", newline="") as file:
             csv.writer(file).writerows(rows)
 
-    def rows(self, table: str) -> list[dict]:
-        """The rows of <table>.csv as numbers, without a line that was torn off."""
-        path = self.folder / f"{table}.csv"
-        head, *lines = list(csv.reader(path.open(newline=""))) if path.exists() else [[]]
-        return [dict(zip(head, map(float, line))) for line in lines if len(line) == len(head)]
-
     def save(self, step: int, tree) -> None:
         """Writes the checkpoint: the step and any pytree of arrays."""
-        content = dict(step=step, seconds=time.time() - self.start, tree=_bare(tree))
+        content = dict(step=step, seconds=time.time() - self.start, tree=tree)
         self.write("checkpoint.msgpack", flax.serialization.to_bytes(jax.device_get(content)))
 
     def restore(self, tree):
@@ -147,27 +136,23 @@ class Run:
         path, content = self.folder / "checkpoint.msgpack", dict(step=0, seconds=0.0, tree=tree)
         if path.exists():
             try:
-                template = content | dict(tree=_bare(tree))
-                content = flax.serialization.from_bytes(template, path.read_bytes())
-            except Exception as error:
-                raise SystemExit(f"{path} is damaged ({error}); move it away to start anew") from None
-            wrap = lambda x, like: jax.random.wrap_key_data(x) if _is_key(like) else x
-            content["tree"] = jax.tree.map(wrap, content["tree"], tree)
-        for table in ("train", "eval"):
-            kept = sum(row["step"] <= content["step"] for row in self.rows(table))
-            if (self.folder / f"{table}.csv").exists():
-                lines = (self.folder / f"{table}.csv").read_text().splitlines(keepends=True)
-                self.write(f"{table}.csv", "".join(lines[: kept + 1]).encode())
+                content = flax.serialization.from_bytes(content, path.read_bytes())
+            except Exception as e:
+                raise SystemExit(f"{path} is damaged ({e}); move it away to start anew") from None
+        for table in self.folder.glob("*.csv"):
+            head, *lines = table.read_text().splitlines(keepends=True) or [""]
+            old = [x for x in lines if x[-1:] == "\n" and int(x.split(",")[2]) <= content["step"]]
+            self.write(table.name, "".join([head, *old]).encode())
         self.start -= content["seconds"]
         return content["step"], content["tree"]
 
-
-    def draw(self, paths): pass
-
-
-def _is_key(x) -> bool:
-    return jax.numpy.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
-
-
-def _bare(tree):
-    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+    def finish(self, result: dict) -> None:
+        """Keeps the evaluation `result` of `EnvPool.play` in rollouts.npz and draws the folder."""
+        paths = [np.array(path) for path in result.pop("path").flat]
+        tasks = np.repeat([task for task, _ in self.agents], len(paths) // len(self.agents))
+        with self._writing("rollouts.npz"):
+            lengths = [len(path) for path in paths]
+            np.savez(self.folder / "rollouts.npz", task=tasks, path=np.concatenate(paths),
+                     episode=np.repeat(np.arange(len(paths)), lengths), **result)  # fmt: skip
+        if (plot := Path(__file__).parent.parent / "plot.py").exists():
+            subprocess.run([sys.executable, plot, self.folder], check=False)
