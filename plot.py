@@ -59,19 +59,20 @@ def draw_rollouts(folder: Path) -> None:
     if "maze" not in env_name or not (folder / "rollouts.npz").exists():
         return
     rollouts = np.load(folder / "rollouts.npz")
-    solved, of_task = rollouts["success"].ravel() > 0, rollouts["task"]
+    solved = rollouts["success"].ravel() > 0  # agent after agent
+    of_task = np.repeat(rollouts["task"], rollouts["success"].shape[1])
     tasks = sorted(set(of_task.tolist()))
     size = dict(figsize=(3.4 * len(tasks), 3.6), layout="constrained", squeeze=False)
     figure, axes = plt.subplots(1, len(tasks), **size)
     for axis, task in zip(axes[0], tasks):
         maze = make_env(f"{resolve(env_name).env}-singletask-task{task}-v0").unwrapped
         maze.reset(seed=0)
-        (left, low), shape = maze.ij_to_xy((-0.5, -0.5)), np.array(maze.maze_map.shape)
-        right, high = maze.ij_to_xy(shape - 0.5)
+        left, low = maze.ij_to_xy((-0.5, -0.5))
+        right, high = maze.ij_to_xy(np.array(maze.maze_map.shape) - 0.5)
         picture = dict(origin="lower", extent=(left, right, low, high), cmap="Greys", vmin=0, vmax=2)
         axis.imshow(maze.maze_map, **picture)
         for i in np.flatnonzero(of_task == task):
-            path = rollouts["path"][rollouts["episode"] == i, :2]
+            path = rollouts[f"path{i}"][:, :2]
             axis.plot(*path.T, color="C0" if solved[i] else "C1", lw=0.8, alpha=0.5)
             axis.plot(*path[0], "o", color="black", ms=2)
         axis.plot(*maze.cur_goal_xy, "*", color="C3", ms=12)

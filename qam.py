@@ -381,7 +381,9 @@ def main(args):
     if args.eval_only:
         result = report("eval_only")
     bar.close()
-    run.finish(result)
+    if result:
+        run.finish(result)
+    print(f"{run.folder} is complete: {done:,} of {total:,} steps")
     return result
 
 

@@ -126,8 +126,8 @@ class EnvPool:
             except (EOFError, OSError):
                 answer = f"process {process.pid} died with exit code {process.wait()}"
             if isinstance(answer, str):
-                names = sorted({self.names[slot] for slot, *_ in batch})
-                raise RuntimeError(f"environment worker with {names}: {answer}")
+                names = {self.names[slot] for slot, *_ in batch}
+                raise RuntimeError(f"environment worker with {sorted(names)}: {answer}")
             results |= {slot: result for (slot, *_), result in zip(batch, answer)}
         return results
 
@@ -192,7 +192,5 @@ class EnvPool:
             self.plans[i] = saved["plans"][str(i)]
 
     def close(self) -> None:
-        """Ends the workers."""
-        for connection, process in self._workers:
-            connection.close()
-            process.wait()
+        """Ends the workers, as the end of the pool or of the program does."""
+        self._workers.clear()

@@ -62,9 +62,8 @@ class Run:
         """`agents`: (task, seed) of each; `data`: what identifies the dataset."""
         self.agents, self.folder = agents, Path(args.run_dir) / script / args.env / args.name
         self.start, self.wandb = time.time(), None
-        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
         made_with = dict(
-            commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+            commit=subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD"),
             device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             python=sys.version.split()[0],
             packages={d.name: d.version for d in importlib.metadata.distributions()},
@@ -147,12 +146,10 @@ class Run:
         return content["step"], content["tree"]
 
     def finish(self, result: dict) -> None:
-        """Keeps the evaluation `result` of `EnvPool.play` in rollouts.npz and draws the folder."""
-        paths = [np.array(path) for path in result.pop("path").flat]
-        tasks = np.repeat([task for task, _ in self.agents], len(paths) // len(self.agents))
+        """Keeps the paths of an evaluation (`EnvPool.play`) in rollouts.npz, draws the folder."""
+        paths = {f"path{i}": np.array(path) for i, path in enumerate(result["path"].flat)}
+        info = dict(task=[task for task, _ in self.agents], success=result["success"])
         with self._writing("rollouts.npz"):
-            lengths = [len(path) for path in paths]
-            np.savez(self.folder / "rollouts.npz", task=tasks, path=np.concatenate(paths),
-                     episode=np.repeat(np.arange(len(paths)), lengths), **result)  # fmt: skip
+            np.savez(self.folder / "rollouts.npz", **info, **paths)
         if (plot := Path(__file__).parent.parent / "plot.py").exists():
             subprocess.run([sys.executable, plot, self.folder], check=False)

@@ -34,7 +34,7 @@ def dataset(lengths, states, actions, rewards, masks):
 def draw(seed, data, replay, task, size, H, discount):
     """A batch, and the arrays of the same batch on the host."""
     draw = jax.jit(d.sample, static_argnums=(4, 5, 6))
-    return d.Batch(*map(np.asarray, draw(jax.random.key(seed), data, replay, task, size, H, discount)))
+    return jax.device_get(draw(jax.random.key(seed), data, replay, task, size, H, discount))
 
 
 def empty(data):
@@ -104,10 +104,11 @@ def mixed():
     replay = d.Replay(**{k: jnp.array(x) for k, x in full.items()}, size=jnp.array(online))
 
     def arrays(task, agent, filled=True):
-        ends = np.cumsum(lengths) + np.arange(len(lengths))  # rows of last states
+        ends = np.cumsum(lengths) + np.arange(len(lengths))  # rows of the last states,
+        firsts = ends - lengths  # and of the first ones
         old = dict(
             observations=np.delete(states, ends, 0),
-            next_observations=np.concatenate([states[e - n + 1 : e + 1] for e, n in zip(ends, lengths)]),
+            next_observations=np.delete(states, firsts, 0),
             actions=actions,
             rewards=rewards[task],
             masks=masks[task],
@@ -159,9 +160,9 @@ def test_starts_are_uniform(mixed):
 def test_agents_sampled_at_once_are_sampled_as_if_alone(mixed):
     """vmap over keys, replays of different sizes and tasks changes nothing."""
     data, replay, _ = mixed
-    one = lambda key, replay, task: d.sample(key, data, replay, task, 64, 5, 0.99)
+    one = jax.jit(lambda key, replay, task: d.sample(key, data, replay, task, 64, 5, 0.99))
     keys, tasks = jax.random.split(jax.random.key(3)), jnp.array([2, 0])
-    many = jax.vmap(one)(keys, replay, tasks)
+    many = jax.jit(jax.vmap(one))(keys, replay, tasks)
     for agent in range(2):
         alone = one(keys[agent], jax.tree.map(lambda x: x[agent], replay), tasks[agent])
         for name in d.Batch._fields:
@@ -181,12 +182,14 @@ def test_the_key_decides():
 
 @pytest.fixture(scope="module")
 def maze(tmp_path_factory):
-    return common.collect.collect(MAZE.dataset, 2000, tmp_path_factory.mktemp("maze"), seed=1, workers=1)
+    folder = tmp_path_factory.mktemp("maze")
+    return common.collect.collect(MAZE.dataset, 2000, folder, seed=1, workers=1)
 
 
 @pytest.fixture(scope="module")
 def puzzle(tmp_path_factory):
-    return common.collect.collect(PUZZLE.dataset, 1, tmp_path_factory.mktemp("puzzle"), seed=1, workers=2)
+    folder = tmp_path_factory.mktemp("puzzle")
+    return common.collect.collect(PUZZLE.dataset, 1, folder, seed=1, workers=2)
 
 
 @pytest.mark.parametrize("source, tasks", [(MAZE, (1, 3)), (PUZZLE, (4, 2))])
@@ -434,7 +437,8 @@ def test_the_order_of_the_places(places):
 
 def test_what_is_missing_is_downloaded_into_the_cache(places, monkeypatch):
     """By OGBench; the dataset is named without the task."""
-    monkeypatch.setattr(ogbench.utils, "download_datasets", lambda *a, **_: places.downloads.append(a))
+    download = lambda *arguments: places.downloads.append(arguments)
+    monkeypatch.setattr(ogbench.utils, "download_datasets", download)
     assert d.locate(resolve("cube-double-singletask-task3-v0")) == [places.cache / FILE]
     assert places.downloads == [(["cube-double-play-v0"], places.cache)]
 

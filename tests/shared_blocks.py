@@ -1,0 +1,89 @@
+"""Keeps the deliberately repeated code of the scripts the same, character for character.
+
+    python -m tests.shared_blocks check     lists every block that differs (CI does this)
+    python -m tests.shared_blocks write     copies the canonical text over the others
+
+A block stands between `# --- shared: <name> ---` and `# --- end shared ---`. Its canonical text is
+the one in CANONICAL, a script that runs. A script that must deviate says so and why in its fence,
+`# --- forked: <name> (reason) ---`, and is listed in FORKS.
+"""
+
+import difflib
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CANONICAL = ROOT / "qam.py"
+TOP_LEVEL = [ROOT / f"{name}.py" for name in ("meam", "qam", "qam_edit", "qam_fql", "fmer")]
+FORKS: set[tuple[str, str]] = set()  # (script, block)
+
+FENCE = re.compile(
+    r"^ *# --- (?P<kind>shared|forked): (?P<name>[\w ]+?)(?: \(.+\))? -+\n"
+    r"(?P<text>.*?)^ *# --- end (?P=kind) -+\n",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def scripts() -> list[Path]:
+    """All method scripts that exist."""
+    baselines = sorted((ROOT / "baselines").glob("[!_]*.py"))
+    return [path for path in TOP_LEVEL if path.exists()] + baselines
+
+
+def blocks(source: str) -> dict[str, re.Match]:
+    """name -> match of every shared or forked block in a script's text."""
+    return {match["name"]: match for match in FENCE.finditer(source)}
+
+
+def problems() -> list[str]:
+    """One text per block that is missing, unknown, different, or an undeclared fork."""
+    canonical, found = blocks(CANONICAL.read_text()), []
+    for path in scripts():
+        name, own = str(path.relative_to(ROOT)), blocks(path.read_text())
+        opened = path.read_text().count("# --- shared:") + path.read_text().count("# --- forked:")
+        if opened != len(own):
+            found.append(f"{name}: a fence is not closed, or a block occurs twice")
+        for block in canonical.keys() - own.keys():
+            found.append(f"{name}: block '{block}' is missing")
+        for block, match in own.items():
+            if match["kind"] == "forked":
+                if (name, block) not in FORKS:
+                    found.append(f"{name}: fork of '{block}' is not listed in tests/shared_blocks.py")
+            elif block not in canonical:
+                found.append(f"{name}: block '{block}' does not exist in {CANONICAL.name}")
+            elif match["text"] != canonical[block]["text"]:
+                lines = canonical[block]["text"].splitlines(), match["text"].splitlines()
+                diff = "\n".join(difflib.unified_diff(*lines, CANONICAL.name, name, lineterm="", n=1))
+                found.append(
+                    f"{name}: block '{block}' differs from {CANONICAL.name}. Edit it there and run "
+                    f"`python -m tests.shared_blocks write`.\n{diff}"
+                )
+    return found
+
+
+def write() -> list[str]:
+    """Replaces every shared block by the canonical text; returns the changed scripts."""
+    canonical, changed = blocks(CANONICAL.read_text()), []
+    for path in scripts():
+        old = path.read_text()
+
+        def replace(match):
+            known = match["kind"] == "shared" and match["name"] in canonical
+            text = canonical[match["name"]]["text"] if known else match["text"]
+            return match[0].replace(match["text"], text)
+
+        new = FENCE.sub(replace, old)
+        if new != old:
+            path.write_text(new)
+            changed.append(str(path.relative_to(ROOT)))
+    return changed
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["write"]:
+        print("changed:", ", ".join(write()) or "nothing")
+    elif sys.argv[1:] == ["check"]:
+        sys.exit("\n".join(problems()))
+    else:
+        sys.exit(__doc__)

@@ -1,0 +1,502 @@
+"""Tests of runs: flags and their defaults, the run folder and its lock, logs, checkpoints, and
+what is left when writing fails."""
+
+import csv
+import dataclasses
+import errno
+import functools
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import qam
+from common.run import FREE, Run, configure, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """A small script's flags."""
+
+    env: str = "pointmaze-medium"
+    tasks: tuple[int, ...] = (1,)
+    name: str = "default"
+    run_dir: str = "runs"
+    workers: int = 0
+    track: bool = False
+    log_interval: int = 10
+    eval_interval: int = 20
+    chunk_length: int = 3
+    discount: float = 0.5
+    lr: float = 0.25
+    hidden_dims: tuple[int, ...] = (8,)
+
+
+ENV_DEFAULTS = {"cube-triple": dict(lr=0.125, discount=0.75), "pointmaze-medium": dict(lr=0.0625)}
+
+
+def stops(*words, call, lines=1):
+    """`call` ends in SystemExit with a message of one line that says all of `words`."""
+    with pytest.raises(SystemExit) as error:
+        call()
+    message = str(error.value)
+    assert message.count("\n") < lines, message
+    for word in words:
+        assert str(word) in message, f"{word!r} is not in {message!r}"
+    return message
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+
+def test_the_precedence_of_defaults():
+    """Class, under the domain's protocol, under the script's ENV_DEFAULTS, under the flags."""
+    args = configure(Args, ENV_DEFAULTS, "antmaze-giant")
+    assert (args.lr, args.discount, args.chunk_length) == (0.25, 0.995, 1)
+    args = configure(Args, ENV_DEFAULTS, "cube-triple-noisy-singletask-task4-v0")
+    assert (args.lr, args.discount, args.chunk_length, args.tasks) == (0.125, 0.75, 5, (4,))
+    assert args.env == "cube-triple-noisy-singletask-task4-v0" and args.hidden_dims == (8,)
+    args = configure(Args, ENV_DEFAULTS, "cube-triple", lr=1.0, tasks=(5,))
+    assert (args.lr, args.discount, args.tasks) == (1.0, 0.75, (5,))
+    assert args == parse(Args, ENV_DEFAULTS, "--env cube-triple --lr 1 --tasks 5".split())
+
+
+def test_a_flag_that_equals_the_class_default_counts():
+    """It beats the protocol and ENV_DEFAULTS, wherever it stands."""
+    flags = "--lr 0.25 --discount 0.5 --chunk-length 3 --tasks 1".split()
+    for argv in (flags + ["--env", "cube-triple"], ["--env=cube-triple"] + flags):
+        args = parse(Args, ENV_DEFAULTS, argv)
+        assert args == dataclasses.replace(Args(), env="cube-triple")
+
+
+def test_both_ways_to_name_the_environment():
+    """--env x and --env=x, the last of several; without it, the class's own."""
+    both = [parse(Args, ENV_DEFAULTS, f"--env{sign}cube-triple".split()) for sign in " ="]
+    assert both[0] == both[1] and both[0].lr == 0.125
+    last = parse(Args, ENV_DEFAULTS, "--env scene --env cube-triple".split())
+    assert last == both[0]
+    none = parse(Args, ENV_DEFAULTS, [])
+    assert (none.env, none.lr, none.chunk_length) == ("pointmaze-medium", 0.0625, 5)
+    stops("'cube-tripel'", "cube-triple", call=lambda: parse(Args, {}, ["--env", "cube-tripel"]))
+    stops("''", call=lambda: parse(Args, {}, ["--env"]))
+
+
+def test_help_shows_the_environments_defaults(capsys):
+    for env, lr, discount in (("cube-triple", "0.125", "0.75"), ("scene", "0.25", "0.99")):
+        with pytest.raises(SystemExit):
+            parse(Args, ENV_DEFAULTS, ["--env", env, "--help"])
+        shown = capsys.readouterr().out
+        assert f"default: {lr})" in shown and f"default: {discount})" in shown
+
+
+def test_all_scripts_defaults_are_possible():
+    """Every environment's defaults pass the checks that flags have to pass."""
+    for env in [*qam.ENV_DEFAULTS, "cube-single", "antsoccer-arena", "puzzle-4x6", "scene-noisy"]:
+        assert parse(qam.Args, qam.ENV_DEFAULTS, ["--env", env]).env == env
+
+
+# Numbers of qam.py that may be 0, and why; what else some are limited to.
+MAY_BE_0 = dict(
+    seed="a seed like any other",
+    collect="off",
+    offline_steps="online from the start",
+    online_steps="offline only",
+    workers="one per core",
+    discount="only the next reward counts",
+    inv_temp="behaviour cloning",
+    pessimism="the mean of the critics",
+    target_rate="targets that stay",
+)
+AT_MOST = dict(tasks=5, discount=1, target_rate=1)
+NUMBERS = {
+    name: value[0] if isinstance(value, tuple) else value
+    for name, value in vars(qam.Args()).items()
+    if not isinstance(value, bool | str) and name != "action_size"
+}
+
+
+def flag(name, value):
+    """qam.py's value of a flag, or SystemExit; intervals that fit one another."""
+    argv = [f"--{name.replace('_', '-')}", value]
+    argv += [f"--eval-interval={value}"] * (name == "log_interval")
+    argv += ["--log-interval=1"] * (name == "eval_interval")
+    value = getattr(parse(qam.Args, {}, argv), name)
+    return value[0] if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_a_flag_takes(name, capsys):
+    """Positive numbers, 0 where it means something, nothing huge, nothing that is not finite: else
+    one line that names the flag and what is possible, or tyro's own message."""
+    kind, flags = type(NUMBERS[name]), f"--{name.replace('_', '-')} "
+    assert flag(name, "1") == 1
+    if name in MAY_BE_0:
+        assert flag(name, "0") == 0
+    else:
+        stops(flags, "expected", "more than 0", call=lambda: flag(name, "0"))
+    stops(flags + "-1", "expected", call=lambda: flag(name, "-1"))
+    top = AT_MOST.get(name, 2**31 - 1)
+    assert flag(name, str(top)) == top
+    stops(flags, "expected", f"at most {top}", call=lambda: flag(name, str(top + 1)))
+    stops(flags, "expected", call=lambda: flag(name, str(10**30)))
+    if kind is float:
+        for value in ("nan", "inf", "-inf", "1e400", "-1e-300"):
+            stops(flags, "expected", call=lambda value=value: flag(name, f"{value}"))
+    else:
+        for value in ("nan", "inf", "0.5", "1e3", "x"):
+            with pytest.raises(SystemExit):
+                flag(name, value)
+            error = capsys.readouterr().err
+            assert value in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "argv", ["--seeed 1", "--seed", "--lr x", "--sparse 3", "1", "--env=scene x"]
+)
+def test_what_is_no_flag(argv, capsys):
+    """tyro says so, without a traceback."""
+    with pytest.raises(SystemExit):
+        parse(qam.Args, qam.ENV_DEFAULTS, argv.split())
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_intervals_that_contradict_one_another():
+    """Evaluations happen where a row of train.csv ends."""
+    call = lambda: parse(Args, {}, "--log-interval 15 --eval-interval 20".split())
+    stops("--eval-interval", "--log-interval", "multiple", call=call)
+    assert parse(Args, {}, "--log-interval 20".split()).eval_interval == 20
+
+
+@pytest.mark.xfail(strict=True, reason="neither is refused")
+@pytest.mark.parametrize("argv", [["--tasks"], ["--tasks", "1", "1"]])
+def test_tasks_that_are_none_or_twice(argv):
+    """No agent, or two whose rows cannot be told apart."""
+    stops("--tasks", call=lambda: parse(qam.Args, qam.ENV_DEFAULTS, argv))
+
+
+# --- the folder ----------------------------------------------------------------------------------
+
+AGENTS = [(1, 0), (1, 1), (4, 0)]
+DATA = dict(files=["a.npz"], transitions=100)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that begins or continues the run: run(flag=value, ...) -> Run."""
+
+    def begin(data=DATA, **flags):
+        gc.collect()  # gives up the lock of a run that is no more
+        return Run("script", Args(run_dir=str(tmp_path), **flags), AGENTS, data)
+
+    return begin
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_the_folder_says_what_made_it(run, tmp_path):
+    """runs/<script>/<env>/<name>/config.json: flags, dataset, commit, device, versions."""
+    folder = run(name="mine", hidden_dims=(4, 4)).folder
+    assert folder == tmp_path / "script" / "pointmaze-medium" / "mine"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["flags"]["hidden_dims"] == [4, 4] and config["flags"]["transitions"] == 100
+    made = config["made_with"]
+    assert {"jax", "numpy", "ogbench"} <= made["packages"].keys() and len(made["commit"]) == 40
+    assert made["python"] == sys.version.split()[0] and "1 x" in made["device"]
+
+
+def test_another_configuration_is_refused(run):
+    """The message names each flag that differs with both values, and nothing is touched."""
+    folder = run(lr=0.5, hidden_dims=(4, 4)).folder
+    before = (folder / "config.json").read_bytes()
+    message = stops(
+        folder, "lr: 0.5 there, 0.75 now", "hidden_dims: [4, 4] there, [4] now",
+        "transitions: 100 there, 99 now", "--name", lines=9,
+        call=lambda: run(DATA | dict(transitions=99), lr=0.75, hidden_dims=(4,)),
+    )  # fmt: skip
+    assert "discount" not in message and (folder / "config.json").read_bytes() == before
+    run(lr=0.5, hidden_dims=(4, 4))
+    run(lr=0.75, name="other")
+
+
+def test_flags_that_change_no_result_may_differ(run):
+    """The number of workers, where the runs and the data are, ..."""
+    assert {"workers", "run_dir", "dataset_dir", "eval_slots", "eval_only", "track"} <= {*FREE}
+    assert not {"env", "tasks", "seed", "name", "lr", "offline_steps", "eval_interval"} & {*FREE}
+    folder = run(workers=1).folder
+    assert run(workers=2).folder == folder
+
+
+def test_a_second_process_is_refused(run, tmp_path):
+    """While the first one is there; its lock is gone with it, however it ends."""
+    first = run()
+    code = f"""
+from tests.test_run import AGENTS, DATA, Args, Run
+Run("script", Args(run_dir={str(tmp_path)!r}), AGENTS, DATA)
+"""
+    command = [sys.executable, "-c", code]
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 1 and str(first.folder) in second.stderr
+    assert "another process" in second.stderr and second.stderr.count("\n") == 1
+    del first
+    gc.collect()
+    killed = code + "import os; os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", killed], cwd=ROOT).returncode == -9
+    run()
+
+
+# --- logs ----------------------------------------------------------------------------------------
+
+
+def metrics(offset=0.0):
+    return dict(loss=offset + np.arange(3) / 3, q=jnp.arange(3) + jnp.float32(offset))
+
+
+def test_a_row_per_agent_under_one_header(run):
+    """Numbers lose no digit."""
+    first = run()
+    for step in (10, 20):
+        first.log("train", step, metrics(step))
+    head, *rows = table(first.folder / "train.csv")
+    assert head == ["task", "seed", "step", "seconds", "loss", "q"] and len(rows) == 6
+    for i, row in enumerate(rows):
+        task, seed, step, seconds, loss, q = map(float, row)
+        assert (task, seed) == AGENTS[i % 3] and step == (10, 20)[i // 3]
+        assert loss == step + i % 3 / 3 and q == step + i % 3 and 0 <= seconds < 60
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_stop_the_run(run, bad):
+    """The line names metric, task, seed, step and folder; nothing is logged."""
+    first, values = run(), metrics()
+    values["q"] = np.array([0, 0, bad])
+    first.save(5, dict(x=np.ones(3)))
+    first.log("train", 5, metrics())
+    before = {path: path.read_bytes() for path in first.folder.iterdir()}
+    words = "q of", "task 4", "seed 0", "step 15", first.folder
+    stops(*words, call=lambda: first.log("train", 15, values))
+    assert before == {path: path.read_bytes() for path in first.folder.iterdir()}
+
+
+def logged(run, name="train"):
+    """Rows of steps 10, 20, 30 and a checkpoint of step 20 -> the files' bytes after each step."""
+    first, contents = run(), []
+    for step in (10, 20, 30):
+        first.log(name, step, metrics(step))
+        contents.append((first.folder / f"{name}.csv").read_bytes())
+        if step == 20:
+            first.save(step, dict(x=np.ones(3)))
+    return first.folder, contents
+
+
+@pytest.mark.xfail(strict=True, reason="read_text turns the csv module's CRLF into LF")
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_rows_after_the_checkpoint_are_dropped(run, name):
+    """Those before it are kept byte for byte, and the log goes on as if nothing had happened."""
+    folder, contents = logged(run, name)
+    second = run()
+    assert second.restore(dict(x=np.zeros(3)))[0] == 20
+    assert (folder / f"{name}.csv").read_bytes() == contents[1]
+    second.log(name, 30, metrics(30))
+    strip = lambda path: [row[:3] + row[4:] for row in path]
+    (folder / "whole").write_bytes(contents[2])
+    assert strip(table(folder / f"{name}.csv")) == strip(table(folder / "whole"))
+
+
+def test_a_continued_log_has_no_row_twice_or_missing(run):
+    """Read as a table."""
+    folder, _ = logged(run)
+    second = run()
+    second.restore(dict(x=np.zeros(3)))
+    for step in (30, 40):
+        second.log("train", step, metrics(step))
+    head, *rows = table(folder / "train.csv")
+    assert [int(row[2]) for row in rows] == [10] * 3 + [20] * 3 + [30] * 3 + [40] * 3
+    assert all(len(row) == len(head) for row in rows)
+
+
+def test_without_a_checkpoint_the_log_begins_anew(run):
+    first = run()
+    first.log("train", 10, metrics())
+    folder = first.folder
+    del first
+    second = run()
+    tree = dict(x=np.zeros(3))
+    assert second.restore(tree) == (0, tree)
+    second.log("train", 10, metrics())
+    assert len(table(folder / "train.csv")) == 4 and table(folder / "train.csv")[0][0] == "task"
+
+
+def test_a_torn_line_is_dropped(run):
+    """Wherever the last rows were cut off, the ones before the checkpoint come back."""
+    folder, contents = logged(run)
+    second = run()
+    for cut in range(len(contents[1]), len(contents[2])):
+        (folder / "train.csv").write_bytes(contents[2][:cut])
+        assert second.restore(dict(x=np.zeros(3)))[0] == 20
+        assert len(table(folder / "train.csv")) == 7, contents[2][len(contents[1]) : cut]
+
+
+@pytest.mark.xfail(strict=True, reason="the torn header is kept and later rows follow it")
+@pytest.mark.parametrize("torn", ["", "task,seed,st", "task,seed,step,seconds,loss,q"])
+def test_a_torn_header_is_written_again(run, torn):
+    """As after a full disk, when the file was created and nothing could be written into it."""
+    folder = run().folder
+    (folder / "train.csv").write_text(torn)
+    second = run()
+    second.restore(dict(x=np.zeros(3)))
+    second.log("train", 10, metrics())
+    head, *rows = table(folder / "train.csv")
+    assert head == ["task", "seed", "step", "seconds", "loss", "q"] and len(rows) == 3
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class State:
+    params: dict
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+def state(seed):
+    """A tree like a script's: two agents' networks, Adam with clipping, keys, a pool."""
+    keys = jax.random.split(jax.random.PRNGKey(seed), 2)
+    params = {"critic": {"params": {"Dense_0": {"kernel": jax.random.normal(keys[0], (2, 3, 4))}}}}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    opt_state = optimizer.init(params)
+    for _ in range(seed):
+        _, opt_state = optimizer.update(params, opt_state)
+    pool = dict(
+        seeds=np.array([1, 2**32 - seed - 1], np.uint32),
+        ages=np.array([3, seed], np.int32),
+        plans={"0": np.zeros((0, 2), np.float32), "1": np.full((seed, 2), np.float32(np.pi))},
+    )
+    extra = dict(
+        empty=np.zeros((2, 0, 5), np.float32), size=jnp.int32(seed), flags=np.arange(3) > 1
+    )
+    bits = dict(values=np.float32([np.nan, -0.0, np.inf, 1e-45]), half=jnp.bfloat16([1.5, seed]))
+    return dict(state=State(params, opt_state, keys), pool=pool, extra=extra, bits=bits)
+
+
+def same(first, second):
+    """Equal in structure, types, shapes and bits."""
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_a_checkpoint_comes_back_bit_by_bit(run):
+    """Optax states, keys, nested dicts, empty arrays, NaN and -0; the template's values and the
+    lengths of its arrays do not matter."""
+    first = run()
+    first.save(7, state(5))
+    first.save(70, state(3))
+    del first
+    step, tree = run().restore(state(1))
+    assert step == 70
+    same(tree, state(3))
+
+
+def test_time_goes_on_after_a_restart(run):
+    """The column `seconds` counts what the earlier processes took."""
+    first = run()
+    first.start -= 1000
+    first.save(10, {})
+    del first
+    second = run()
+    second.restore({})
+    second.log("train", 20, metrics())
+    assert 1000 <= float(table(second.folder / "train.csv")[1][3]) < 1010
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_write_that_fails_leaves_the_old_file(run, monkeypatch, function, code):
+    """One line with the file and the reason; then the run continues from the old checkpoint."""
+
+    def fail(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    first = run()
+    first.save(10, dict(x=np.arange(3)))
+    before = (first.folder / "checkpoint.msgpack").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, fail)
+        save = functools.partial(first.save, 20, dict(x=np.zeros(3, int)))
+        stops("checkpoint.msgpack", first.folder, os.strerror(code), call=save)
+    assert (first.folder / "checkpoint.msgpack").read_bytes() == before
+    del first, save
+    second = run()
+    step, tree = second.restore(dict(x=np.zeros(3, int)))
+    assert step == 10 and tree["x"].tolist() == [0, 1, 2]
+    second.save(20, tree)
+    assert sorted(path.name for path in second.folder.iterdir() if path.name[0] != ".") == [
+        "checkpoint.msgpack",
+        "config.json",
+    ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_stops_the_log_in_one_line(run):
+    first = run()
+    (first.folder / "train.csv").symlink_to("/dev/full")
+    log = lambda: first.log("train", 10, metrics())
+    stops("train.csv", first.folder, os.strerror(errno.ENOSPC), call=log)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 10, 100, -1])
+def test_a_damaged_checkpoint(run, kept):
+    """One line that names the file; it is left as it is."""
+    first = run()
+    first.save(10, state(2))
+    path = first.folder / "checkpoint.msgpack"
+    path.write_bytes(path.read_bytes()[:kept])
+    before = path.read_bytes()
+    stops(path, "damaged", call=lambda: first.restore(state(2)))
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_of_something_else(run):
+    """Whose tree does not fit."""
+    first = run()
+    first.save(10, dict(x=np.ones(3)))
+    path = first.folder / "checkpoint.msgpack"
+    stops(path, call=lambda: first.restore(dict(y=np.ones(3))))
+
+
+@pytest.mark.xfail(strict=True, reason="ends in a JSONDecodeError")
+def test_a_damaged_configuration(run):
+    folder = run().folder
+    (folder / "config.json").write_text('{"flags": {"lr"')
+    stops(folder, "config.json", call=run)
+
+
+def test_a_folder_that_cannot_be_written(run, tmp_path):
+    """A file in its place, a folder without permission: one line, no traceback."""
+    (tmp_path / "script").write_text("")
+    stops("cannot write", tmp_path / "script", call=run)
+    (tmp_path / "script").unlink()
+    (tmp_path / "script").mkdir()
+    if os.geteuid():  # root may write everywhere
+        (tmp_path / "script").chmod(0o555)
+        stops("cannot write", tmp_path / "script", "Permission denied", call=run)
+        (tmp_path / "script").chmod(0o755)
+    if Path("/proc/self").exists():
+        args = Args(run_dir="/proc/self")
+        stops("cannot write", "/proc/self", call=lambda: Run("script", args, AGENTS, DATA))
