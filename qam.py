@@ -349,7 +349,7 @@ def main(args):
     while done < total and not args.eval_only:
         if done < args.offline_steps:
             data, stays = shards.at(done + 1)
-            limit = args.log_interval - done % args.log_interval
+            limit = min(n - done % n for n in (args.log_interval, args.eval_interval))
             steps = trained = min(limit, stays, args.offline_steps - done)
         else:
             now = done - args.offline_steps + 1  # the environment step that every agent takes
@@ -370,10 +370,11 @@ def main(args):
         sums = jax.tree.map(jnp.add, sums, metrics) if sums else metrics
         done, updates = done + steps, updates + trained
         bar.update(steps)
-        if updates and (done % args.log_interval == 0 or done == total):
+        halt = done % args.eval_interval == 0 or done == total
+        if updates and (halt or done % args.log_interval == 0):
             run.log("train", done, {name: value / updates for name, value in sums.items()})
             sums, updates = None, 0
-        if done % args.eval_interval == 0 or done == total:
+        if halt:
             result = report("eval")
             size = int(replay.size[0])
             filled = jax.tree.map(lambda x: x[:, :size] if x.ndim > 1 else x, replay)

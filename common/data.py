@@ -1,6 +1,5 @@
-"""OGBench data on the device: finding files, checks, chunk sampling, replay. Shapes: M stored
-states, N transitions, S observation size, d action size, H chunk length, A = H d, B batch, C slots.
-"""
+"""OGBench data on the device: finding, checking, sampling chunks, replay. M stored states, N
+transitions, S observation size, d action size, H chunk length, A = H d, B batch, C slots."""
 
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -64,10 +63,9 @@ class Dataset:
 
 
 def read(path: Path, source: Source, tasks, sparse: bool, clip: bool = True) -> Dataset:
-    """Reads an OGBench file (executing no pickle), checks it, labels it for `tasks` as OGBench does
-    -> NumPy arrays. Exits with a line that names file, key and what was expected. `sparse`: reward
-    -1 until all is solved, not -(unmet goals). `clip`: actions to +-(1 - 1e-5), as the official
-    loader does for all files but shards."""
+    """Reads, checks and labels an OGBench file (executing no pickle) -> NumPy arrays. Exits with a
+    line that names file, key and expectation. `sparse`: reward -1 until all is solved, instead of
+    -(unmet goals). `clip`: actions to +-(1 - 1e-5), officially done for all files but shards."""
     def bad(problem):
         raise SystemExit(f"bad dataset {path}: {problem}")
 

@@ -112,8 +112,7 @@ class EnvPool:
             ours.send(names)
 
     def call(self, method: str, arguments: dict[int, tuple]) -> dict:
-        """Calls `_Slot.<method>`, the workers at once: {slot: arguments} -> {slot: result}. Raises
-        RuntimeError if a worker fails or dies."""
+        """_Slot.<method> for {slot: arguments} -> {slot: result}; RuntimeError if a worker fails."""
         jobs, results = {}, {}
         for slot, values in arguments.items():
             jobs.setdefault(slot % len(self._workers), []).append((slot, method, values))
@@ -141,9 +140,9 @@ class EnvPool:
     def step(self, policy, slots: list[int]) -> dict:
         """One step of n = len(slots) of them -> (n, ...) arrays: observations, next_observations,
         actions, rewards, masks (0 where the task, not the clock, ended the episode), terminals (1
-        where it ended), success. Where a plan is used up, the next H actions come from
-        `policy(observations (all, S), seeds (all,), ages (all,)) -> (all, H, d)`: the seed of a
-        slot's episode and the steps since its start are all that may tell it from others."""
+        where it ended), success. Where a plan is used up, the next H actions are asked for:
+        `policy(observations (all, S), seeds (all,), ages (all,)) -> (all, H, d)`, with the seed of
+        each slot's episode and the steps since its start."""
         if not all(len(self.plans[i]) for i in slots):
             actions = policy(np.stack(self.states), self.seeds, self.ages)
             self.plans = [plan if len(plan) else new for plan, new in zip(self.plans, actions)]

@@ -1,6 +1,5 @@
-"""Network bodies: plain Flax Linen modules. Kernels are Glorot-uniform, biases zero, GELU is the
-tanh approximation. Several inputs are concatenated, so that a call reads like Q(s, a), f(s, x, t).
-"""
+"""Network bodies: Glorot-uniform kernels, zero biases, tanh approximation of GELU. Several inputs
+are concatenated, so that a call reads like Q(s, a) or f(s, x, t)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -52,3 +51,15 @@ class Field(nn.Module):
         observations = jnp.broadcast_to(observations, (*lead, observations.shape[-1]))
         inputs = observations, x, jnp.broadcast_to(t, lead)[..., None]
         return MLP(self.hidden, x.shape[-1])(jnp.concatenate(inputs, -1))
+
+
+class TanhGaussian(nn.Module):
+    """Mean and log-deviation, (B, out) each, of u in a policy tanh(u): inputs (B, n_i)."""
+
+    hidden: Sequence[int]
+    out: int
+
+    @nn.compact
+    def __call__(self, *inputs):
+        x = nn.gelu(MLP(self.hidden[:-1], self.hidden[-1])(jnp.concatenate(inputs, -1)))
+        return Dense(self.out)(x), jnp.clip(Dense(self.out)(x), -20, 2)

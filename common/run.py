@@ -1,6 +1,5 @@
-"""A run's flags, and its folder runs/<script>/<env>/<name>/ with config.json, train.csv, eval.csv,
-checkpoint.msgpack, rollouts.npz. The same command goes on from the checkpoint; rows logged after it
-are dropped, because they will be written again."""
+"""A run's flags, and its folder runs/<script>/<env>/<name>/. The same command goes on from the
+checkpoint there; rows that were logged after it are dropped, for they will be written again."""
 
 import contextlib
 import csv
@@ -20,11 +19,9 @@ import tyro
 
 from common.envs import resolve
 
-POSITIVE = set(  # all other numbers may also be 0
-    "tasks num_seeds start_training log_interval eval_interval eval_episodes eval_slots lr "
-    "chunk_length flow_steps hidden_dims num_critics batch_size grad_clip".split()
-)
-AT_MOST = dict(tasks=5, discount=1, target_rate=1)
+POSITIVE = """tasks num_seeds start_training log_interval eval_interval eval_episodes eval_slots lr
+chunk_length flow_steps hidden_dims num_critics batch_size grad_clip sigma_min""".split()
+AT_MOST = dict(tasks=5, discount=1, target_rate=1, rho=1, path_weight=1)
 # flags that may differ when a run is continued, for they change no result
 FREE = "run_dir dataset_dir collect workers eval_slots eval_only track".split()
 
@@ -50,8 +47,6 @@ def parse(Args, env_defaults: dict, argv=None):
             if type(x) in (int, float) and not (0 < x <= top or x == 0 and name not in POSITIVE):
                 least = "more than 0" if name in POSITIVE else "at least 0"
                 raise SystemExit(f"{flag} {x} is out of range: expected {least}, at most {top}")
-    if args.eval_interval % args.log_interval:
-        raise SystemExit("--eval-interval must be a multiple of --log-interval")
     return args
 
 
@@ -69,14 +64,11 @@ class Run:
             packages={d.name: d.version for d in importlib.metadata.distributions()},
         )
         config = json.loads(json.dumps(dict(flags=vars(args) | data, made_with=made_with)))
-        with self._writing("the run folder"):
+        path, new = self.folder / "config.json", config["flags"]
+        with self._writing("(is another process using it?)"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise SystemExit(f"another process is using {self.folder}") from None
-        path, new = self.folder / "config.json", config["flags"]
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if path.exists():
             old = json.loads(path.read_text())["flags"]
             keys = [key for key in old | new if key not in FREE and old.get(key) != new.get(key)]
@@ -88,8 +80,7 @@ class Run:
         else:
             self.write("config.json", json.dumps(config, indent=1).encode())
         if args.track:
-            import wandb
-
+            wandb = importlib.import_module("wandb")
             self.wandb = wandb.init(project="flow-policies", name=args.name, config=new)
 
     @contextlib.contextmanager
@@ -97,7 +88,7 @@ class Run:
         try:
             yield
         except OSError as error:
-            problem = f"cannot write {name} in {self.folder}: {error.strerror}"
+            problem = f"cannot write to {self.folder} {name}: {error.strerror}"
             raise SystemExit(f"{problem}. Mend that and repeat the command to continue.") from None
 
     def write(self, name: str, content: bytes) -> None:
