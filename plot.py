@@ -69,8 +69,8 @@ def draw_rollouts(folder: Path) -> None:
         maze.reset(seed=0)
         left, low = maze.ij_to_xy((-0.5, -0.5))
         right, high = maze.ij_to_xy(np.array(maze.maze_map.shape) - 0.5)
-        picture = dict(origin="lower", extent=(left, right, low, high), cmap="Greys", vmin=0, vmax=2)
-        axis.imshow(maze.maze_map, **picture)
+        extent = (left, right, low, high)
+        axis.imshow(maze.maze_map, origin="lower", extent=extent, cmap="Greys", vmin=0, vmax=2)
         for i in np.flatnonzero(of_task == task):
             path = rollouts[f"path{i}"][:, :2]
             axis.plot(*path.T, color="C0" if solved[i] else "C1", lw=0.8, alpha=0.5)

@@ -93,17 +93,8 @@ ENV_DEFAULTS = {
     "cube-triple": dict(inv_temp=3.0),
     "cube-quadruple": dict(inv_temp=1.0),
     "pointmaze-medium": dict(
-        inv_temp=10.0,
-        discount=0.99,
-        flow_steps=5,
-        hidden_dims=(128, 128),
-        num_critics=2,
-        batch_size=128,
-        lr=1e-3,
-        target_rate=0.01,
-        offline_steps=25_000,
-        log_interval=1_000,
-        eval_interval=5_000,
+        inv_temp=10.0, flow_steps=5, hidden_dims=(128, 128), num_critics=2, batch_size=128, lr=1e-3,
+        target_rate=0.01, offline_steps=25_000, log_interval=1_000, eval_interval=5_000,
         eval_slots=50,
     ),
 }
@@ -291,7 +282,7 @@ def train_chunk(args, state, data, replay, task, updates):
 
 # --- end shared ---
 
-# --- shared: evaluate ---
+# --- shared: evaluate and main -------------------------------------------------------------------
 
 
 def evaluate(args, policy, pool, agents, step):
@@ -300,11 +291,6 @@ def evaluate(args, policy, pool, agents, step):
     episodes = range(args.eval_episodes)
     seeds = [[seed_of(seed, task, step, e) for e in episodes] for task, seed in agents]
     return pool.play(policy, np.array(seeds, np.uint32))
-
-
-# --- end shared ---
-
-# --- shared: main ---
 
 
 def main(args):
@@ -316,8 +302,8 @@ def main(args):
     shards = Shards(paths, source, args.tasks, args.sparse)
     data, _ = shards.at(0)
     args = dataclasses.replace(args, action_size=data.actions.shape[-1])
-    source_data = dict(files=[path.name for path in paths], transitions=len(data.rows))
-    run = Run(Path(__file__).stem, args, agents, source_data)
+    files = dict(files=[path.name for path in paths], transitions=len(data.rows))
+    run = Run(Path(__file__).stem, args, agents, files)
 
     keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
     state = jax.jit(jax.vmap(partial(create, args, data.observations.shape[-1])))(keys)

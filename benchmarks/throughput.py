@@ -5,7 +5,7 @@
 For every number of agents: ms per update of all agents together, ms per agent-update, agent-updates
 per second, and compile time apart. In the same process, as the yardstick, the loop that most
 codebases have: NumPy sampling and one dispatch per update, one agent. Data are random, which costs
-the same as real data. Prints a table and writes benchmarks/results/throughput-<script>-<device>.json.
+the same as real data. Prints a table, writes benchmarks/results/throughput-<script>-<device>.json.
 """
 
 import dataclasses

@@ -112,7 +112,7 @@ class EnvPool:
             ours.send(names)
 
     def call(self, method: str, arguments: dict[int, tuple]) -> dict:
-        """_Slot.<method> for {slot: arguments} -> {slot: result}; RuntimeError if a worker fails."""
+        """_Slot.<method>: {slot: arguments} -> {slot: result}; RuntimeError if a worker fails."""
         jobs, results = {}, {}
         for slot, values in arguments.items():
             jobs.setdefault(slot % len(self._workers), []).append((slot, method, values))

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CANONICAL = ROOT / "qam.py"
+CANONICAL = ROOT / "meam.py"
 TOP_LEVEL = [ROOT / f"{name}.py" for name in ("meam", "qam", "qam_edit", "qam_fql", "fmer")]
 FORKS: set[tuple[str, str]] = set()  # (script, block)
 
@@ -49,12 +49,13 @@ def problems() -> list[str]:
         for block, match in own.items():
             if match["kind"] == "forked":
                 if (name, block) not in FORKS:
-                    found.append(f"{name}: fork of '{block}' is not listed in tests/shared_blocks.py")
+                    found.append(f"{name}: fork of '{block}' is not listed in FORKS")
             elif block not in canonical:
                 found.append(f"{name}: block '{block}' does not exist in {CANONICAL.name}")
             elif match["text"] != canonical[block]["text"]:
                 lines = canonical[block]["text"].splitlines(), match["text"].splitlines()
-                diff = "\n".join(difflib.unified_diff(*lines, CANONICAL.name, name, lineterm="", n=1))
+                diff = difflib.unified_diff(*lines, CANONICAL.name, name, lineterm="", n=1)
+                diff = "\n".join(diff)
                 found.append(
                     f"{name}: block '{block}' differs from {CANONICAL.name}. Edit it there and run "
                     f"`python -m tests.shared_blocks write`.\n{diff}"
