@@ -357,7 +357,13 @@ def test_saved_before_the_first_step(new_pool):
 
 def ended(processes, seconds=10):
     """Whether all of them end within some seconds (a zombie has ended)."""
-    runs = lambda p: p.is_running() and p.status() != psutil.STATUS_ZOMBIE
+
+    def runs(process):
+        try:
+            return process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
     until = time.time() + seconds
     while any(map(runs, processes)) and time.time() < until:
         time.sleep(0.05)
