@@ -17,13 +17,12 @@ import common.collect
 from common.envs import Source, make_env
 
 CACHE = Path(ogbench.utils.DEFAULT_DATASET_DIR).expanduser()
-AUTO = 200_000  # transitions of a point maze, which scripts collect by themselves
 
 
 def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path]:
     """The dataset's file, or the sorted shards of a 100M set: in `dataset_dir`, else in OGBench's
-    cache, else in data/; else collected (`collect` transitions), else downloaded by OGBench."""
-    here, file = Path(dataset_dir or "data"), f"{source.dataset}-v0.npz"
+    cache, else in data/; else collected (if asked to, or a point maze), else downloaded."""
+    here, file = Path(dataset_dir or "data").expanduser(), f"{source.dataset}-v0.npz"
     for folder in [here] if dataset_dir else [CACHE, here]:
         if (folder / file).is_file():
             return [folder / file]
@@ -32,7 +31,7 @@ def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path
         return shards
     if collect or source.dataset.startswith("pointmaze"):
         try:
-            return [common.collect.collect(source.dataset, collect or AUTO, str(here))]
+            return [common.collect.collect(source.dataset, collect or 200_000, str(here))]
         except common.collect.CollectError as error:
             raise SystemExit(f"collecting {source.dataset} failed: {error}") from None
     try:
@@ -74,14 +73,15 @@ def read(path: Path, source: Source, tasks, sparse: bool, clip: bool = True) -> 
             raw = {key: file[key] for key in file.files}
     except Exception as error:  # a cut-off zip, pickled objects, no zip at all, ...
         bad(f"not readable as an .npz file without pickles ({error})")
-    if missing := {"terminals", "observations", "actions", "qpos"} - set(raw):
+    keys = ["observations", "actions", "qpos", "button_states"]
+    if missing := {"terminals", *keys[:3]} - set(raw):
         bad(f"keys {sorted(missing)} are missing, found {sorted(raw)}")
-    for key, x in raw.items():
-        axes, rows = 1 if key == "terminals" else 2, raw["terminals"].size
+    for key in ["terminals", *keys[: 3 + ("button_states" in raw)]]:
+        x, axes, rows = raw[key], 1 if key == "terminals" else 2, raw["terminals"].size
         if x.dtype.kind not in "fiub" or x.ndim != axes or len(x) != rows:
             bad(f"'{key}' is {x.dtype} {x.shape}, expected {rows} rows of numbers in {axes} axes")
-        if not np.isfinite(x).all():
-            bad(f"'{key}' contains NaN or infinity, expected finite numbers")
+        if not (np.abs(x) < 1e30).all():
+            bad(f"'{key}' contains NaN or infinity, expected finite numbers below 1e30")
     if np.abs(raw["actions"]).max(initial=0) > 1 + 1e-4:
         bad(f"'actions' reach {np.abs(raw['actions']).max():.4g}, expected [-1, 1]")
     last = raw["terminals"].astype(bool)
@@ -89,11 +89,13 @@ def read(path: Path, source: Source, tasks, sparse: bool, clip: bool = True) -> 
     if not len(rows) or not last[-1]:
         bad("'terminals' must be 1 in the last row and 0 elsewhere but at the ends of trajectories")
     info = {key: raw[key][rows] for key in ("qpos", "button_states") if key in raw}
-    rewards, masks, sizes = [], [], (raw["observations"].shape[1:], raw["actions"].shape[1:])
+    rewards, masks, widths = [], [], [raw[k].shape[1] if k in raw else 0 for k in keys]
     for task in tasks:
         env = make_env(f"{source.env}-singletask-task{task}-v0")
-        if sizes != (expected := (env.observation_space.shape, env.action_space.shape)):
-            bad(f"'observations' and 'actions' have sizes {sizes}, {source.env} has {expected}")
+        expected = [env.observation_space.shape[0], env.action_space.shape[0]]
+        expected += [env.unwrapped.model.nq, getattr(env.unwrapped, "_num_buttons", 0)]
+        if widths != expected:
+            bad(f"{keys} have widths {widths}, expected {expected} for {source.env}")
         relabel_dataset(source.env, env, info)
         rewards.append(np.where(info["rewards"] != 0, -1, 0) if sparse else info["rewards"])
         masks.append(info["masks"])
@@ -110,7 +112,7 @@ class Shards:
     def __init__(self, paths, source, tasks, sparse, interval=1000):
         load = lambda i: jax.device_put(read(paths[i], source, tasks, sparse, len(paths) == 1))
         self.interval, self._load, self._count = interval, load, len(paths)
-        self._index, self._data, self._next = 0, load(0), (0, None)
+        self._index, self._data, self._next = 0, load(0), (None, None)
         self._thread = ThreadPoolExecutor(1)
 
     def at(self, step: int, swaps: int = 0) -> tuple[Dataset, int]:
@@ -160,10 +162,9 @@ Batch = namedtuple("Batch", "observations actions rewards masks next_observation
 
 
 def sample(key, data: Dataset, replay: Replay, task, batch_size, chunk_length, discount) -> Batch:
-    """Chunks of H steps, drawn uniformly from the dataset followed by the replay (of one agent),
-    exactly as the official sampler does. `task`: the agent's row of rewards. The key is consumed.
-
-    -> observations (B, S) at the start; actions (B, A), a_0, ..., a_{H-1}; rewards (B,), their
+    """Chunks of H steps, uniform over the dataset followed by the replay (of one agent), exactly as
+    the official sampler draws them. `task`: the agent's row of rewards. The key is consumed. ->
+    observations (B, S) at the start; actions (B, A), a_0, ..., a_{H-1}; rewards (B,), their
     discounted sum; masks (B,), 0 if the task was solved on the way; next_observations (B, S) after
     the last step; valid (B,), 0 if the trajectory ends before the last step. Then the actions run
     on into the following trajectory, while everything else stops at the end of its own."""

@@ -1,6 +1,7 @@
 """Environments by name, and a pool of them in worker processes, which import this module: no jax
 here. An episode is fixed by its seed and its actions, whichever process plays it."""
 
+import contextlib
 import difflib
 import os
 import re
@@ -23,13 +24,12 @@ Source = namedtuple("Source", "env dataset task protocol")
 
 
 def resolve(name: str) -> Source:
-    """What a short name ("cube-triple"), a dataset ("cube-triple-noisy") or a full OGBench name
-    ("cube-triple-noisy-singletask-task2-v0") stands for: OGBench's default task if it names none,
-    and chunk_length, discount, pessimism, sparse of the QAM paper. Exits if it is unknown."""
+    """Of a short name (cube-triple), dataset (cube-triple-noisy) or full OGBench name (cube-triple-
+    noisy-singletask-task2-v0), with OGBench's default task and the QAM paper's flags, or exits."""
     names = [i.removesuffix("-singletask-v0") for i in gymnasium.registry]
     known = [i for i in names if f"{i}-singletask-v0" in gymnasium.registry and "visual" not in i]
     kind = "-navigate|-stitch|-explore|-play|-noisy"
-    pattern = rf"(.+?)({kind})?(?:-singletask(?:-task([1-5]))?)?(?:-v0)?"
+    pattern = rf"(?s)(.+?)({kind})?(?:-singletask(?:-task([1-5]))?)?(?:-v0)?"
     env, kind, task = re.fullmatch(pattern, name or "-").groups()
     maze, slow = "maze" in env or "soccer" in env, "giant" in env or "humanoid" in env
     kinds = ("-navigate", "-stitch", "-explore") if maze else ("-play", "-noisy")
@@ -38,7 +38,7 @@ def resolve(name: str) -> Source:
         near = difflib.get_close_matches(name, names, cutoff=0.4) or known
         raise SystemExit(f"unknown environment '{name}'; did you mean {', '.join(near)}?")
     default = 4 if "soccer" in env or "puzzle" in env else 1 if maze else 2
-    protocol = dict(chunk_length=1 if "ant" in env or "humanoid" in env else 5,
+    protocol = dict(chunk_length=1 if env.startswith(("ant", "humanoid")) else 5,
                     discount=0.995 if slow else 0.99, pessimism=0.0 if "humanoid" in env else 0.5,
                     sparse="scene" in env or "puzzle" in env)  # fmt: skip
     return Source(env, env + (kind or kinds[0]), int(task or default), protocol)
@@ -117,7 +117,8 @@ class EnvPool:
         for slot, values in arguments.items():
             jobs.setdefault(slot % len(self._workers), []).append((slot, method, values))
         for worker, batch in jobs.items():
-            self._workers[worker][0].send(batch)
+            with contextlib.suppress(OSError):  # of a dead worker, from which recv fails, too
+                self._workers[worker][0].send(batch)
         for worker, batch in jobs.items():
             connection, process = self._workers[worker]
             try:
@@ -141,8 +142,7 @@ class EnvPool:
         """One step of n = len(slots) of them -> (n, ...) arrays: observations, next_observations,
         actions, rewards, masks (0 where the task, not the clock, ended the episode), terminals (1
         where it ended), success. Where a plan is used up, the next H actions are asked for:
-        `policy(observations (all, S), seeds (all,), ages (all,)) -> (all, H, d)`, with the seed of
-        each slot's episode and the steps since its start."""
+        `policy(observations (all, S), episodes' seeds (all,), ages (all,)) -> (all, H, d)`."""
         if not all(len(self.plans[i]) for i in slots):
             actions = policy(np.stack(self.states), self.seeds, self.ages)
             self.plans = [plan if len(plan) else new for plan, new in zip(self.plans, actions)]
@@ -181,8 +181,7 @@ class EnvPool:
         return dict(seeds=self.seeds, ages=self.ages, plans=plans)
 
     def load(self, saved: dict, actions: np.ndarray) -> None:
-        """Plays the running episodes again up to where they stood; actions (n, steps, d): all that
-        were ever played, of which the last ones count."""
+        """Plays the running episodes again; actions (n, steps, d): all that were ever played."""
         self.start(list(range(len(self.names))), list(saved["seeds"]))
         for i, age in enumerate(saved["ages"]):
             self.plans[i] = actions[i, actions.shape[1] - age :]

@@ -27,16 +27,14 @@ FREE = "run_dir dataset_dir collect workers eval_slots eval_only track".split()
 
 
 def configure(Args, env_defaults: dict, env: str, **flags):
-    """`Args` for an environment: the class's defaults, over them the domain's protocol, over that
-    the script's ENV_DEFAULTS, over that `flags`."""
+    """`Args` of an environment: class < domain's protocol < script's ENV_DEFAULTS < `flags`."""
     source, known = resolve(env), Args.__dataclass_fields__
     tuned = source.protocol | dict(tasks=(source.task,)) | env_defaults.get(source.env, {})
     return Args(**{k: v for k, v in tuned.items() if k in known} | flags | dict(env=env))
 
 
 def parse(Args, env_defaults: dict, argv=None):
-    """The flags of a script; --help shows the defaults of the environment that --env names. Exits
-    with one line if a number is out of its range."""
+    """A script's flags, checked; --help shows the defaults of the environment that --env names."""
     argv, env = sys.argv[1:] if argv is None else argv, Args.env
     for flag, value in zip(argv, [*argv[1:], ""]):
         env = value if flag == "--env" else flag[6:] if flag.startswith("--env=") else env
@@ -47,6 +45,8 @@ def parse(Args, env_defaults: dict, argv=None):
             if type(x) in (int, float) and not (0 < x <= top or x == 0 and name not in POSITIVE):
                 least = "more than 0" if name in POSITIVE else "at least 0"
                 raise SystemExit(f"{flag} {x} is out of range: expected {least}, at most {top}")
+    if not 0 < len(args.tasks) == len(set(args.tasks)):
+        raise SystemExit("--tasks must name at least one task, and none twice")
     return args
 
 
@@ -58,26 +58,25 @@ class Run:
         self.agents, self.folder = agents, Path(args.run_dir) / script / args.env / args.name
         self.start, self.wandb = time.time(), None
         made_with = dict(
-            commit=subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD"),
+            commit=subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>&-"),
             device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             python=sys.version.split()[0],
             packages={d.name: d.version for d in importlib.metadata.distributions()},
         )
         config = json.loads(json.dumps(dict(flags=vars(args) | data, made_with=made_with)))
         path, new = self.folder / "config.json", config["flags"]
-        with self._writing("(is another process using it?)"):
+        with self._writing("(in use by another process, or config.json damaged?)"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.exists():
-            old = json.loads(path.read_text())["flags"]
-            keys = [key for key in old | new if key not in FREE and old.get(key) != new.get(key)]
-            if differ := "".join(f"\n  {k}: {old.get(k)} there, {new.get(k)} now" for k in keys):
-                raise SystemExit(
-                    f"{self.folder} holds a run with another configuration:{differ}\nTo start "
-                    "another run, give it a --name; to continue that one, repeat its flags."
-                )
-        else:
+            old = json.loads(path.read_text())["flags"] if path.exists() else new
+        keys = [key for key in old | new if key not in FREE and old.get(key) != new.get(key)]
+        if differ := "".join(f"\n  {k}: {old.get(k)} there, {new.get(k)} now" for k in keys):
+            raise SystemExit(
+                f"{self.folder} holds a run with another configuration:{differ}\nTo start "
+                "another run, give it a --name; to continue that one, repeat its flags."
+            )
+        if not path.exists():
             self.write("config.json", json.dumps(config, indent=1).encode())
         if args.track:
             wandb = importlib.import_module("wandb")
@@ -87,8 +86,8 @@ class Run:
     def _writing(self, name):
         try:
             yield
-        except OSError as error:
-            problem = f"cannot write to {self.folder} {name}: {error.strerror}"
+        except (OSError, ValueError, KeyError) as error:
+            problem = f"cannot use {self.folder} {name}: {error}"
             raise SystemExit(f"{problem}. Mend that and repeat the command to continue.") from None
 
     def write(self, name: str, content: bytes) -> None:
@@ -114,7 +113,7 @@ class Run:
                 names = [f"{table}/task{task}-seed{seed}/{name}" for name in metrics]
                 self.wandb.log(dict(zip(names, numbers)), step=step)
         with self._writing(path.name), open(path, "a", newline="") as file:
-            csv.writer(file).writerows(rows)
+            csv.writer(file, lineterminator="\n").writerows(rows)
 
     def save(self, step: int, tree) -> None:
         """Writes the checkpoint: the step and any pytree of arrays."""
@@ -132,7 +131,7 @@ class Run:
         for table in self.folder.glob("*.csv"):
             head, *lines = table.read_text().splitlines(keepends=True) or [""]
             old = [x for x in lines if x[-1:] == "\n" and int(x.split(",")[2]) <= content["step"]]
-            self.write(table.name, "".join([head, *old]).encode())
+            self.write(table.name, "".join([head, *old]).encode()) if old else table.unlink()
         self.start -= content["seconds"]
         return content["step"], content["tree"]
 

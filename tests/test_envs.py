@@ -389,7 +389,6 @@ def test_a_worker_that_dies_at_work(new_pool):
         pool.call("step", {0: ([-2, 0],)})
 
 
-@pytest.mark.xfail(strict=True, raises=BrokenPipeError, reason="send is outside of the try")
 def test_a_worker_that_is_killed_between_two_steps(new_pool):
     """The same when it dies while nothing is asked of it, as by the out-of-memory killer."""
     before = psutil.Process().children()

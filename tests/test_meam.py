@@ -1,0 +1,532 @@
+"""ME-AM, exactly: sizes, QAM as a special case, every loss and gradient against formulas that are
+written down a second time (loops, explicit Jacobians, float64), and what each loss leaves alone.
+
+Shapes as in meam.py: B batch, S observation, A chunk of actions, T flow steps, K critics.
+"""
+
+import dataclasses
+from functools import partial
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+import meam
+import qam
+from common.data import Batch
+
+S = 3
+SMALL = dict(chunk_length=2, action_size=2, hidden_dims=(8, 8), num_critics=3, batch_size=6)
+OFF = dict(rho=0.0, entropy_scale=0.0)  # QAM
+
+
+def arguments(script=meam, **flags):
+    return dataclasses.replace(script.Args(), **SMALL | dict(flow_steps=4) | flags)
+
+
+FULL = arguments(rho=0.4, entropy_scale=0.3, path_weight=0.6, inv_temp=2.0, sigma_min=0.2)
+VARIANTS = {
+    "gate": FULL,
+    "no-gate": dataclasses.replace(FULL, score_gate=False),
+    "noisy": dataclasses.replace(FULL, noisy_expansion=True),
+    "static": dataclasses.replace(FULL, path_weight=1.0),
+    "anchor": dataclasses.replace(FULL, path_weight=0.0, entropy_scale=0.0, rho=0.0),
+}
+
+
+def make_batch(args, seed=0):
+    """Random chunks, of which every third ends too early."""
+    rng, B = np.random.default_rng(seed), args.batch_size
+    A = args.chunk_length * args.action_size
+    actions = rng.uniform(-1, 1, (B, A))
+    masks, valid = np.float64(np.arange(B) != 1), np.float64(np.arange(B) % 3 != 2)
+    states = rng.normal(size=(2, B, S))
+    arrays = states[0], actions, rng.normal(size=B), masks, states[1], valid
+    return Batch(*(jnp.asarray(x) for x in arrays))
+
+
+def make_state(args, seed=0):
+    """Random weights (biases and layer norms, too) in float64, targets unlike the online copies."""
+    state = meam.create(args, S, jax.random.PRNGKey(seed))
+    rng = np.random.default_rng(seed)
+
+    def shake(x):
+        return jnp.asarray(np.float64(x) + 0.3 * rng.normal(size=x.shape))
+
+    params, targets = (jax.tree.map(shake, tree) for tree in (state.params, state.targets))
+    return state.replace(params=params, targets=targets)
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+# --- the formulas again, straight from the specification -----------------------------------------
+
+
+def dense(layer, x):
+    return x @ layer["kernel"] + layer["bias"]
+
+
+def gelu(x):
+    return 0.5 * x * (1 + jnp.tanh(jnp.sqrt(2 / jnp.pi) * (x + 0.044715 * x**3)))
+
+
+def mlp(tree, x, layer_norm=False):
+    depth = sum(name.startswith("Dense") for name in tree) - 1
+    for i in range(depth):
+        x = gelu(dense(tree[f"Dense_{i}"], x))
+        if layer_norm:
+            norm = tree[f"LayerNorm_{i}"]
+            x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+            x = x * norm["scale"] + norm["bias"]
+    return dense(tree[f"Dense_{depth}"], x)
+
+
+def velocity(tree, s, x, t):
+    time = jnp.broadcast_to(t, x.shape[:-1])[..., None]
+    return mlp(tree["params"]["MLP_0"], jnp.concatenate([s, x, time], -1))
+
+
+def values(tree, s, a):
+    """(K, B), one member after the other."""
+    members, inputs = tree["params"]["VmapMLP_0"], jnp.concatenate([s, a], -1)
+    pick = lambda k: jax.tree.map(lambda x: x[k], members)
+    K = len(members["Dense_0"]["bias"])
+    return jnp.stack([mlp(pick(k), inputs, layer_norm=True)[..., 0] for k in range(K)])
+
+
+def gaussian(tree, s, a):
+    tree = tree["params"]
+    x = gelu(mlp(tree["MLP_0"], jnp.concatenate([s, a], -1)))
+    return dense(tree["Dense_0"], x), jnp.clip(dense(tree["Dense_1"], x), -20, 2)
+
+
+def noise_of(tree, s, a, sigma):
+    """eps_psi; its 64 features are sines and cosines of log sigma / wavelength."""
+    frequencies = 0.125 * 64 ** (jnp.arange(32) / 31)
+    angles = jnp.log(sigma)[..., None] * frequencies
+    features = [jnp.sin(angles), jnp.cos(angles)]
+    return mlp(tree["params"], jnp.concatenate([s, a, *features], -1), layer_norm=True)
+
+
+def ode(args, tree, s, z):
+    x = z
+    for i in range(args.flow_steps):
+        x = x + velocity(tree, s, x, i / args.flow_steps) / args.flow_steps
+    return jnp.clip(x, -1, 1)
+
+
+def expected_critic(args, params, state, batch, key):
+    z = jax.random.normal(key, batch.actions.shape)
+    q = values(state.targets["critic"], batch.next_observations,
+               ode(args, state.params["policy"], batch.next_observations, z))  # fmt: skip
+    mean = sum(q) / len(q)
+    deviation = jnp.sqrt(sum((member - mean) ** 2 for member in q) / len(q))
+    y = mean - args.pessimism * deviation
+    y = batch.rewards + args.discount**args.chunk_length * batch.masks * y
+    q = values(params["critic"], batch.observations, batch.actions)
+    return sum((batch.valid * (member - y) ** 2).sum() for member in q) / q.size
+
+
+def expected_behavior(args, params, state, batch, key):
+    z_key, t_key = jax.random.split(key)
+    actions = batch.actions
+    if args.rho > 0:
+        coin_key, noise_key = jax.random.split(jax.random.fold_in(key, 1))
+        mean, log_std = gaussian(state.params["expansion"], batch.observations, actions)
+        noise = jax.random.normal(noise_key, actions.shape) * args.noisy_expansion
+        coin = jax.random.bernoulli(coin_key, args.rho, (len(actions), 1))
+        actions = coin * jnp.tanh(mean + jnp.exp(log_std) * noise) + (1 - coin) * actions
+    z = jax.random.normal(z_key, actions.shape)
+    t = jax.random.uniform(t_key, batch.valid.shape)[:, None]
+    v = velocity(params["behavior"], batch.observations, (1 - t) * z + t * actions, t[:, 0])
+    return (batch.valid[:, None] * (v - (actions - z)) ** 2).sum() / actions.size
+
+
+def reference(args, state, s, x, t):
+    v = args.path_weight * velocity(state.targets["behavior"], s, x, t)
+    if args.path_weight < 1:
+        v = v + (1 - args.path_weight) * velocity(state.targets["policy"], s, x, t)
+    return v
+
+
+def jacobian(f, x):
+    """(B, A) -> (B, A, A), of a function of single samples."""
+    return jnp.stack([jax.jacfwd(partial(f, i))(x[i]) for i in range(len(x))])
+
+
+def path_and_adjoint(args, state, batch, key):
+    """x_0..x_{T-1}, x_T, g_0..g_{T-1} and g_T, step after step with explicit Jacobians."""
+    T, s, B = args.flow_steps, batch.observations, len(batch.actions)
+    start_key, noise_key = jax.random.split(key)
+    x = jax.random.normal(start_key, batch.actions.shape)
+    noise = jax.random.normal(noise_key, (T - 1, *x.shape))
+    path = [x]
+    for i in range(T - 1):
+        t, h = i / T, 1 / T
+        sigma = np.sqrt(2 * (1 - t + h) / (t + h))
+        drift = 2 * velocity(state.params["policy"], s, x, t) - x / (t + h)
+        x = x + h * drift + np.sqrt(h) * sigma * noise[i]
+        path.append(x)
+    x = x + reference(args, state, s, x, (T - 1) / T) / T
+
+    inside = (jnp.abs(x) <= 1) * 1.0
+    q = lambda i, a: values(state.targets["critic"], s[i], a).mean()
+    gradient = inside * jacobian(q, jnp.clip(x, -1, 1))
+    if args.noisy_expansion:
+        size = jnp.sqrt((gradient**2).sum(-1, keepdims=True))
+        gradient = jnp.where(size > 1, gradient / size, gradient)
+    g = -args.inv_temp * gradient
+    if args.entropy_scale > 0:
+        floor = jnp.full(B, args.sigma_min)
+        query = jnp.clip(x, -1, 1) if args.score_gate else x
+        score = -noise_of(state.params["score"], s, query, floor) / args.sigma_min
+        g = g + args.entropy_scale * score * (inside if args.score_gate else 1)
+    end, adjoint = g, []
+    for i in reversed(range(T)):
+        t, h = i / T, 1 / T
+        f = lambda b, y: 2 * reference(args, state, s[b], y, t + h) - y / (t + h)
+        g = g + h * jnp.einsum("bi,bij->bj", g, jacobian(f, path[i]))
+        adjoint.insert(0, g)
+    return path, x, adjoint, end
+
+
+def expected_adjoint(args, params, state, batch, key, field=reference):
+    path, _, adjoint, _ = path_and_adjoint(args, state, batch, key)
+    T, total = args.flow_steps, 0
+    for i, (x, g) in enumerate(zip(path, adjoint)):
+        sigma = np.sqrt(2 * (1 - i / T + 1 / T) / (i / T + 1 / T))
+        v = velocity(params["policy"], batch.observations, x, i / T)
+        anchor = field(args, state, batch.observations, x, i / T)
+        total += ((2 * (v - anchor) / sigma + sigma * g) ** 2).sum()
+    return total / len(batch.actions)
+
+
+def expected_expansion(args, params, state, batch, key):
+    mean, log_std = gaussian(params["expansion"], batch.observations, batch.actions)
+    u = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+    log_prob = jax.scipy.stats.norm.logpdf(u, mean, jnp.exp(log_std)).sum(-1)
+    log_prob -= jnp.log(1 - jnp.tanh(u) ** 2).sum(-1)
+    q = values(state.params["critic"], batch.observations, jnp.tanh(u)).mean(0)
+    actor = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()
+    entropy = -jax.lax.stop_gradient(log_prob).mean()
+    return actor + jnp.exp(params["log_alpha"]) * (entropy + mean.shape[-1] / 2)
+
+
+def expected_score(args, params, state, batch, key):
+    z_key, sigma_key, noise_key = jax.random.split(key, 3)
+    z = jax.random.normal(z_key, batch.actions.shape)
+    actions = ode(args, state.targets["policy"], batch.observations, z)
+    uniform = jax.random.uniform(sigma_key, batch.valid.shape)
+    sigma = args.sigma_min * (args.sigma_max / args.sigma_min) ** uniform
+    noise = jax.random.normal(noise_key, actions.shape)
+    noisy = actions + sigma[:, None] * noise
+    predicted = noise_of(params["score"], batch.observations, noisy, sigma)
+    return ((predicted - noise) ** 2).sum() / noise.size
+
+
+LOSSES = {  # name -> (of the script, from the specification, the only networks it may move)
+    "critic": (meam.critic_loss, expected_critic, {"critic"}),
+    "behavior": (meam.behavior_loss, expected_behavior, {"behavior"}),
+    "adjoint": (meam.adjoint_matching_loss, expected_adjoint, {"policy"}),
+    "expansion": (meam.expansion_loss, expected_expansion, {"expansion", "log_alpha"}),
+    "score": (meam.score_loss, expected_score, {"score"}),
+}
+
+
+def gradient(loss, args, state, batch, key):
+    """Gradient with respect to everything that could move: all parameters."""
+    of = lambda params: loss(args, params, state, batch, key)
+    return jax.jit(jax.grad(of, has_aux=loss.__module__ == "meam"))(state.params)
+
+
+def close(found, expected, tolerance=1e-9):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, tolerance, tolerance),
+                 found, expected)  # fmt: skip
+
+
+# --- sizes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, count",
+    [
+        (dict(), 11_408_435),
+        (dict(entropy_scale=0.0), 10_560_043),
+        (dict(rho=0.0), 10_592_802),
+        (OFF, 9_744_410),
+    ],
+)
+def test_parameter_counts(flags, count):
+    """The paper's 11,408,435 parameters on antmaze, QAM's 9,744,410 without both parts."""
+    args = dataclasses.replace(meam.Args(), chunk_length=1, action_size=8, **flags)
+    state = jax.eval_shape(partial(meam.create, args, 29), jax.random.PRNGKey(0))
+    assert sum(x.size for x in jax.tree.leaves(state.params)) == count
+
+
+def test_parts_that_are_off_do_not_exist():
+    """lambda = 0: no score network; rho = 0: no expansion; neither lambda nor w < 1: no anchor."""
+    everything = {"critic", "behavior", "policy"}
+
+    def parts(**flags):
+        state = jax.eval_shape(partial(meam.create, arguments(**flags), S), jax.random.PRNGKey(0))
+        moments = [x.mu for x in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+                   if hasattr(x, "mu")]  # fmt: skip
+        assert [set(mu) for mu in moments] == [set(state.params)]
+        return set(state.params), set(state.targets)
+
+    assert parts(**OFF) == (everything, {"critic", "behavior"})
+    assert parts(**OFF | dict(path_weight=0.5)) == (everything, everything)
+    assert parts(rho=0.0) == (everything | {"score"}, everything)
+    expansion = everything | {"expansion", "log_alpha"}
+    assert parts(entropy_scale=0.0) == (expansion, {"critic", "behavior"})
+    assert parts() == (expansion | {"score"}, everything)
+
+
+# --- QAM is lambda = 0, w = 1, rho = 0 -----------------------------------------------------------
+
+
+def both():
+    """The same untrained agent twice, and a batch."""
+    ours, theirs = arguments(**OFF), arguments(qam)
+    key = jax.random.PRNGKey(3)
+    batch = jax.tree.map(jnp.float32, make_batch(ours))
+    return (meam, ours, meam.create(ours, S, key)), (qam, theirs, qam.create(theirs, S, key)), batch
+
+
+def identical(x, y):
+    x, y = (jax.tree.flatten(tree) for tree in (x, y))
+    return x[1] == y[1] and all(np.array_equal(a, b) for a, b in zip(x[0], y[0]))
+
+
+def fields(state):
+    return {name: getattr(state, name) for name in ("params", "targets", "opt_state", "key")}
+
+
+def test_qam_losses_bit_for_bit():
+    """Without expansion, entropy and anchor every loss and gradient is QAM's, to the last bit."""
+    *agents, batch = both()
+    for name in ("critic_loss", "behavior_loss", "adjoint_matching_loss"):
+        results = []
+        for script, args, state in agents:
+            of = lambda p: getattr(script, name)(args, p, state, batch, jax.random.PRNGKey(5))[0]
+            results.append(jax.jit(jax.value_and_grad(of))(state.params))
+        assert identical(*results), name
+
+
+def test_qam_updates_bit_for_bit():
+    """The initial state and three updates on the same keys and batches are QAM's, too."""
+    (*ours, state), (*theirs, other), _ = both()
+    assert identical(fields(state), fields(other))
+    updates = [jax.jit(script.update, static_argnums=0) for script, _ in (ours, theirs)]
+    for seed in range(3):
+        batch = jax.tree.map(jnp.float32, make_batch(ours[1], seed))
+        state, _ = updates[0](ours[1], state, batch)
+        other, _ = updates[1](theirs[1], other, batch)
+        assert identical(fields(state), fields(other))
+
+
+def test_qam_costs_the_same():
+    """The parts that are off cost nothing: equal flops and bytes of the compiled update."""
+    *agents, batch = both()
+    costs = []
+    for script, args, state in agents:
+        update = jax.jit(lambda state, batch: script.update(args, state, batch)[0])
+        costs.append(update.lower(state, batch).compile().cost_analysis())
+    assert costs[0]["flops"] == costs[1]["flops"] > 0
+    assert costs[0]["bytes accessed"] == costs[1]["bytes accessed"]
+
+
+# --- every loss against the specification --------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_gradients(float64, name, variant):
+    """Every loss and its gradient with respect to all networks equal the specification's, in
+    float64 to 1e-9; the networks that are not the loss's own get exactly nothing."""
+    args, (loss, expected, own) = VARIANTS[variant], LOSSES[name]
+    state, batch, key = make_state(args), make_batch(args), jax.random.PRNGKey(7)
+    if not own <= set(state.params):
+        pytest.skip("this part is off")
+    found, _ = loss(args, state.params, state, batch, key)
+    close(found, expected(args, state.params, state, batch, key))
+    grads, _ = gradient(loss, args, state, batch, key)
+    close(grads, gradient(expected, args, state, batch, key))
+    for network, tree in grads.items():
+        moved = any(np.any(x) for x in jax.tree.leaves(tree))
+        assert moved == (network in own), network
+
+
+def test_adjoint_batch_is_inside_and_outside_of_the_box(float64):
+    """The comparison above sees coordinates on both sides of the clip and gradients above norm 1,
+    so that gate, clipped query and clipping of the noisy variant matter in it."""
+    args = dataclasses.replace(FULL, entropy_scale=0.0)
+    inputs = make_state(args), make_batch(args), jax.random.PRNGKey(7)
+    _, x, _, end = path_and_adjoint(args, *inputs)
+    assert 0.2 < (jnp.abs(x) > 1).mean() < 0.8
+    norms = jnp.linalg.norm(end, axis=-1) / args.inv_temp
+    assert norms.min() < 1 < norms.max()
+
+
+@pytest.mark.parametrize("clipped", (True, False))
+def test_update(float64, clipped):
+    """An update is one Adam step on the sum of all gradients, clipped by their joint norm; the
+    averages move towards the parameters from before it."""
+    args = dataclasses.replace(FULL, grad_clip=1.0 if clipped else 1e9)
+    state, batch = make_state(args), make_batch(args)
+    keys = jax.random.split(state.key, 4)
+    keys = dict(zip(("critic", "behavior", "adjoint"), keys[1:]))
+    keys |= {name: jax.random.fold_in(keys["critic"], i)
+             for i, name in ((1, "expansion"), (2, "score"))}  # fmt: skip
+    grads = [gradient(LOSSES[name][1], args, state, batch, keys[name]) for name in LOSSES]
+    grads = jax.tree.map(lambda *x: sum(x), *grads)
+    norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(grads)))
+    scale = min(1, args.grad_clip / norm)
+    new, metrics = meam.update(args, state, batch)
+    close(metrics["grad_norm"], norm)
+    assert (norm > 1) and set(new.params) == set(state.params)
+    rate = args.target_rate
+
+    def adam(x, g):  # first step, bias corrected
+        return x - args.lr * scale * g / (np.abs(scale * g) + 1e-8)
+
+    close(new.params, jax.tree.map(adam, state.params, grads))
+    for name, target in new.targets.items():
+        mean = lambda x, y: (1 - rate) * x + rate * y
+        close(target, jax.tree.map(mean, state.targets[name], state.params[name]))
+
+
+# --- single statements ---------------------------------------------------------------------------
+
+
+def test_proposition_1_identity():
+    """w |v - v_b|^2 + (1 - w) |v - v_k|^2 = |v - v_ref|^2 + w (1 - w) |v_b - v_k|^2."""
+    rng = np.random.default_rng(0)
+    v, base, anchor = rng.normal(size=(3, 100, 5))
+    w = rng.uniform(size=(100, 1))
+    squared = lambda x: (x**2).sum(-1)
+    left = w[:, 0] * squared(v - base) + (1 - w[:, 0]) * squared(v - anchor)
+    constant = w[:, 0] * (1 - w[:, 0]) * squared(base - anchor)
+    np.testing.assert_allclose(left, squared(v - w * base - (1 - w) * anchor) + constant)
+
+
+@pytest.mark.parametrize("w", (0.2, 0.6))
+def test_proposition_1_gradient(float64, w):
+    """The loss with v_ref has the gradient of the weighted sum of the losses with either field."""
+    args = dataclasses.replace(FULL, path_weight=w)
+    state, batch, key = make_state(args), make_batch(args), jax.random.PRNGKey(7)
+
+    def weighted(args, params, *rest):
+        single = lambda name: expected_adjoint(
+            args, params, *rest, field=lambda args, state, *at: velocity(state.targets[name], *at)
+        )
+        return w * single("behavior") + (1 - w) * single("policy")
+
+    grads, _ = gradient(meam.adjoint_matching_loss, args, state, batch, key)
+    close(grads, gradient(weighted, args, state, batch, key))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_valid_masks_critic_and_base_flow_only(float64, name):
+    """A chunk that ends too early is left out of the critic's and the base flow's loss, and counts
+    in all others."""
+    state, batch, key = make_state(FULL), make_batch(FULL), jax.random.PRNGKey(7)
+    loss = LOSSES[name][0]
+    none = loss(FULL, state.params, state, batch._replace(valid=0 * batch.valid), key)[0]
+    every = loss(FULL, state.params, state, batch._replace(valid=0 * batch.valid + 1), key)[0]
+    assert (none == 0 and every > 0) if name in ("critic", "behavior") else none == every
+
+
+@pytest.mark.parametrize("rho", (0.0, 0.3, 1.0))
+def test_mixture(rho):
+    """A fraction rho of whole chunks is replaced with the mode of pi_xi, the rest is the data's."""
+    args = arguments(rho=rho, batch_size=20_000)
+    state = meam.create(args, S, jax.random.PRNGKey(0))
+    batch = jax.tree.map(jnp.float32, make_batch(args))
+    mixed = np.asarray(meam.mixture(args, state, batch, jax.random.PRNGKey(1)))
+    kept = (mixed == np.asarray(batch.actions)).all(-1)
+    assert abs(1 - kept.mean() - rho) < 4 * np.sqrt(0.25 / len(kept))
+    if rho:
+        mean, _ = gaussian(state.params["expansion"], batch.observations, batch.actions)
+        np.testing.assert_allclose(mixed[~kept], jnp.tanh(mean)[~kept], rtol=1e-4, atol=1e-5)
+
+
+def test_noisy_mixture_is_sampled():
+    """The ablation replaces with samples of pi_xi: their spread is that of tanh(u)."""
+    args = arguments(rho=1.0, noisy_expansion=True, batch_size=20_000)
+    state = meam.create(args, S, jax.random.PRNGKey(0))
+    batch = jax.tree.map(lambda x: jnp.float32(0 * x), make_batch(args))
+    mixed = meam.mixture(args, state, batch, jax.random.PRNGKey(1))
+    u = np.arctanh(np.asarray(mixed, np.float64))  # zero inputs and biases: u ~ N(0, 1)
+    assert scipy.stats.kstest(u.ravel(), "norm").pvalue > 1e-3
+
+
+def test_expansion_log_probability(float64):
+    """-entropy of a single sample is scipy's log N(u) - log |d tanh u / du|, and this density has
+    mass 1 on (-1, 1)."""
+    args = arguments(batch_size=1, chunk_length=1, action_size=1)
+    state, batch = make_state(args), make_batch(args)
+    mean, log_std = (x.item() for x in
+                     gaussian(state.params["expansion"], batch.observations, batch.actions))  # fmt: skip
+
+    def density(a):
+        return scipy.stats.norm.pdf(np.arctanh(a), mean, np.exp(log_std)) / (1 - a**2)
+
+    for seed in range(5):
+        key = jax.random.PRNGKey(seed)
+        u = mean + np.exp(log_std) * jax.random.normal(key, (1, 1)).item()
+        _, metrics = meam.expansion_loss(args, state.params, state, batch, key)
+        np.testing.assert_allclose(-metrics["expansion_entropy"], np.log(density(np.tanh(u))), 1e-9)
+    u = np.linspace(mean - 9, mean + 9, 100_001) * np.exp(log_std)
+    a = np.tanh(u)
+    assert abs(np.trapezoid(density(a[np.abs(a) < 1]), a[np.abs(a) < 1]) - 1) < 1e-6
+
+
+def test_temperature_seeks_half_an_entropy_per_dimension(float64):
+    """d L / d log alpha = alpha (H + A / 2): alpha falls while the entropy is above -A / 2. The
+    actor's own alpha is a constant."""
+    state, batch, key = make_state(FULL), make_batch(FULL), jax.random.PRNGKey(7)
+    loss = lambda log_alpha: meam.expansion_loss(
+        FULL, state.params | dict(log_alpha=log_alpha), state, batch, key
+    )
+    grad, metrics = jax.grad(loss, has_aux=True)(jnp.log(0.7))
+    close(grad, 0.7 * (metrics["expansion_entropy"] + FULL.chunk_length * FULL.action_size / 2))
+
+
+@pytest.mark.parametrize("gate", (True, False))
+def test_score_gate(float64, gate):
+    """Where all of a(1) is outside of the box there is neither critic's gradient nor, behind the
+    gate, a score; and the gate never asks for one there."""
+    args = dataclasses.replace(FULL, score_gate=gate)
+    state, batch, asked = make_state(args), make_batch(args), []
+
+    def push(tree, offset):
+        params = tree["params"]["MLP_0"]
+        last = params["Dense_2"] | dict(bias=params["Dense_2"]["bias"] + offset)
+        return dict(params=dict(MLP_0=params | dict(Dense_2=last)))
+
+    def record(args, params, observations, actions, log_sigma):
+        asked.append((actions, log_sigma))
+        return 1 + actions**2
+
+    moved = {name: push(state.targets[name], 50.0) for name in ("behavior", "policy")}
+    state = state.replace(targets=state.targets | moved)
+    with mock.patch.object(meam, "predict_noise", record):
+        _, metrics = meam.adjoint_matching_loss(args, state.params, state, batch, state.key)
+    assert metrics["outside"] == 1 and metrics["tilt_norm"] == 0
+    assert (metrics["score_norm"] == 0) == gate == bool((jnp.abs(asked[0][0]) <= 1).all())
+    close(asked[0][1], jnp.full(len(batch.actions), jnp.log(args.sigma_min)))
+
+
+def test_sigma_limits():
+    """A noise floor above the largest noise is refused."""
+    arguments(sigma_min=0.5, sigma_max=0.5)
+    with pytest.raises(SystemExit, match="sigma-min"):
+        arguments(sigma_min=0.6, sigma_max=0.5)
