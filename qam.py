@@ -79,8 +79,8 @@ class Args:
     grad_clip: float = 1.0  # largest norm of the joint gradient of all networks
 
 
-# Inverse temperatures of the ten domains: launch script of the official repository. Small networks
-# for the point mazes and cube-single, which the paper does not have: tuned here (docs/qam.md).
+# Inverse temperatures of the ten domains: launch script of the official repository. The point maze
+# is not in the paper: small networks, tuned here for a CPU (benchmarks/README.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(inv_temp=10.0),
     "antmaze-giant": dict(inv_temp=3.0),
@@ -93,9 +93,9 @@ ENV_DEFAULTS = {
     "cube-triple": dict(inv_temp=3.0),
     "cube-quadruple": dict(inv_temp=1.0),
     "pointmaze-medium": dict(
-        inv_temp=10.0, flow_steps=5, hidden_dims=(128, 128), num_critics=2, batch_size=128, lr=1e-3,
-        target_rate=0.01, offline_steps=25_000, log_interval=1_000, eval_interval=5_000,
-        eval_slots=50,
+        inv_temp=3.0, discount=0.995, flow_steps=5, num_critics=2, lr=1e-3,
+        hidden_dims=(128, 128), batch_size=128, target_rate=0.01, offline_steps=20_000,
+        log_interval=1_000, eval_interval=5_000, eval_slots=50,
     ),
 }
 
