@@ -215,10 +215,9 @@ def adjoint_matching_loss(args, params, state, batch, key):
     change = field(args, params["policy"], s, path, t) - behavior(path, t)
     errors = 2 * change / sigma + sigma * adjoint
     loss = (errors**2).sum((0, 2)).mean()  # Eq. (21); ref: sums over time and coordinates, no dt
-    outside = (jnp.abs(x) > 1).mean()
     norms = dict(tilt=tilt, adjoint=adjoint[0])
     norms = {f"{name}_norm": jnp.linalg.norm(g, axis=-1).mean() for name, g in norms.items()}
-    return loss, dict(adjoint_loss=loss, outside=outside, **norms)
+    return loss, dict(adjoint_loss=loss, outside=(jnp.abs(x) > 1).mean(), **norms)
 
 
 def update(args, state, batch):
@@ -323,6 +322,9 @@ def main(args):
     state, replay = jax.device_put((saved["state"], saved["replay"]))
     pool.load(saved["pool"], np.asarray(replay.actions))
 
+    if args.eval_only and not done:
+        raise SystemExit(f"{run.folder} holds no checkpoint that could be evaluated")
+
     def report(table):
         result = evaluate(args, policy, eval_pool, agents, done)
         scores = {name: x.mean(1) for name, x in result.items() if name != "path"}
@@ -341,13 +343,11 @@ def main(args):
             now = done - args.offline_steps + 1  # the environment step that every agent takes
             data, _ = shards.at(now, args.offline_steps // shards.interval)
             if replay.rewards.shape[1] < args.online_steps:
-                fresh = Replay.create(len(agents), args.online_steps, data)
-                replay = fresh.append(vars(replay))
+                replay = Replay.create(len(agents), args.online_steps, data).append(vars(replay))
             if now == 1:
                 pool.start(everyone, [seed_of(seed, task, 0) for task, seed in agents])
             taken = pool.step(policy, everyone)
-            if args.sparse:
-                taken["rewards"] = -np.float32(taken["rewards"] != 0)
+            taken["rewards"] = -1.0 * (taken["rewards"] != 0) if args.sparse else taken["rewards"]
             replay = replay.append({name: x[:, None] for name, x in taken.items()})
             over = np.flatnonzero(taken["terminals"]).tolist()
             pool.start(over, [seed_of(agents[i][1], agents[i][0], now) for i in over])
