@@ -1,0 +1,56 @@
+"""What all tests share: no display, compiled programs kept for the session (also for the processes
+that tests start), a small real dataset, and arguments of runs that take seconds."""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("MUJOCO_GL", "disable")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # read when jax is imported
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+ENV = "pointmaze-medium"
+# Two agents; evaluations and checkpoints at 8, 16 and 24, of which 16 is the online phase's sixth
+# step: in the middle of an episode, and of the plan of five actions that began with that step.
+TINY = dict(
+    tasks=(1, 2),
+    offline_steps=10,
+    online_steps=14,
+    start_training=4,
+    log_interval=3,
+    eval_interval=8,
+    eval_episodes=2,
+    eval_slots=2,
+    workers=1,
+    hidden_dims=(16, 16),
+    num_critics=2,
+    flow_steps=3,
+    batch_size=16,
+)
+
+
+@pytest.fixture(scope="session")
+def dataset_dir(tmp_path_factory):
+    """Folder of 3000 transitions of pointmaze-medium-navigate."""
+    from common.collect import collect
+
+    folder = tmp_path_factory.mktemp("data")
+    collect("pointmaze-medium-navigate", 3000, folder, workers=1)
+    return folder
+
+
+def tiny_args(module, folder, **flags):
+    """A script's `Args` for a run of seconds on the dataset in `folder`."""
+    from common.run import configure
+
+    flags = {k: v for k, v in TINY.items() if k in module.Args.__dataclass_fields__} | flags
+    return configure(module.Args, module.ENV_DEFAULTS, ENV, dataset_dir=str(folder), **flags)
