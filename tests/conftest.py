@@ -54,3 +54,15 @@ def tiny_args(module, folder, **flags):
 
     flags = {k: v for k, v in TINY.items() if k in module.Args.__dataclass_fields__} | flags
     return configure(module.Args, module.ENV_DEFAULTS, ENV, dataset_dir=str(folder), **flags)
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    """Compiles fast and runs slowly, here and in child processes: for programs that run once."""
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)

@@ -2,7 +2,7 @@
 network, the law pi ~ pi_mix^(w/(w+lambda)) exp(tau Q/(w+lambda)), Eq. (16), and the support.
 
 Modes narrower than about 4 / T are below the resolution of T flow steps, so none is. Runs are
-deterministic on a machine; all pass with three other seeds, see the spread in each docstring.
+deterministic on a machine; the tolerances leave room around what three seeds gave.
 """
 
 import dataclasses
@@ -117,8 +117,8 @@ def test_discrete_gaussian(setting, reached):
     ],
 )
 def test_gaussian_bandit(setting, tolerance):
-    """Mean and deviation are those that Eq. (16) has in 12 steps. Tolerances: the spec's; at most
-    .03 was seen, mostly the policy's last distance to convergence."""
+    """Mean and deviation are those that Eq. (16) has in 12 steps. Tolerances: the spec's; three
+    seeds stayed within .035, an offset (the fit is not perfect) with a spread of .01."""
     actions = train(meam, GAUSSIAN, (SEED,), 3000, **setting)
     found = actions.mean(), actions.std(-1).mean()
     floor = 0.1 if setting else 0.0
@@ -128,15 +128,15 @@ def test_gaussian_bandit(setting, tolerance):
 
 def test_two_mode_bandit():
     """The rare, better mode's share keeps the order and rough size of Eq. (16), which flattens the
-    prior by w / (w + lambda): QAM .15, then .24, .29 and .39."""
+    prior by w / (w + lambda): QAM .15, then .24, .29 and .39. (Three seeds: 11 % below to 1 %
+    above the law. The samples fill the gap between the modes, so this share, counted from the
+    middle, agrees better than the density does: above .25 it is 17 to 37 % below the law.)"""
     rows = ((0, 1), (0.5, 1), (1, 1), (0.5, 0.5))
     rows = [dict(entropy_scale=lam, path_weight=w) for lam, w in rows]
     seeds, laws = (SEED, SEED + 1), [RARE.share(RARE.law(**row)) for row in rows]
     found = [(train(meam, RARE, seeds, 3000, **row) > RARE.threshold).mean() for row in rows]
     assert found == sorted(found), found
-    assert found[0] > 2 * 0.05
-    np.testing.assert_allclose(found, laws, rtol=0.4)
-    np.testing.assert_allclose(found[0], laws[0], rtol=0.2)  # without a score there is less noise
+    np.testing.assert_allclose(found, laws, rtol=0.25)
 
 
 # --- the support ---------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 import qam
 from common.data import Batch, Dataset, Replay
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 S, B = 3, 6
 
 

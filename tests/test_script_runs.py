@@ -1,0 +1,351 @@
+"""Real runs of every script, of seconds each: what they leave, that they repeat bit by bit, and
+that stops, kills and continuations change nothing. All are compared with one uninterrupted run per
+script, whose evaluations and checkpoints are at steps 8 (offline), 16 (in an episode) and 24.
+"""
+
+import csv
+import dataclasses
+import gc
+import importlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from common.run import Run
+from tests.conftest import ENV, ROOT, TINY, tiny_args
+
+SCRIPTS = ["meam", "qam"]  # paths without .py, such as baselines/fql
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+class Stop(Exception):
+    """Ends a run from within."""
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def script(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def module(script):
+    return importlib.import_module(script.replace("/", "."))
+
+
+@pytest.fixture(scope="module")
+def args(module, dataset_dir):
+    return tiny_args(module, dataset_dir)
+
+
+@pytest.fixture(scope="module")
+def reference(script, module, args, tmp_path_factory):
+    """Folder that an uninterrupted run was started in, and the numbers of compiled programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("reference"))
+        module.train_chunk.clear_cache(), module.act.clear_cache()
+        module.main(args)
+        return run_folder(script), (module.train_chunk._cache_size(), module.act._cache_size())
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder, which relative run folders are in, and no pictures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Run, "finish", lambda run, result: None)
+    return tmp_path
+
+
+def run_folder(script):
+    return os.path.abspath(f"runs/{os.path.basename(script)}/{ENV}/default")
+
+
+def rows(folder, table):
+    """Rows of <table>.csv as written, without the column `seconds`."""
+    with open(f"{folder}/{table}.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    return [{name: x for name, x in line.items() if name != "seconds"} for line in lines]
+
+
+def checkpoint(folder):
+    with open(f"{folder}/checkpoint.msgpack", "rb") as file:
+        content = flax.serialization.msgpack_restore(file.read())
+    return {name: x for name, x in content.items() if name != "seconds"}
+
+
+def contents(folder):
+    """Name -> bytes of all files in a run folder."""
+    names = sorted(name for name in os.listdir(folder) if name != ".lock")
+    return {name: open(f"{folder}/{name}", "rb").read() for name in names}
+
+
+def assert_same(folder, other):
+    """Two runs left the same, bit by bit."""
+    for table in ("train", "eval"):
+        assert rows(folder, table) == rows(other, table)
+    one, two = checkpoint(folder), checkpoint(other)
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two)):
+        assert np.asarray(x).dtype == np.asarray(y).dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def command(script, args, *more, root=ROOT):
+    """The command line of a run with these arguments."""
+    line = [sys.executable, f"{root}/{script}.py"]
+    for field in dataclasses.fields(args):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(flag if value else flag.replace("--", "--no-", 1))
+        elif field.name != "action_size":
+            line += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    return [*line, *more]
+
+
+def stop_at(monkeypatch, method, table, step):
+    """Lets `Run.log` or `Run.save` raise after its work at this step."""
+    original = getattr(Run, method)
+
+    def stopping(run, *arguments):
+        original(run, *arguments)
+        if arguments[: len(table)] == table and arguments[len(table)] >= step:
+            raise Stop
+
+    monkeypatch.setattr(Run, method, stopping)
+
+
+def run_until_stop(module, args):
+    """Runs; a Stop from within leaves nothing behind but the run folder."""
+    try:
+        module.main(args)
+        raise AssertionError("the run was not stopped")
+    except Stop:
+        pass
+    gc.collect()  # the folder's lock and the workers
+
+
+# --- what a run leaves ---------------------------------------------------------------------------
+
+
+def test_files(reference):
+    """Configuration, both tables, checkpoint, and the paths of the last evaluation."""
+    names = {"config.json", "train.csv", "eval.csv", "checkpoint.msgpack", "rollouts.npz"}
+    assert names <= set(os.listdir(reference[0]))
+    with open(f"{reference[0]}/config.json") as file:
+        flags = json.load(file)["flags"]
+    assert flags["batch_size"] == TINY["batch_size"] and flags["env"] == ENV
+    assert checkpoint(reference[0])["step"] == 24
+
+
+def test_pictures(reference):
+    """curve.png, and rollouts.png with a panel per task, are pictures that are not blank."""
+    for name, least in (("curve", 1000), ("rollouts", 600)):
+        picture = plt.imread(f"{reference[0]}/{name}.png")[..., :3]
+        assert picture.shape[1] > least and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+
+
+def test_tables(reference):
+    """A row per agent at every logged step, in order, all numbers finite. (Row 12 is the mean over
+    update 10 alone, for the first online steps are not followed by one.)"""
+    steps = dict(train=[3, 6, 8, 9, 12, 15, 16, 18, 21, 24], eval=[8, 16, 24])
+    for table, expected in steps.items():
+        lines = rows(reference[0], table)
+        assert [int(x["step"]) for x in lines] == [step for step in expected for _ in range(2)]
+        assert [int(x["task"]) for x in lines] == [1, 2] * len(expected)
+        assert np.isfinite([[float(x) for x in line.values()] for line in lines]).all()
+
+
+def test_episodes(reference):
+    """Every agent played exactly `eval_episodes` episodes; success and length are their means."""
+    with np.load(f"{reference[0]}/rollouts.npz") as file:
+        lengths = np.array([len(file[f"path{i}"]) for i in range(4)]).reshape(2, 2)
+        assert "path4" not in file and file["success"].shape == (2, TINY["eval_episodes"])
+        success = file["success"].mean(1)
+    last = rows(reference[0], "eval")[-2:]
+    np.testing.assert_allclose([float(x["length"]) for x in last], lengths.mean(1))
+    np.testing.assert_allclose([float(x["success"]) for x in last], success)
+
+
+def test_replay_is_saved_whole(reference):
+    """The checkpoint holds every online transition, and none of the empty slots."""
+    replay = checkpoint(reference[0])["tree"]["replay"]
+    assert replay["rewards"].shape == (2, 14) and replay["size"].tolist() == [14, 14]
+    online = replay["observations"]
+    assert not np.array_equal(online[0], online[1])
+    np.testing.assert_array_equal(online[:, 1:], replay["next_observations"][:, :-1])
+
+
+def test_number_of_programs(reference):
+    """Training is compiled once per phase (without and with a replay), whatever the chunks; acting
+    once for evaluations and once for the online environments."""
+    assert reference[1] == (2, 2)
+
+
+# --- repetition and continuation -----------------------------------------------------------------
+
+
+def test_repeats_bit_by_bit(script, module, args, reference, here):
+    """The same command in another folder: the same tables and checkpoint."""
+    module.main(args)
+    assert_same(run_folder(script), reference[0])
+
+
+def test_workers_and_slots_change_nothing(script, module, args, reference, here):
+    """Two workers, and one evaluation environment per agent in place of two: the same scores."""
+    module.main(dataclasses.replace(args, workers=2, eval_slots=1))
+    assert rows(run_folder(script), "train") == rows(reference[0], "train")
+    assert rows(run_folder(script), "eval") == rows(reference[0], "eval")
+
+
+@pytest.mark.parametrize(
+    "method, table, step",
+    [("log", ("train",), 9), ("log", ("eval",), 16), ("save", (), 16), ("log", ("train",), 18)],
+    ids=["offline", "before a checkpoint", "in an episode", "online"],
+)
+def test_continues_bit_by_bit(
+    script, module, args, reference, here, monkeypatch, method, table, step
+):
+    """Stopped at a step, with rows after the last checkpoint or exactly at one, and continued."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, method, table, step)
+        run_until_stop(module, args)
+    assert checkpoint(run_folder(script))["step"] == (16 if (method, step) > ("log", 16) else 8)
+    module.main(args)
+    assert_same(run_folder(script), reference[0])
+
+
+def test_killed_and_continued(script, args, reference, here):
+    """SIGKILL at random moments, early and late, and the same command again."""
+    generator, line = random.Random(script), command(script, args)
+    for sign in ("train.csv", "checkpoint.msgpack"):
+        with open("output.txt", "a") as output:
+            process = subprocess.Popen(line, stdout=output, stderr=output)
+        while not os.path.exists(f"{run_folder(script)}/{sign}"):
+            assert process.poll() is None, open("output.txt").read()
+            time.sleep(0.01)
+        time.sleep(delay := generator.uniform(0, 0.5))
+        process.kill()
+        print(f"killed {delay:.3f} s after {sign} appeared: {process.wait()}")
+        assert process.returncode == -9
+    subprocess.run(line, check=True, capture_output=True)
+    assert_same(run_folder(script), reference[0])
+
+
+def test_finished_run_stays(script, module, args, reference, here):
+    """The command of a finished run does nothing."""
+    shutil.copytree(reference[0], run_folder(script))
+    before = contents(run_folder(script))
+    module.main(args)
+    assert contents(run_folder(script)) == before == contents(reference[0])
+
+
+def test_eval_only(script, module, args, reference, here):
+    """--eval-only plays the episodes of the last evaluation again, into a table of its own."""
+    shutil.copytree(reference[0], run_folder(script))
+    module.main(dataclasses.replace(args, eval_only=True))
+    after = contents(run_folder(script))
+    assert rows(run_folder(script), "eval_only") == rows(reference[0], "eval")[-2:]
+    assert after.keys() - contents(reference[0]).keys() == {"eval_only.csv"}
+    assert contents(reference[0]).items() <= after.items()
+
+
+def test_eval_only_needs_a_checkpoint(module, args, here):
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        module.main(dataclasses.replace(args, eval_only=True))
+
+
+def test_other_flags_are_refused(script, module, args, reference, here):
+    """Another value in the same folder: one message that names the flag, and nothing changes."""
+    shutil.copytree(reference[0], run_folder(script))
+    with pytest.raises(SystemExit, match=f"lr: {args.lr} there, 0.5 now"):
+        module.main(dataclasses.replace(args, lr=0.5))
+    assert contents(run_folder(script)) == contents(reference[0])
+
+
+# --- failures ------------------------------------------------------------------------------------
+
+
+def test_divergence_stops_the_run(script, module, args, here):
+    """A learning rate of 1e30: the run ends with a message, without a checkpoint of infinities."""
+    with pytest.raises(SystemExit, match=r"\w+ of task 1, seed 0 is not finite at step \d+"):
+        module.main(dataclasses.replace(args, lr=1e30))
+    assert not os.path.exists(f"{run_folder(script)}/checkpoint.msgpack")
+
+
+def test_nan_stops_the_run(script, module, args, here, monkeypatch):
+    """A NaN of one agent: step, agent and metric are named, and the last checkpoint stays."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, "save", (), 8)
+        run_until_stop(module, args)
+    before, original = contents(run_folder(script))["checkpoint.msgpack"], module.train_chunk
+
+    def broken(*arguments):
+        state, metrics = original(*arguments)
+        return state, metrics | dict(critic_loss=jnp.array([0.0, jnp.nan]))
+
+    monkeypatch.setattr(module, "train_chunk", broken)
+    with pytest.raises(SystemExit, match="critic_loss of task 2, seed 0 is not finite at step 9"):
+        module.main(args)
+    assert contents(run_folder(script))["checkpoint.msgpack"] == before
+    assert rows(run_folder(script), "train")[-1]["step"] == "8"
+
+
+# --- in a fresh interpreter ----------------------------------------------------------------------
+
+
+def clean(folder):
+    """Environment variables without PYTHONPATH, and with a home in which nothing is yet."""
+    drop = ("PYTHONPATH", "JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "MPLCONFIGDIR")
+    kept = {name: x for name, x in os.environ.items() if name not in drop}
+    return kept | dict(HOME=str(folder), PYTHONDONTWRITEBYTECODE="1")
+
+
+def test_copied_out(script, args, tmp_path):
+    """The script and common/ are all that a run needs."""
+    (tmp_path / script).parent.mkdir(exist_ok=True)
+    shutil.copy(ROOT / f"{script}.py", tmp_path / f"{script}.py")
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    short = dataclasses.replace(args, offline_steps=2, online_steps=0, eval_episodes=1)
+    line = command(script, short, root=tmp_path)
+    variables = clean(tmp_path) | {k: v for k, v in os.environ.items() if k.startswith("JAX_")}
+    subprocess.run(line, cwd=tmp_path, env=variables, check=True, capture_output=True)
+    folder = tmp_path / "runs" / os.path.basename(script) / ENV / "default"
+    assert checkpoint(folder)["step"] == 2
+
+
+def test_help(script, module, tmp_path):
+    """--help lists every flag and touches nothing."""
+    line = [sys.executable, f"{ROOT}/{script}.py", "--help"]
+    answer = subprocess.run(line, cwd=tmp_path, env=clean(tmp_path), capture_output=True, text=True)
+    assert answer.returncode == 0 and not answer.stderr
+    for field in dataclasses.fields(module.Args):
+        flag = "--" + field.name.replace("_", "-")
+        assert (flag in answer.stdout) == (field.name != "action_size")
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_import_does_nothing(script, tmp_path):
+    """Importing prints nothing, writes nothing, starts no device and no process."""
+    check = f"""
+import importlib, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+importlib.import_module({script.replace("/", ".")!r})
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+assert not {{"wandb", "matplotlib"}} & set(sys.modules)
+assert not open(f"/proc/self/task/{{os.getpid()}}/children").read()
+"""
+    line = [sys.executable, "-c", check]
+    answer = subprocess.run(line, cwd=tmp_path, env=clean(tmp_path), capture_output=True, text=True)
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
+    assert not list(tmp_path.rglob("*"))
