@@ -106,7 +106,7 @@ ENV_DEFAULTS = {
     "cube-quadruple": dict(inv_temp=1.0, entropy_scale=0.01),
     "pointmaze-medium": dict(
         inv_temp=1.0, entropy_scale=0.01, discount=0.995, flow_steps=5, num_critics=2, lr=1e-3,
-        hidden_dims=(128, 128), batch_size=128, target_rate=0.005, offline_steps=20_000,
+        hidden_dims=(128, 128), batch_size=128, target_rate=0.005, offline_steps=25_000,
         log_interval=1_000, eval_interval=5_000, eval_slots=50,
     ),
 }
