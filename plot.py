@@ -36,6 +36,7 @@ def draw_curve(folder: Path) -> None:
     for axis, (metric, (table, title)) in zip(axes, PANELS.items()):
         columns = read_csv(folder / f"{table}.csv")
         axis.set(title=title, xlabel="updates")
+        axis.xaxis.set_major_locator(plt.MaxNLocator(4))
         if metric not in columns:
             continue
         agents = sorted(set(zip(columns["task"], columns["seed"])))

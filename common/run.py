@@ -70,7 +70,8 @@ class Run:
             self._lock = open(self.folder / ".lock", "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             old = json.loads(path.read_text())["flags"] if path.exists() else new
-        keys = [key for key in old | new if key not in FREE and old.get(key) != new.get(key)]
+        free = FREE + ["eval_episodes"] * args.eval_only
+        keys = [key for key in old | new if key not in free and old.get(key) != new.get(key)]
         if differ := "".join(f"\n  {k}: {old.get(k)} there, {new.get(k)} now" for k in keys):
             raise SystemExit(
                 f"{self.folder} holds a run with another configuration:{differ}\nTo start "

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import qam
-from common.data import Batch, Dataset, Replay
+from common.data import Batch, Dataset, Replay, sample
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 S, B = 3, 6
@@ -533,16 +533,27 @@ def test_agents_do_not_touch_each_other(x64, capacity):
     assert not np.allclose(weights[0], weights[1]) and not np.allclose(weights[0], weights[2])
 
 
-def test_chunks_add_up(x64):
-    """Five updates at once are two and three: the state, and the sums of the metrics."""
-    args, data, task = arguments(), make_data(), jnp.zeros(1, int)
-    replay = Replay.create(1, 0, data)
-    train = lambda state, n: qam.train_chunk(args, state, data, replay, task, n)
-    once, sums = train(make_agents(args, [0]), 5)
-    state, first = train(make_agents(args, [0]), 2)
-    twice, second = train(state, 3)
-    assert_close(once, twice)
-    assert_close(sums, jax.tree.map(jnp.add, first, second))
+def test_chunks_are_a_loop(x64):
+    """Chunks of two and three are five times: split the key, sample, update; metrics are sums."""
+    args, data, task = arguments(), make_data(), jnp.ones(1, int)
+    replay, state, sums = Replay.create(1, 0, data), make_state(args, key=3), []
+    row = lambda tree: jax.tree.map(lambda x: x[0], tree)
+
+    @jax.jit
+    def step(state):
+        key, batch_key = jax.random.split(state.key)
+        batch = sample(batch_key, data, row(replay), 1, B, args.chunk_length, args.discount)
+        return qam.update(args, state.replace(key=key), batch)
+
+    for _ in range(5):
+        state, metrics = step(state)
+        sums.append(metrics)
+    chunks = jax.tree.map(lambda x: x[None], make_state(args, key=3))
+    chunks, first = qam.train_chunk(args, chunks, data, replay, task, 2)
+    chunks, second = qam.train_chunk(args, chunks, data, replay, task, 3)
+    assert_close(row(chunks), state)
+    assert_close(row(first), jax.tree.map(lambda *x: sum(x), *sums[:2]), rtol=1e-7)
+    assert_close(row(second), jax.tree.map(lambda *x: sum(x), *sums[2:]), rtol=1e-7)
 
 
 def test_nothing_is_compiled_twice():

@@ -35,6 +35,7 @@ class Args:
     run_dir: str = "runs"
     workers: int = 0
     track: bool = False
+    eval_only: bool = False
     log_interval: int = 10
     eval_interval: int = 20
     chunk_length: int = 3

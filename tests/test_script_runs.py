@@ -257,6 +257,8 @@ def test_eval_only(script, module, args, reference, here):
     assert rows(run_folder(script), "eval_only") == rows(reference[0], "eval")[-2:]
     assert after.keys() - contents(reference[0]).keys() == {"eval_only.csv"}
     assert contents(reference[0]).items() <= after.items()
+    result = module.main(dataclasses.replace(args, eval_only=True, eval_episodes=3))
+    assert result["success"].shape == (2, 3)
 
 
 def test_eval_only_needs_a_checkpoint(module, args, here):
