@@ -1,17 +1,16 @@
 """ME-AM: Maximum Entropy Adjoint Matching (Ghanem and Ghogho 2026, arXiv:2605.06156).
 
-QAM's optimum pi ~ pi_beta exp(tau Q) keeps two flaws of the data: a good but rare action keeps its
-small pi_beta (popularity bias), and where pi_beta = 0 no temperature helps (support binding). ME-AM
-trains the base flow on a mixture, in which a fraction rho of the data's actions is replaced by what
-an expansion actor would do instead, and adds an entropy bonus to the adjoint's start: the score of
-the policy's own moving average, from a small denoising network. It converges to
+QAM's optimum pi ~ pi_beta exp(tau Q) keeps two flaws of the data: a good but rare action stays rare
+(popularity bias), and where pi_beta = 0 no temperature helps (support binding). ME-AM trains the
+base flow on a mixture (an expansion actor replaces a share rho of the data's actions), and adds an
+entropy bonus to the adjoint's start: the score of the policy's moving average. It converges to
 
     pi(a|s) ~ pi_mix(a|s)^(w / (w + lambda)) exp(tau Q(s, a) / (w + lambda))              Eq. (16)
     g(1) = -tau grad_a Q(s, a) + lambda grad_a log pi_k(a|s)                              Eq. (14)
     v_ref = w v_beta + (1 - w) v_k                                                        Eq. (13)
 
-lambda = 0, w = 1, rho = 0 is QAM. Equation numbers are the paper's; docs/meam.md lists where paper,
-official QAM code and this file differ (`# ref:` here), and what no source states (*chosen*).
+lambda = 0, w = 1, rho = 0 is QAM. Equation numbers are the paper's; docs/meam.md says where paper,
+QAM's official code and this file differ (`# ref:`), and what no source states (*chosen*).
 
     python meam.py                               the point maze, a few minutes on a CPU
     python meam.py --env puzzle-4x4 --rho 0.5
@@ -90,9 +89,8 @@ class Args:
             raise SystemExit("--sigma-min must not be larger than --sigma-max")
 
 
-# *Chosen*, for the paper states but rho on puzzle-4x4: QAM's inverse temperatures (its official
-# launch script), and an entropy scale of a hundredth of them, at which lambda |score| is a tenth to
-# a half of tau |grad Q| where we looked (docs/meam.md).
+# *Chosen*, for the paper states but rho on puzzle-4x4: QAM's inverse temperatures, and an entropy
+# scale of a hundredth of them: lambda |score| is a tenth to a half of tau |grad Q| (docs/meam.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(inv_temp=10.0, entropy_scale=0.1),
     "antmaze-giant": dict(inv_temp=3.0, entropy_scale=0.03),
@@ -178,23 +176,28 @@ def predict_noise(args, params, observations, actions, log_sigma):
     return network.apply(params, jnp.concatenate(inputs, axis=-1))
 
 
-def sample_actions(args, params, observations, key):
-    """a = ODE(v_theta; s, z) with z ~ N(0, I), by T Euler steps: (B, S) -> (B, A) in [-1, 1]."""
-    # ref: with nothing to tilt, QAM's official code acts with v_beta.
-    flow = params["policy"] if args.inv_temp + args.entropy_scale > 0 else params["behavior"]
+def integrate(args, flow, observations, z):
+    """ODE(v; s, z) from noise to action, by T Euler steps: (B, S), (B, A) -> (B, A) in [-1, 1]."""
 
     def euler(x, t):
         return x + field(args, flow, observations, x, t) / args.flow_steps, None
 
-    z = jax.random.normal(key, (len(observations), args.chunk_length * args.action_size))
     x, _ = jax.lax.scan(euler, z, jnp.arange(args.flow_steps) / args.flow_steps)
     return jnp.clip(x, -1, 1)  # only here, not between the steps
+
+
+def sample_actions(args, state, observations, key):
+    """a = ODE(v_theta; s, z) with z ~ N(0, I): (B, S) -> (B, A) in [-1, 1]."""
+    # ref: with nothing to tilt, QAM's official code acts with v_beta.
+    flow = state.params["policy" if args.inv_temp + args.entropy_scale > 0 else "behavior"]
+    z = jax.random.normal(key, (len(observations), args.chunk_length * args.action_size))
+    return integrate(args, flow, observations, z)
 
 
 def critic_loss(args, params, state, batch, key):
     """TD error of every critic against one pessimistic target, as in QAM."""
     # ref: a' comes from the online policy; the deviation is the population one (1/K).
-    next_actions = sample_actions(args, state.params, batch.next_observations, key)
+    next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
     next_value = next_q.mean(0) - args.pessimism * next_q.std(0)
     target = batch.rewards + args.discount**args.chunk_length * batch.masks * next_value
@@ -215,8 +218,8 @@ def expansion_loss(args, params, state, batch, key):
     alpha = jnp.exp(params["log_alpha"])
     loss = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()  # Eq. (9)
     loss += alpha * (jax.lax.stop_gradient(entropy) - target)  # Eq. (9), temperature
-    moved = jnp.abs(jnp.tanh(mean) - batch.actions).mean()
-    return loss, dict(expansion_entropy=entropy, expansion_alpha=alpha, expansion_move=moved)
+    move = jnp.abs(jnp.tanh(mean) - batch.actions).mean()
+    return loss, dict(expansion_entropy=entropy, expansion_alpha=alpha, expansion_move=move)
 
 
 def mixture(args, state, batch, key):
@@ -245,8 +248,9 @@ def behavior_loss(args, params, state, batch, key):
 
 def score_loss(args, params, state, batch, key):
     """Denoising of the anchor's actions a_k = ODE(v_k; s, z) at log-uniform noise levels."""
-    action_key, sigma_key, noise_key = jax.random.split(key, 3)
-    actions = sample_actions(args, state.targets, batch.observations, action_key)
+    z_key, sigma_key, noise_key = jax.random.split(key, 3)
+    z = jax.random.normal(z_key, batch.actions.shape)
+    actions = integrate(args, state.targets["policy"], batch.observations, z)
     limits = jnp.log(args.sigma_min), jnp.log(args.sigma_max)
     log_sigma = jax.random.uniform(sigma_key, batch.valid.shape, minval=limits[0], maxval=limits[1])
     noise = jax.random.normal(noise_key, actions.shape)
@@ -302,15 +306,14 @@ def adjoint_matching_loss(args, params, state, batch, key):
         g = g + dt * vjp(g)[0]  # Eq. (5)
         return g, g
 
-    start = -tilt + score  # Eq. (14)
-    _, adjoint = jax.lax.scan(backward, start, (path, t), reverse=True)  # (T, B, A)
+    _, adjoint = jax.lax.scan(backward, score - tilt, (path, t), reverse=True)  # Eq. (14)
 
     t, sigma = t[:, None], sigma[:, None, None]
     change = field(args, params["policy"], s, path, t) - reference(path, t)
     errors = 2 * change / sigma + sigma * adjoint
     loss = (errors**2).sum((0, 2)).mean()  # Eq. (6); ref: sums over time and coordinates, no dt
-    norms = dict(tilt=tilt, score=score, adjoint=adjoint[0])
-    norms = {f"{name}_norm": jnp.linalg.norm(g, axis=-1).mean() for name, g in norms.items()}
+    norm = lambda g: jnp.linalg.norm(g, axis=-1).mean()
+    norms = dict(tilt_norm=norm(tilt), score_norm=norm(score), adjoint_norm=norm(adjoint[0]))
     norms["score_ratio"] = norms["score_norm"] / jnp.maximum(norms["tilt_norm"], 1e-8)
     return loss, dict(adjoint_loss=loss, outside=(jnp.abs(x) > 1).mean(), **norms)
 
@@ -319,12 +322,11 @@ def update(args, state, batch):
     """One gradient step on the sum of all losses, all at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 4)
     losses = [critic_loss, behavior_loss, adjoint_matching_loss]
+    keys += [jax.random.fold_in(keys[0], i) for i in (1, 2)]
     if args.rho > 0:
         losses.append(expansion_loss)
-        keys.append(jax.random.fold_in(keys[0], 1))
     if args.entropy_scale > 0:
         losses.append(score_loss)
-        keys.append(jax.random.fold_in(keys[0], 2))
 
     def total_loss(params):
         results = [f(args, params, state, batch, k) for f, k in zip(losses, keys)]
@@ -345,16 +347,16 @@ def update(args, state, batch):
 
 
 @partial(jax.jit, static_argnames="args")
-def act(args, params, observations, seeds, ages):
+def act(args, state, observations, seeds, ages):
     """Chunks of actions for all agents: (N, E, S) -> (N, E, H, d). The noise depends on nothing
     but the episode's seed and age in steps, (N, E) each."""
 
-    def one(params, observation, seed, age):
+    def one(state, observation, seed, age):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
-        actions = sample_actions(args, params, observation[None], key)
+        actions = sample_actions(args, state, observation[None], key)
         return actions.reshape(args.chunk_length, args.action_size)
 
-    return jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(params, observations, seeds, ages)
+    return jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="state")
@@ -404,7 +406,6 @@ def main(args):
     args = dataclasses.replace(args, action_size=data.actions.shape[-1])
     files = dict(files=[path.name for path in paths], transitions=len(data.rows))
     run = Run(Path(__file__).stem, args, agents, files)
-
     keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
     state = jax.jit(jax.vmap(partial(create, args, data.observations.shape[-1])))(keys)
     task = jnp.array([args.tasks.index(task) for task, _ in agents])
@@ -414,7 +415,7 @@ def main(args):
 
     def policy(*inputs):  # flat over agents and environments, for the pools
         inputs = [x.reshape(len(agents), -1, *x.shape[1:]) for x in inputs]
-        return np.concatenate(act(args, state.params, *inputs))
+        return np.concatenate(act(args, state, *inputs))
 
     slots = min(args.eval_slots, args.eval_episodes)
     eval_pool = EnvPool([name for name in names for _ in range(slots)], args.workers)
@@ -422,7 +423,6 @@ def main(args):
     done, saved = run.restore(dict(state=state, replay=replay, pool=pool.save()))
     state, replay = jax.device_put((saved["state"], saved["replay"]))
     pool.load(saved["pool"], np.asarray(replay.actions))
-
     if args.eval_only and not done:
         raise SystemExit(f"{run.folder} holds no checkpoint that could be evaluated")
 

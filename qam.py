@@ -141,23 +141,28 @@ def field(args, params, observations, x, t):
     return Field(args.hidden_dims).apply(params, observations, x, t)
 
 
-def sample_actions(args, params, observations, key):
-    """a = ODE(f_theta; s, z) with z ~ N(0, I), by T Euler steps: (B, S) -> (B, A) in [-1, 1]."""
-    # ref: with tau = 0 the official code acts with f_beta.
-    flow = params["policy"] if args.inv_temp > 0 else params["behavior"]
+def integrate(args, flow, observations, z):
+    """ODE(f; s, z) from noise to action, by T Euler steps: (B, S), (B, A) -> (B, A) in [-1, 1]."""
 
     def euler(x, t):
         return x + field(args, flow, observations, x, t) / args.flow_steps, None
 
-    z = jax.random.normal(key, (len(observations), args.chunk_length * args.action_size))
     x, _ = jax.lax.scan(euler, z, jnp.arange(args.flow_steps) / args.flow_steps)
     return jnp.clip(x, -1, 1)  # only here, not between the steps
+
+
+def sample_actions(args, state, observations, key):
+    """a = ODE(f_theta; s, z) with z ~ N(0, I): (B, S) -> (B, A) in [-1, 1]."""
+    # ref: with tau = 0 the official code acts with f_beta.
+    flow = state.params["policy" if args.inv_temp > 0 else "behavior"]
+    z = jax.random.normal(key, (len(observations), args.chunk_length * args.action_size))
+    return integrate(args, flow, observations, z)
 
 
 def critic_loss(args, params, state, batch, key):
     """TD error of every critic against one pessimistic target.  # Eq. (23), (26)"""
     # ref: a' comes from the online policy; the deviation is the population one (1/K).
-    next_actions = sample_actions(args, state.params, batch.next_observations, key)
+    next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
     next_value = next_q.mean(0) - args.pessimism * next_q.std(0)
     target = batch.rewards + args.discount**args.chunk_length * batch.masks * next_value
@@ -215,8 +220,8 @@ def adjoint_matching_loss(args, params, state, batch, key):
     change = field(args, params["policy"], s, path, t) - behavior(path, t)
     errors = 2 * change / sigma + sigma * adjoint
     loss = (errors**2).sum((0, 2)).mean()  # Eq. (21); ref: sums over time and coordinates, no dt
-    norms = dict(tilt=tilt, adjoint=adjoint[0])
-    norms = {f"{name}_norm": jnp.linalg.norm(g, axis=-1).mean() for name, g in norms.items()}
+    norm = lambda g: jnp.linalg.norm(g, axis=-1).mean()
+    norms = dict(tilt_norm=norm(tilt), adjoint_norm=norm(adjoint[0]))
     return loss, dict(adjoint_loss=loss, outside=(jnp.abs(x) > 1).mean(), **norms)
 
 
@@ -244,16 +249,16 @@ def update(args, state, batch):
 
 
 @partial(jax.jit, static_argnames="args")
-def act(args, params, observations, seeds, ages):
+def act(args, state, observations, seeds, ages):
     """Chunks of actions for all agents: (N, E, S) -> (N, E, H, d). The noise depends on nothing
     but the episode's seed and age in steps, (N, E) each."""
 
-    def one(params, observation, seed, age):
+    def one(state, observation, seed, age):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
-        actions = sample_actions(args, params, observation[None], key)
+        actions = sample_actions(args, state, observation[None], key)
         return actions.reshape(args.chunk_length, args.action_size)
 
-    return jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(params, observations, seeds, ages)
+    return jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="state")
@@ -303,7 +308,6 @@ def main(args):
     args = dataclasses.replace(args, action_size=data.actions.shape[-1])
     files = dict(files=[path.name for path in paths], transitions=len(data.rows))
     run = Run(Path(__file__).stem, args, agents, files)
-
     keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
     state = jax.jit(jax.vmap(partial(create, args, data.observations.shape[-1])))(keys)
     task = jnp.array([args.tasks.index(task) for task, _ in agents])
@@ -313,7 +317,7 @@ def main(args):
 
     def policy(*inputs):  # flat over agents and environments, for the pools
         inputs = [x.reshape(len(agents), -1, *x.shape[1:]) for x in inputs]
-        return np.concatenate(act(args, state.params, *inputs))
+        return np.concatenate(act(args, state, *inputs))
 
     slots = min(args.eval_slots, args.eval_episodes)
     eval_pool = EnvPool([name for name in names for _ in range(slots)], args.workers)
@@ -321,7 +325,6 @@ def main(args):
     done, saved = run.restore(dict(state=state, replay=replay, pool=pool.save()))
     state, replay = jax.device_put((saved["state"], saved["replay"]))
     pool.load(saved["pool"], np.asarray(replay.actions))
-
     if args.eval_only and not done:
         raise SystemExit(f"{run.folder} holds no checkpoint that could be evaluated")
 

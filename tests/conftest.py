@@ -66,3 +66,11 @@ def quick_compile():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def float64():
+    import jax
+
+    with jax.enable_x64(True):
+        yield

@@ -5,7 +5,7 @@ Shapes as in meam.py: B batch, S observation, A chunk of actions, T flow steps, 
 """
 
 import dataclasses
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,30 @@ from jax.tree_util import DictKey
 
 import meam
 import qam
-from common.data import Batch
+from tests import reference
+from tests.reference import (
+    S,
+    check_loss,
+    check_update,
+    close,
+    count_parameters,
+    flow_matching,
+    gaussian,
+    gradient,
+    jacobian,
+    log_density,
+    make_batch,
+    memoryless_path,
+    mlp,
+    ode,
+    temporal_difference,
+    values,
+    velocity,
+)
 
-S = 3
-SMALL = dict(chunk_length=2, action_size=2, hidden_dims=(8, 8), num_critics=2, batch_size=6)
 OFF = dict(rho=0.0, entropy_scale=0.0)  # QAM
-
-
-def arguments(script=meam, **flags):
-    return dataclasses.replace(script.Args(), **SMALL | dict(flow_steps=3) | flags)
-
+arguments = partial(reference.arguments, meam)
+make_state = partial(reference.make_state, meam)
 
 FULL = arguments(rho=0.4, entropy_scale=0.3, path_weight=0.6, inv_temp=2.0, sigma_min=0.2)
 VARIANTS = {
@@ -39,75 +53,7 @@ CASES += [("behavior", "gate"), ("behavior", "noisy")]
 CASES += [("adjoint", variant) for variant in VARIANTS]
 
 
-def make_batch(args, seed=0):
-    """Random chunks, of which every third ends too early."""
-    rng, B = np.random.default_rng(seed), args.batch_size
-    A = args.chunk_length * args.action_size
-    actions = rng.uniform(-1, 1, (B, A))
-    masks, valid = np.float64(np.arange(B) != 1), np.float64(np.arange(B) % 3 != 2)
-    states = rng.normal(size=(2, B, S))
-    arrays = states[0], actions, rng.normal(size=B), masks, states[1], valid
-    return Batch(*(jnp.asarray(x) for x in arrays))
-
-
-@cache
-def make_state(args, seed=0):
-    """Random weights (biases and layer norms, too) in float64, targets unlike the online copies."""
-    state = jax.jit(partial(meam.create, args, S))(jax.random.PRNGKey(seed))
-    rng = np.random.default_rng(seed)
-
-    def shake(x):
-        return jnp.asarray(np.float64(x) + 0.3 * rng.normal(size=x.shape))
-
-    params, targets = (jax.tree.map(shake, tree) for tree in (state.params, state.targets))
-    return state.replace(params=params, targets=targets)
-
-
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 # --- the formulas again, straight from the specification -----------------------------------------
-
-
-def dense(layer, x):
-    return x @ layer["kernel"] + layer["bias"]
-
-
-def gelu(x):
-    return 0.5 * x * (1 + jnp.tanh(jnp.sqrt(2 / jnp.pi) * (x + 0.044715 * x**3)))
-
-
-def mlp(tree, x, layer_norm=False):
-    depth = sum(name.startswith("Dense") for name in tree) - 1
-    for i in range(depth):
-        x = gelu(dense(tree[f"Dense_{i}"], x))
-        if layer_norm:
-            norm = tree[f"LayerNorm_{i}"]
-            x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
-            x = x * norm["scale"] + norm["bias"]
-    return dense(tree[f"Dense_{depth}"], x)
-
-
-def velocity(tree, s, x, t):
-    time = jnp.broadcast_to(t, x.shape[:-1])[..., None]
-    return mlp(tree["params"]["MLP_0"], jnp.concatenate([s, x, time], -1))
-
-
-def values(tree, s, a):
-    """(K, B), one member after the other."""
-    members, inputs = tree["params"]["VmapMLP_0"], jnp.concatenate([s, a], -1)
-    pick = lambda k: jax.tree.map(lambda x: x[k], members)
-    K = len(members["Dense_0"]["bias"])
-    return jnp.stack([mlp(pick(k), inputs, layer_norm=True)[..., 0] for k in range(K)])
-
-
-def gaussian(tree, s, a):
-    tree = tree["params"]
-    x = gelu(mlp(tree["MLP_0"], jnp.concatenate([s, a], -1)))
-    return dense(tree["Dense_0"], x), jnp.clip(dense(tree["Dense_1"], x), -20, 2)
 
 
 def noise_of(tree, s, a, sigma):
@@ -118,27 +64,13 @@ def noise_of(tree, s, a, sigma):
     return mlp(tree["params"], jnp.concatenate([s, a, *features], -1), layer_norm=True)
 
 
-def ode(args, tree, s, z):
-    x = z
-    for i in range(args.flow_steps):
-        x = x + velocity(tree, s, x, i / args.flow_steps) / args.flow_steps
-    return jnp.clip(x, -1, 1)
-
-
 def expected_critic(args, params, state, batch, key):
     z = jax.random.normal(key, batch.actions.shape)
-    q = values(state.targets["critic"], batch.next_observations,
-               ode(args, state.params["policy"], batch.next_observations, z))  # fmt: skip
-    mean = sum(q) / len(q)
-    deviation = jnp.sqrt(sum((member - mean) ** 2 for member in q) / len(q))
-    y = mean - args.pessimism * deviation
-    y = batch.rewards + args.discount**args.chunk_length * batch.masks * y
-    q = values(params["critic"], batch.observations, batch.actions)
-    return sum((batch.valid * (member - y) ** 2).sum() for member in q) / q.size
+    actions = ode(args, state.params["policy"], batch.next_observations, z)
+    return temporal_difference(args, params, state, batch, actions)
 
 
 def expected_behavior(args, params, state, batch, key):
-    z_key, t_key = jax.random.split(key)
     actions = batch.actions
     if args.rho > 0:
         coin_key, noise_key = jax.random.split(jax.random.fold_in(key, 1))
@@ -146,38 +78,21 @@ def expected_behavior(args, params, state, batch, key):
         noise = jax.random.normal(noise_key, actions.shape) * args.noisy_expansion
         coin = jax.random.bernoulli(coin_key, args.rho, (len(actions), 1))
         actions = coin * jnp.tanh(mean + jnp.exp(log_std) * noise) + (1 - coin) * actions
-    z = jax.random.normal(z_key, actions.shape)
-    t = jax.random.uniform(t_key, batch.valid.shape)[:, None]
-    v = velocity(params["behavior"], batch.observations, (1 - t) * z + t * actions, t[:, 0])
-    return (batch.valid[:, None] * (v - (actions - z)) ** 2).sum() / actions.size
+    return flow_matching(params["behavior"], batch, actions, key)
 
 
-def reference(args, state, s, x, t):
+def reference_field(args, state, s, x, t):
     v = args.path_weight * velocity(state.targets["behavior"], s, x, t)
     if args.path_weight < 1:
         v = v + (1 - args.path_weight) * velocity(state.targets["policy"], s, x, t)
     return v
 
 
-def jacobian(f, x):
-    """(B, A) -> (B, A, A), of a function of the sample's index and value."""
-    return jax.vmap(jax.jacfwd(f, argnums=1))(jnp.arange(len(x)), x)
-
-
 def path_and_adjoint(args, state, batch, key):
     """x_0..x_{T-1}, x_T, g_0..g_{T-1} and g_T, step after step with explicit Jacobians."""
     T, s, B = args.flow_steps, batch.observations, len(batch.actions)
-    start_key, noise_key = jax.random.split(key)
-    x = jax.random.normal(start_key, batch.actions.shape)
-    noise = jax.random.normal(noise_key, (T - 1, *x.shape))
-    path = [x]
-    for i in range(T - 1):
-        t, h = i / T, 1 / T
-        sigma = np.sqrt(2 * (1 - t + h) / (t + h))
-        drift = 2 * velocity(state.params["policy"], s, x, t) - x / (t + h)
-        x = x + h * drift + np.sqrt(h) * sigma * noise[i]
-        path.append(x)
-    x = x + reference(args, state, s, x, (T - 1) / T) / T
+    policy = partial(velocity, state.params["policy"], s)
+    path, x = memoryless_path(args, policy, partial(reference_field, args, state, s), s, key)
 
     inside = (jnp.abs(x) <= 1) * 1.0
     q = lambda i, a: values(state.targets["critic"], s[i], a).mean()
@@ -194,13 +109,13 @@ def path_and_adjoint(args, state, batch, key):
     end, adjoint = g, []
     for i in reversed(range(T)):
         t, h = i / T, 1 / T
-        f = lambda b, y: 2 * reference(args, state, s[b], y, t + h) - y / (t + h)
+        f = lambda b, y: 2 * reference_field(args, state, s[b], y, t + h) - y / (t + h)
         g = g + h * jnp.einsum("bi,bij->bj", g, jacobian(f, path[i]))
         adjoint.insert(0, g)
     return path, x, adjoint, end
 
 
-def expected_adjoint(args, params, state, batch, key, field=reference):
+def expected_adjoint(args, params, state, batch, key, field=reference_field):
     path, _, adjoint, _ = path_and_adjoint(args, state, batch, key)
     T, total = args.flow_steps, 0
     for i, (x, g) in enumerate(zip(path, adjoint)):
@@ -214,8 +129,7 @@ def expected_adjoint(args, params, state, batch, key, field=reference):
 def expected_expansion(args, params, state, batch, key):
     mean, log_std = gaussian(params["expansion"], batch.observations, batch.actions)
     u = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
-    log_prob = jax.scipy.stats.norm.logpdf(u, mean, jnp.exp(log_std)).sum(-1)
-    log_prob -= jnp.log(1 - jnp.tanh(u) ** 2).sum(-1)
+    log_prob = log_density(u, mean, log_std)
     q = values(state.params["critic"], batch.observations, jnp.tanh(u)).mean(0)
     actor = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()
     entropy = -jax.lax.stop_gradient(log_prob).mean()
@@ -243,21 +157,6 @@ LOSSES = {  # name -> (of the script, from the specification, the only networks 
 }
 
 
-def gradient(loss, args, state, batch, key):
-    """Loss and its gradient with respect to everything that could move: all parameters."""
-
-    def value(params, state, batch, key):
-        result = loss(args, params, state, batch, key)
-        return result[0] if isinstance(result, tuple) else result  # of the script: with metrics
-
-    return jax.jit(jax.value_and_grad(value))(state.params, state, batch, key)
-
-
-def close(found, expected, tolerance=1e-9):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, tolerance, tolerance),
-                 found, expected)  # fmt: skip
-
-
 # --- sizes ---------------------------------------------------------------------------------------
 
 
@@ -272,9 +171,7 @@ def close(found, expected, tolerance=1e-9):
 )
 def test_parameter_counts(flags, count):
     """The paper's 11,408,435 parameters on antmaze, QAM's 9,744,410 without both parts."""
-    args = dataclasses.replace(meam.Args(), chunk_length=1, action_size=8, **flags)
-    state = jax.eval_shape(partial(meam.create, args, 29), jax.random.PRNGKey(0))
-    assert sum(x.size for x in jax.tree.leaves(state.params)) == count
+    assert count_parameters(meam, 29, 1, 8, **flags) == count
 
 
 def test_parts_that_are_off_do_not_exist():
@@ -300,7 +197,7 @@ def test_parts_that_are_off_do_not_exist():
 
 def both():
     """The same untrained agent twice, and a batch."""
-    ours, theirs = arguments(**OFF), arguments(qam)
+    ours, theirs = arguments(**OFF), reference.arguments(qam)
     key, batch = jax.random.PRNGKey(3), jax.tree.map(jnp.float32, make_batch(ours))
     create = lambda script, args: jax.jit(partial(script.create, args, S))(key)
     return (meam, ours, create(meam, ours)), (qam, theirs, create(qam, theirs)), batch
@@ -352,13 +249,7 @@ def test_qam_updates_bit_for_bit():
 def test_losses_and_gradients(float64, name, variant):
     """Every loss and its gradient with respect to all networks equal the specification's, in
     float64 to 1e-9; the networks that are not the loss's own get exactly nothing."""
-    args, (loss, expected, own) = VARIANTS[variant], LOSSES[name]
-    inputs = make_state(args), make_batch(args), jax.random.PRNGKey(7)
-    value, grads = gradient(loss, args, *inputs)
-    close((value, grads), gradient(expected, args, *inputs))
-    for network, tree in grads.items():
-        moved = any(np.any(x) for x in jax.tree.leaves(tree))
-        assert moved == (network in own), network
+    check_loss(meam, VARIANTS[variant], *LOSSES[name])
 
 
 def test_adjoint_batch_is_inside_and_outside_of_the_box(float64):
@@ -373,28 +264,11 @@ def test_adjoint_batch_is_inside_and_outside_of_the_box(float64):
 
 
 def test_update(float64):
-    """An update is one Adam step on the sum of all gradients, clipped by their joint norm; the
-    averages move towards the parameters from before it."""
-    args, state, batch = FULL, make_state(FULL), make_batch(FULL)
-    first, *more = jax.random.split(state.key, 4)[1:]
-    keys = first, *more, jax.random.fold_in(first, 1), jax.random.fold_in(first, 2)
-    keys = dict(zip(("critic", "behavior", "adjoint", "expansion", "score"), keys))
-    total = lambda args, params, state, batch, keys: sum(
-        LOSSES[name][1](args, params, state, batch, keys[name]) for name in LOSSES
-    )
-    _, grads = gradient(total, args, state, batch, keys)
-    norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(grads)))
-    assert norm > args.grad_clip
-    clipped = jax.tree.map(lambda g: g * args.grad_clip / norm, grads)
-    new, metrics = jax.jit(meam.update, static_argnums=0)(args, state, batch)
-    close(metrics["grad_norm"], norm)
-    first_moment = optax.tree_utils.tree_get(new.opt_state, "mu")
-    close(first_moment, jax.tree.map(lambda g: 0.1 * g, clipped), 1e-6)  # its rates are float32
-    adam = lambda x, g: x - args.lr * g / (np.abs(g) + 1e-8)  # first step, bias corrected
-    close(new.params, jax.tree.map(adam, state.params, clipped), 1e-6)
-    mean = lambda x, y: x + args.target_rate * (y - x)
-    online = {name: state.params[name] for name in state.targets}
-    close(new.targets, jax.tree.map(mean, state.targets, online))
+    """An update is one Adam step on the sum of all gradients, clipped by their joint norm."""
+    first, *more = jax.random.split(make_state(FULL).key, 4)[1:]
+    keys = [first, *more, jax.random.fold_in(first, 1), jax.random.fold_in(first, 2)]
+    losses = [LOSSES[name][1] for name in ("critic", "behavior", "adjoint", "expansion", "score")]
+    check_update(meam, FULL, losses, keys, clipped=True)
 
 
 # --- single statements ---------------------------------------------------------------------------

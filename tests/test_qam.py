@@ -75,6 +75,11 @@ def make_state(args, seed=0, key=7):
 create = jax.jit(qam.create, static_argnums=(0, 1))
 
 
+def acting(**params):
+    """A state that holds no more than the parameters that acting needs."""
+    return qam.State(params, None, None, None)
+
+
 def assert_close(actual, expected, rtol=1e-8, atol=1e-10):
     """Trees of the same structure, with the same numbers."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
@@ -313,7 +318,7 @@ def test_actions_are_clipped_only_at_the_end(monkeypatch):
     push = lambda args, params, s, x, t: jnp.where(t < 0.5, 8.0, -8.0) + 0 * x
     monkeypatch.setattr(qam, "field", push)
     key = jax.random.PRNGKey(0)
-    actions = qam.sample_actions(arguments(), dict(policy=None), jnp.zeros((50, S)), key)
+    actions = qam.sample_actions(arguments(), acting(policy=None), jnp.zeros((50, S)), key)
     z = jax.random.normal(key, (50, 4))
     assert np.abs(z).max() > 1
     np.testing.assert_allclose(actions, np.clip(z, -1, 1), atol=1e-5)
@@ -325,7 +330,7 @@ def test_temperature_zero_acts_with_the_behavior(monkeypatch, inv_temp, shift):
     monkeypatch.setattr(qam, "field", lambda args, params, s, x, t: params + 0 * x)
     args, key = arguments(inv_temp=inv_temp), jax.random.PRNGKey(0)
     flows = dict(policy=0.5, behavior=-0.25)
-    actions = qam.sample_actions(args, flows, jnp.zeros((9, S)), key)
+    actions = qam.sample_actions(args, acting(**flows), jnp.zeros((9, S)), key)
     z = jax.random.normal(key, (9, 4))
     np.testing.assert_allclose(actions, np.clip(z + shift, -1, 1), atol=1e-6)
 
@@ -565,7 +570,7 @@ def test_nothing_is_compiled_twice():
     for updates in (3, 7, 1, 0):
         state, _ = qam.train_chunk(args, state, data, replay, task, updates)
         seeds, ages = np.full((1, 4), updates, np.uint32), np.full((1, 4), updates, np.int32)
-        qam.act(args, state.params, np.ones((1, 4, S), np.float32), seeds, ages)
+        qam.act(args, state, np.ones((1, 4, S), np.float32), seeds, ages)
         assert qam.train_chunk._cache_size() == qam.act._cache_size() == 1
 
 
@@ -587,15 +592,15 @@ def test_actions_depend_on_seed_and_age_alone():
     alone; another seed or age gets others."""
     args, rng = arguments(), np.random.default_rng(0)
     keys = jax.random.split(jax.random.PRNGKey(0), 3)
-    params = jax.jit(jax.vmap(lambda key: qam.create(args, S, key).params))(keys)
+    state = jax.jit(jax.vmap(partial(qam.create, args, S)))(keys)
     states = np.repeat(np.float32(rng.normal(size=(3, 1, S))), 4, 1)
     seeds = np.tile(np.array([1, 1, 2**32 - 1, 1], np.uint32), (3, 1))
     ages = np.tile(np.array([0, 5, 0, 0], np.int32), (3, 1))
-    together = qam.act(args, params, states, seeds, ages)
+    together = qam.act(args, state, states, seeds, ages)
     assert together.shape == (3, 4, args.chunk_length, args.action_size)
     for n in range(3):
         for e in range(4):
-            one, own = np.s_[n : n + 1, e : e + 1], jax.tree.map(lambda x: x[n : n + 1], params)
+            one, own = np.s_[n : n + 1, e : e + 1], jax.tree.map(lambda x: x[n : n + 1], state)
             alone = qam.act(args, own, states[one], seeds[one], ages[one])
             np.testing.assert_allclose(together[one], alone, rtol=1e-5, atol=1e-6)
         assert not np.allclose(together[n, 0], together[n, 1])

@@ -48,6 +48,7 @@ def test_gaussian_bandit(monkeypatch, T, batch_size, updates, mean, std):
 
     _, average = train(qam.create(args, 1, jax.random.PRNGKey(0)))
     states = jnp.zeros((20_000, 1))
-    samples = qam.sample_actions(args, dict(policy=average), states, jax.random.PRNGKey(1))
+    state = qam.State(dict(policy=average), None, None, None)
+    samples = qam.sample_actions(args, state, states, jax.random.PRNGKey(1))
     print(f"T = {T}: {samples.mean():.3f}, {samples.std():.3f}; expected {mean}, {std}")
     np.testing.assert_allclose([samples.mean(), samples.std()], [mean, std], atol=0.05)
