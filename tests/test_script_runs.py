@@ -1,6 +1,9 @@
 """Real runs of every script, of seconds each: what they leave, that they repeat bit by bit, and
 that stops, kills and continuations change nothing. All are compared with one uninterrupted run per
 script, whose evaluations and checkpoints are at steps 8 (offline), 16 (in an episode) and 24.
+
+What depends on a script's own state and acting is tested for all of them (`every_script`), what
+only the shared blocks decide for two.
 """
 
 import csv
@@ -23,17 +26,29 @@ import numpy as np
 import pytest
 
 from common.run import Run
+from tests import shared_blocks
 from tests.conftest import ENV, ROOT, TINY, tiny_args
 
-SCRIPTS = ["meam", "qam"]  # paths without .py, such as baselines/fql
+FULLY = ["meam", "qam"]  # paths without .py
+APART = ["baselines/rlpd"]  # with shared blocks of its own, tested in its own file
+EVERY = [str(path.relative_to(ROOT).with_suffix("")) for path in shared_blocks.scripts()]
+EVERY = FULLY + [name for name in EVERY if name not in FULLY + APART]
 pytestmark = pytest.mark.usefixtures("quick_compile")
+every_script = pytest.mark.every_script
 
 
 class Stop(Exception):
     """Ends a run from within."""
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+def pytest_generate_tests(metafunc):
+    if "script" in metafunc.fixturenames:
+        marked = metafunc.definition.get_closest_marker("every_script")
+        scripts = EVERY if marked else FULLY
+        metafunc.parametrize("script", scripts, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def script(request):
     return request.param
 
@@ -100,9 +115,14 @@ def assert_same(folder, other):
         np.testing.assert_array_equal(x, y)
 
 
+def start(script, root):
+    """How a script is started: `python qam.py`, but `python -m baselines.fql` (in `root`)."""
+    return ["-m", script.replace("/", ".")] if "/" in script else [f"{root}/{script}.py"]
+
+
 def command(script, args, *more, root=ROOT):
     """The command line of a run with these arguments."""
-    line = [sys.executable, f"{root}/{script}.py"]
+    line = [sys.executable, *start(script, root)]
     for field in dataclasses.fields(args):
         value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
         if isinstance(value, bool):
@@ -137,6 +157,7 @@ def run_until_stop(module, args):
 # --- what a run leaves ---------------------------------------------------------------------------
 
 
+@every_script
 def test_files(reference):
     """Configuration, both tables, checkpoint, and the paths of the last evaluation."""
     names = {"config.json", "train.csv", "eval.csv", "checkpoint.msgpack", "rollouts.npz"}
@@ -154,6 +175,7 @@ def test_pictures(reference):
         assert picture.shape[1] > least and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
 
 
+@every_script
 def test_tables(reference):
     """A row per agent at every logged step, in order, all numbers finite. (Row 12 is the mean over
     update 10 alone, for the first online steps are not followed by one.)"""
@@ -185,6 +207,7 @@ def test_replay_is_saved_whole(reference):
     np.testing.assert_array_equal(online[:, 1:], replay["next_observations"][:, :-1])
 
 
+@every_script
 def test_number_of_programs(reference):
     """Training is compiled once per phase (without and with a replay), whatever the chunks; acting
     once for evaluations and once for the online environments."""
@@ -205,6 +228,17 @@ def test_workers_and_slots_change_nothing(script, module, args, reference, here)
     module.main(dataclasses.replace(args, workers=2, eval_slots=1))
     assert rows(run_folder(script), "train") == rows(reference[0], "train")
     assert rows(run_folder(script), "eval") == rows(reference[0], "eval")
+
+
+@every_script
+def test_continues_in_both_phases(script, module, args, reference, here, monkeypatch):
+    """Stopped offline, then within an online episode, and continued: bit for bit the same."""
+    for step in (9, 18):
+        with monkeypatch.context() as patch:
+            stop_at(patch, "log", ("train",), step)
+            run_until_stop(module, args)
+    module.main(args)
+    assert_same(run_folder(script), reference[0])
 
 
 @pytest.mark.parametrize(
@@ -312,6 +346,7 @@ def clean(folder):
     return kept | dict(HOME=str(folder), PYTHONDONTWRITEBYTECODE="1")
 
 
+@every_script
 def test_copied_out(script, args, tmp_path):
     """The script and common/ are all that a run needs."""
     (tmp_path / script).parent.mkdir(exist_ok=True)
@@ -325,10 +360,12 @@ def test_copied_out(script, args, tmp_path):
     assert checkpoint(folder)["step"] == 2
 
 
+@every_script
 def test_help(script, module, tmp_path):
     """--help lists every flag and touches nothing."""
-    line = [sys.executable, f"{ROOT}/{script}.py", "--help"]
-    answer = subprocess.run(line, cwd=tmp_path, env=clean(tmp_path), capture_output=True, text=True)
+    line = [sys.executable, *start(script, ROOT), "--help"]
+    variables = clean(tmp_path) | ({"PYTHONPATH": str(ROOT)} if "/" in script else {})
+    answer = subprocess.run(line, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert answer.returncode == 0 and not answer.stderr
     for field in dataclasses.fields(module.Args):
         flag = "--" + field.name.replace("_", "-")
@@ -336,6 +373,7 @@ def test_help(script, module, tmp_path):
     assert not list(tmp_path.rglob("*"))
 
 
+@every_script
 def test_import_does_nothing(script, tmp_path):
     """Importing prints nothing, writes nothing, starts no device and no process."""
     check = f"""

@@ -1,0 +1,104 @@
+"""Cost of an update of several methods relative to QAM's, measured side by side in one process.
+
+    python -m benchmarks.cost --scripts qam meam qam_edit qam_fql
+    python -m benchmarks.cost --scripts qam meam --sizes small paper --rounds 30
+
+In every round each script makes its updates once, one after the other, so that a slower or busier
+machine slows all of them; reported are the medians over the rounds of the seconds and of the ratio
+to QAM in the same round, and the ratio of the compiled programs' floating-point operations. Random
+data, one agent. Writes benchmarks/results/cost-<device>.json.
+"""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from benchmarks.throughput import SIZES, random_dataset
+from common.data import Batch, Replay
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    scripts: tuple[str, ...] = ("qam", "meam")  # modules; the first is the yardstick
+    sizes: tuple[str, ...] = ("paper",)  # of benchmarks.throughput.SIZES
+    rounds: int = 15  # measurements of each script, interleaved
+    seconds: float = 0.3  # of updates in a measurement, about
+    transitions: int = 50_000  # in the random dataset
+    out: str = "benchmarks/results"  # folder of the JSON file
+
+
+class Measured:
+    """A script with an agent, ready to make a number of updates."""
+
+    def __init__(self, name, size, data):
+        self.script = importlib.import_module(name)
+        flags, observation_size = SIZES[size]
+        known = {key: x for key, x in flags.items() if hasattr(self.script.Args, key)}
+        self.args, self.data = dataclasses.replace(self.script.Args(), **known), data
+        create = partial(self.script.create, self.args, observation_size)
+        self.state = jax.jit(jax.vmap(create))(jax.random.split(jax.random.PRNGKey(0), 1))
+        self.replay, self.task = Replay.create(1, 0, data), jnp.zeros(1, jnp.int32)
+
+    def flops(self):
+        """Floating-point operations of an update (loops counted once per iteration)."""
+        B, A = self.args.batch_size, self.args.chunk_length * self.args.action_size
+        S = self.data.observations.shape[-1]
+        shapes = (B, S), (B, A), (B,), (B,), (B, S), (B,)
+        batch = Batch(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+        one = jax.tree.map(lambda x: x[0], self.state)
+        update = jax.jit(self.script.update, static_argnums=0).lower(self.args, one, batch)
+        return update.compile().cost_analysis()["flops"]
+
+    def seconds(self, updates):
+        start = time.perf_counter()
+        self.state, metrics = self.script.train_chunk(
+            self.args, self.state, self.data, self.replay, self.task, updates
+        )
+        jax.block_until_ready(metrics)
+        return time.perf_counter() - start
+
+
+def main(options: Options) -> dict:
+    device = jax.devices()[0].device_kind
+    results = dict(
+        device=f"{device}, {os.cpu_count()} CPU cores",
+        versions={name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+        options={k: v for k, v in dataclasses.asdict(options).items() if k != "out"},
+        rows=[],
+    )
+    for size in options.sizes:
+        flags, observation_size = SIZES[size]
+        data = random_dataset(
+            np.random.default_rng(0), options.transitions, observation_size, flags["action_size"]
+        )
+        measured = [Measured(name, size, data) for name in options.scripts]
+        for one in measured:
+            one.seconds(1)  # compiles
+        updates = max(1, round(options.seconds / measured[0].seconds(1)))
+        times = np.array([[m.seconds(updates) for m in measured] for _ in range(options.rounds)])
+        ratios, flops = np.median(times / times[:, :1], axis=0), [m.flops() for m in measured]
+        print(f"{size}: {'script':18s} ms/update  times {options.scripts[0]}  flops times")
+        for i, name in enumerate(options.scripts):
+            row = dict(size=size, script=name, ms=1e3 * np.median(times[:, i]) / updates)
+            row |= dict(ratio=ratios[i], flops_ratio=flops[i] / flops[0])
+            results["rows"].append(row)
+            print(f"{'':{len(size) + 2}s}{name:18s} {row['ms']:9.2f}  {ratios[i]:9.2f}"
+                  f"  {row['flops_ratio']:9.2f}")  # fmt: skip
+    path = Path(options.out, f"cost-{device}.json".replace(" ", "-").lower())
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written to {path}")
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,133 @@
+"""Learning runs on small networks, one command per committed table of results.
+
+    python -m benchmarks.learning methods            every offline method, point maze, task 1
+    python -m benchmarks.learning pointmaze          ME-AM, its ablations and QAM, tasks 1 to 5
+    python -m benchmarks.learning cube               the same on cube-single (needs its dataset)
+    python -m benchmarks.learning pointmaze --table  only prints the table of the committed results
+
+A run that is complete is not run again, and an interrupted one continues. All evaluations go to
+benchmarks/results/<suite>.csv; commands, flags, versions, device and seconds to <suite>.json. The
+table shows the last evaluation: mean success over seeds [95 % bootstrap interval over seeds].
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = """meam qam qam_edit qam_fql baselines.bam baselines.fbrac baselines.fql baselines.fawac
+    baselines.dac baselines.qsm baselines.dsrl baselines.fedit baselines.ifql baselines.rebrac"""
+GUIDANCE = ("plain", "mse", "linex")
+ABLATIONS = {  # label -> command line
+    "QAM": "qam",
+    "ME-AM": "meam",
+    "ME-AM, rho = 0": "meam --rho 0",
+    "ME-AM, lambda = 0": "meam --entropy-scale 0",
+    "ME-AM, w = 0.5": "meam --path-weight 0.5",
+    "ME-AM, noisy expansion": "meam --noisy-expansion",
+}
+CUBE = """--env cube-single-play-singletask-v0 --hidden-dims 256 256 --num-critics 2 --flow-steps 5
+    --batch-size 128 --lr 5e-4 --offline-steps 20000 --log-interval 1000 --eval-interval 5000"""
+SUITES = {  # suite -> (label -> command line, flags of all, tasks)
+    "methods": (
+        {"behaviour cloning": "qam --inv-temp 0"}
+        | {name.split(".")[-1]: name for name in OFFLINE.split()}
+        | {f"cgql {mode}": f"baselines.cgql --guidance {mode}" for mode in GUIDANCE}
+        | {"rlpd": "baselines.rlpd"},
+        "",
+        (1,),
+    ),
+    "pointmaze": (ABLATIONS, "--offline-steps 15000 --eval-interval 15000", (1, 2, 3, 4, 5)),
+    "cube": (ABLATIONS, CUBE, (1, 2, 3, 4, 5)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    suite: Annotated[str, tyro.conf.Positional]  # methods, pointmaze or cube
+    seeds: int = 4  # per task: 0, 1, ...
+    only: tuple[str, ...] = ()  # labels to run (default: all)
+    dataset_dir: str = ""  # where the scripts find or make the datasets
+    run_dir: str = "runs/learning"  # where the run folders are kept
+    table: bool = False  # run nothing, print the table of what is committed
+    out: str = str(ROOT / "benchmarks/results")  # folder of CSV and JSON
+
+
+def run(label, command, options, flags, tasks):
+    """One run of a script. Returns its command line, configuration and evaluations."""
+    module, *own = shlex.split(command)
+    name = f"{options.suite}-{'-'.join(c for c in label.replace(',', '').split() if c != '=')}"
+    line = [module, *shlex.split(flags), *own, "--tasks", *map(str, tasks)]
+    line += ["--num-seeds", str(options.seeds), "--name", name, "--run-dir", options.run_dir]
+    line += ["--dataset-dir", options.dataset_dir] if options.dataset_dir else []
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    subprocess.run([sys.executable, "-m", *line], check=True, env=os.environ | {"PYTHONPATH": path})
+    (folder,) = Path(options.run_dir, module.split(".")[-1]).glob(f"*/{name}")
+    with open(folder / "eval.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    config = json.loads((folder / "config.json").read_text())
+    for flag in ("name", "run_dir", "dataset_dir"):  # of this machine
+        del config["flags"][flag]
+    shown = shlex.join(["python", "-m", module, *shlex.split(flags), *own])
+    return dict(command=shown, config=config), [dict(label=label, **row) for row in rows]
+
+
+def interval(values):
+    """Mean and 95 % percentile bootstrap of it: (n,) -> three floats."""
+    draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
+    return float(np.mean(values)), *np.percentile(draws.mean(1), (2.5, 97.5))
+
+
+def table(rows):
+    """Markdown: a row per label; success per task and over all, mean [interval]; length."""
+    tasks = sorted({row["task"] for row in rows})
+    columns = [f"task {task}" for task in tasks] + ["mean"] * (len(tasks) > 1) + ["episode length"]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for label in dict.fromkeys(row["label"] for row in rows):
+        own = [row for row in rows if row["label"] == label]
+        last = max(int(row["step"]) for row in own)
+        own = [row for row in own if int(row["step"]) == last]
+        seeds = sorted({row["seed"] for row in own}, key=int)
+        at = {(row["task"], row["seed"]): float(row["success"]) for row in own}
+        success = np.array([[at[task, seed] for seed in seeds] for task in tasks])
+        groups = [*success] + [success.mean(0)] * (len(tasks) > 1)
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*interval(group)) for group in groups]
+        length = np.mean([float(row["length"]) for row in own])
+        lines.append("| " + " | ".join([label, *cells, f"{length:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def main(options):
+    if options.suite not in SUITES:
+        raise SystemExit(f"there is no suite {options.suite}; choose one of {', '.join(SUITES)}")
+    commands, flags, tasks = SUITES[options.suite]
+    results, notes = (Path(options.out, f"{options.suite}.{end}") for end in ("csv", "json"))
+    rows, runs = [], {}
+    if results.exists():  # of other labels, or of an earlier call
+        with open(results, newline="") as file:
+            rows = list(csv.DictReader(file))
+        runs = json.loads(notes.read_text())
+    for label in () if options.table else options.only or commands:
+        runs[label], new = run(label, commands[label], options, flags, tasks)
+        kept = [row for row in rows if row["label"] != label]
+        order = list(commands)
+        rows = sorted(kept + new, key=lambda row: order.index(row["label"]))
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        with open(results, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader(), writer.writerows(rows)
+        notes.write_text(json.dumps(runs, indent=1) + "\n")
+    print(table(rows) if rows else "nothing was run")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
