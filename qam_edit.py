@@ -7,11 +7,11 @@ soft actor-critic with a tuned temperature (after EXPO, Dong et al. 2025, arXiv:
     dx = (2 f_theta(s, x, t) - x / t) dt + sigma_t dB,  sigma_t^2 = 2 (1 - t) / t         Eq. (19)
     dg = -g^T grad_x [2 f_beta(s, x, t) - x / t] dt,    g(1) = -tau grad_a Q(s, a)        Eq. (22)
     L(theta) = E int |2 (f_theta - f_beta) / sigma_t + sigma_t g|^2 dt                    Eq. (21)
-    a = clip(a~ + sigma_a e),  a~ = ODE(f_theta; s, z),  e = tanh u ~ pi_omega(.|s, a~)   Eq. (E1)
-    L(omega) = E[alpha log pi_omega(e|s, a~) - Q(s, a)]                                   Eq. (E2)
+    L(omega) = E[alpha log pi_omega(e|s, a~) - Q(s, clip(a~ + sigma_a e))],
+        a~ = ODE(f_theta; s, z),  e = tanh u ~ pi_omega(.|s, a~)                          Eq. (30)
 
-sigma_a = 0 is QAM. Numbers are the paper's (with letters: ours, see docs/equations.md); where paper
-and official code differ, this file follows the code (`# ref:`), see docs/qam.md, docs/qam_edit.md.
+sigma_a = 0 is QAM. Equation numbers are the paper's; where paper and official code differ, this
+file follows the code (`# ref:`), see docs/qam.md and docs/qam_edit.md.
 
     python qam_edit.py                               the point maze, a few minutes on a CPU
     python qam_edit.py --env puzzle-4x4 --tasks 1 2 3 4 5
@@ -164,7 +164,7 @@ def edit(args, params, observations, actions, key):
     u = mean + jnp.exp(log_std) * noise
     log_prob = (-0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
     log_prob -= (2 * (jnp.log(2) - u - jax.nn.softplus(-2 * u))).sum(-1)  # of e = tanh(u)
-    return jnp.clip(actions + args.edit_scale * jnp.tanh(u), -1, 1), log_prob  # Eq. (E1)
+    return jnp.clip(actions + args.edit_scale * jnp.tanh(u), -1, 1), log_prob
 
 
 def sample_actions(args, state, observations, key):
@@ -254,8 +254,9 @@ def edit_loss(args, params, state, batch, key):
     q = critic(args, state.params["critic"], batch.observations, actions).mean(0)
     entropy, target = -log_prob.mean(), -0.5 * actions.shape[-1]
     alpha = jnp.exp(params["log_alpha"])
-    loss = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()  # Eq. (E2)
-    loss += alpha * (jax.lax.stop_gradient(entropy) - target)  # Eq. (E3)
+    loss = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()  # Eq. (30)
+    # ref: (30) has no entropy term; code and later text have FEdit's constraint.
+    loss += alpha * (jax.lax.stop_gradient(entropy) - target)  # Eq. (77)
     size = jnp.abs(actions - flow_actions).mean()
     return loss, dict(edit_entropy=entropy, edit_alpha=alpha, edit_size=size)
 

@@ -7,11 +7,10 @@ from noise to action while it climbs the critic, as in Flow Q-Learning (Park, Li
     dx = (2 f_theta(s, x, t) - x / t) dt + sigma_t dB,  sigma_t^2 = 2 (1 - t) / t         Eq. (19)
     dg = -g^T grad_x [2 f_beta(s, x, t) - x / t] dt,    g(1) = -tau grad_a Q(s, a)        Eq. (22)
     L(theta) = E int |2 (f_theta - f_beta) / sigma_t + sigma_t g|^2 dt                    Eq. (21)
-    L(omega) = E[alpha |mu_omega(s, z) - ODE(f_theta; s, z)|^2 / A - Q(s, mu_omega(s, z))]  Eq. (F1)
+    L(omega) = E[alpha |mu_omega(s, z) - ODE(f_theta; s, z)|^2 / A - Q(s, mu_omega(s, z))]  Eq. (29)
 
-alpha = infinity is QAM, written as 0 here. Numbers are the paper's (with letters: ours, see
-docs/equations.md); where paper and official code differ, this file follows the code (`# ref:`), see
-docs/qam.md and docs/qam_fql.md.
+alpha = infinity is QAM, written as 0 here. Equation numbers are the paper's; where paper and
+official code differ, this file follows the code (`# ref:`), see docs/qam.md, docs/qam_fql.md.
 
     python qam_fql.py                                the point maze, a few minutes on a CPU
     python qam_fql.py --env puzzle-4x4 --tasks 1 2 3 4 5
@@ -247,7 +246,7 @@ def one_step_loss(args, params, state, batch, key):
     distillation = ((actions - teacher) ** 2).mean()
     clipped = jnp.clip(actions, -1, 1)
     q = critic(args, state.params["critic"], batch.observations, clipped).mean()
-    loss = args.fql_alpha * distillation - q  # Eq. (F1)
+    loss = args.fql_alpha * distillation - q  # Eq. (29)
     return loss, dict(distillation_loss=distillation, one_step_q=q)
 
 
