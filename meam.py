@@ -74,7 +74,7 @@ class Args:
     noisy_expansion: bool = False  # ablation: sampled expansions, critic gradient of norm <= 1
     inv_temp: float = 1.0  # tau: inverse temperature of exp(tau Q); 0 is behaviour cloning
     pessimism: float = 0.5  # rho: a target's value is mean - rho std over the critics
-    flow_steps: int = 10  # T: Euler steps of flow, SDE and adjoint
+    flow_steps: int = 10  # T: steps from noise to action, of the flow or the diffusion
 
     # networks and optimiser
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # of all networks

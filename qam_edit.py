@@ -8,7 +8,7 @@ soft actor-critic with a tuned temperature (after EXPO, Dong et al. 2025, arXiv:
     dg = -g^T grad_x [2 f_beta(s, x, t) - x / t] dt,    g(1) = -tau grad_a Q(s, a)        Eq. (22)
     L(theta) = E int |2 (f_theta - f_beta) / sigma_t + sigma_t g|^2 dt                    Eq. (21)
     L(omega) = E[alpha log pi_omega(e|s, a~) - Q(s, clip(a~ + sigma_a e))],
-        a~ = ODE(f_theta; s, z),  e = tanh u ~ pi_omega(.|s, a~)                          Eq. (30)
+        a~ = ODE(f_theta; s, z),  e = tanh u ~ pi_omega(.|s, a~)                          Eq. (31)
 
 sigma_a = 0 is QAM. Equation numbers are the paper's; where paper and official code differ, this
 file follows the code (`# ref:`), see docs/qam.md and docs/qam_edit.md.
@@ -69,7 +69,7 @@ class Args:
     edit_scale: float = 0.1  # sigma_a: largest edit of a coordinate; 0 is QAM, without edit policy
     inv_temp: float = 1.0  # tau: inverse temperature of exp(tau Q); 0 is behaviour cloning
     pessimism: float = 0.5  # rho: a target's value is mean - rho std over the critics
-    flow_steps: int = 10  # T: Euler steps of flow, SDE and adjoint
+    flow_steps: int = 10  # T: steps from noise to action, of the flow or the diffusion
 
     # networks and optimiser
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # of all networks
@@ -254,9 +254,9 @@ def edit_loss(args, params, state, batch, key):
     q = critic(args, state.params["critic"], batch.observations, actions).mean(0)
     entropy, target = -log_prob.mean(), -0.5 * actions.shape[-1]
     alpha = jnp.exp(params["log_alpha"])
-    loss = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()  # Eq. (30)
-    # ref: (30) has no entropy term; code and later text have FEdit's constraint.
-    loss += alpha * (jax.lax.stop_gradient(entropy) - target)  # Eq. (77)
+    loss = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()  # Eq. (31)
+    # ref: the submission has no entropy term; code and later text have FEdit's constraint.
+    loss += alpha * (jax.lax.stop_gradient(entropy) - target)  # Eq. (78)
     size = jnp.abs(actions - flow_actions).mean()
     return loss, dict(edit_entropy=entropy, edit_alpha=alpha, edit_size=size)
 

@@ -7,7 +7,7 @@ from noise to action while it climbs the critic, as in Flow Q-Learning (Park, Li
     dx = (2 f_theta(s, x, t) - x / t) dt + sigma_t dB,  sigma_t^2 = 2 (1 - t) / t         Eq. (19)
     dg = -g^T grad_x [2 f_beta(s, x, t) - x / t] dt,    g(1) = -tau grad_a Q(s, a)        Eq. (22)
     L(theta) = E int |2 (f_theta - f_beta) / sigma_t + sigma_t g|^2 dt                    Eq. (21)
-    L(omega) = E[alpha |mu_omega(s, z) - ODE(f_theta; s, z)|^2 / A - Q(s, mu_omega(s, z))]  Eq. (29)
+    L(omega) = E[alpha |mu_omega(s, z) - ODE(f_theta; s, z)|^2 / A - Q(s, mu_omega(s, z))]  Eq. (30)
 
 alpha = infinity is QAM, written as 0 here. Equation numbers are the paper's; where paper and
 official code differ, this file follows the code (`# ref:`), see docs/qam.md, docs/qam_fql.md.
@@ -68,7 +68,7 @@ class Args:
     fql_alpha: float = 100.0  # alpha: weight of the distillation, per coordinate; 0 is QAM
     inv_temp: float = 1.0  # tau: inverse temperature of exp(tau Q); 0 is behaviour cloning
     pessimism: float = 0.5  # rho: a target's value is mean - rho std over the critics
-    flow_steps: int = 10  # T: Euler steps of flow, SDE and adjoint
+    flow_steps: int = 10  # T: steps from noise to action, of the flow or the diffusion
 
     # networks and optimiser
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # of all networks
@@ -246,7 +246,7 @@ def one_step_loss(args, params, state, batch, key):
     distillation = ((actions - teacher) ** 2).mean()
     clipped = jnp.clip(actions, -1, 1)
     q = critic(args, state.params["critic"], batch.observations, clipped).mean()
-    loss = args.fql_alpha * distillation - q  # Eq. (29)
+    loss = args.fql_alpha * distillation - q  # Eq. (30)
     return loss, dict(distillation_loss=distillation, one_step_q=q)
 
 

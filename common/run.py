@@ -20,10 +20,10 @@ import tyro
 from common.envs import resolve
 
 POSITIVE = """tasks num_seeds start_training log_interval eval_interval eval_episodes eval_slots lr
-chunk_length flow_steps hidden_dims num_critics batch_size grad_clip sigma_min""".split()
-AT_MOST = dict(tasks=5, discount=1, target_rate=1, rho=1, path_weight=1)
-# flags that may differ when a run is continued, for they change no result
-FREE = "run_dir dataset_dir collect workers eval_slots eval_only track".split()
+chunk_length flow_steps hidden_dims num_critics batch_size grad_clip sigma_min target_delay
+num_candidates fbrac_alpha""".split()
+AT_MOST = dict(tasks=5, discount=1, target_rate=1, rho=1, path_weight=1, expectile=1)
+FREE = "run_dir dataset_dir collect workers eval_slots eval_only track".split()  # change no result
 
 
 def configure(Args, env_defaults: dict, env: str, **flags):

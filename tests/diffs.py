@@ -15,8 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = {  # (parent, child) -> most lines that may be added and removed
     ("qam", "meam"): 170,
-    ("qam", "qam_edit"): 80,
-    ("qam", "qam_fql"): 70,
+    ("qam", "qam_edit"): 55,
+    ("qam", "qam_fql"): 45,
+    ("qam", "baselines/bam"): 55,
+    ("qam_fql", "baselines/fql"): 85,
+    ("baselines/fql", "baselines/fedit"): 65,
+    ("baselines/fql", "baselines/fbrac"): 55,
+    ("baselines/dac", "baselines/qsm"): 35,
 }
 
 

@@ -38,9 +38,13 @@ def make_batch(args, seed=0):
     return Batch(*(jnp.asarray(x) for x in arrays))
 
 
-@cache
 def make_state(script, args, seed=0):
     """Random weights (biases and layer norms, too) in float64, targets unlike the online copies."""
+    return _make_state(script, args, seed, jax.config.jax_enable_x64)
+
+
+@cache
+def _make_state(script, args, seed, precision):
     state = jax.jit(partial(script.create, args, S))(jax.random.PRNGKey(seed))
     rng = np.random.default_rng(seed)
 
@@ -105,7 +109,7 @@ def gaussian(tree, *inputs):
 def log_density(u, mean, log_std):
     """log pi(tanh u) with u ~ N(mean, std), (B,)."""
     normal = jax.scipy.stats.norm.logpdf(u, mean, jnp.exp(log_std)).sum(-1)
-    return normal - jnp.log(1 - jnp.tanh(u) ** 2).sum(-1)
+    return normal + 2 * jnp.log(jnp.cosh(u)).sum(-1)  # log(1 - tanh^2) cancels for large u
 
 
 def ode(args, tree, s, z):

@@ -16,10 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CANONICAL = ROOT / "meam.py"
 TOP_LEVEL = [ROOT / f"{name}.py" for name in ("meam", "qam", "qam_edit", "qam_fql", "fmer")]
-FORKS: set[tuple[str, str]] = set()  # (script, block)
+FORKS = {  # (script, block)
+    ("baselines/rlpd.py", name) for name in ("run arguments", "many agents", "evaluate and main")
+}
 
 FENCE = re.compile(
-    r"^ *# --- (?P<kind>shared|forked): (?P<name>[\w ]+?)(?: \(.+\))? -+\n"
+    r"^ *# --- (?P<kind>shared|forked): (?P<name>[\w ]+?)(?: \([^\n]+\))? -+\n"
     r"(?P<text>.*?)^ *# --- end (?P=kind) -+\n",
     re.DOTALL | re.MULTILINE,
 )

@@ -18,7 +18,12 @@ PAPER_DOMAINS = (
     "puzzle-4x4 cube-double cube-triple cube-quadruple"
 ).split()
 # flags that differ between scripts on purpose: name -> why
-DIFFERENT = {"fql_alpha": "in qam_fql.py 0 means no one-step policy"}
+DIFFERENT = {
+    "edit_scale": "in qam_edit.py 0 means no edit policy",
+    "fql_alpha": "in qam_fql.py 0 means no one-step policy",
+    "inv_temp": "in cgql.py 0 is not behaviour cloning: x / t still guides",
+    "online_steps": "RLPD has no offline phase: its length is the run's",
+}
 ORDER = "Args ENV_DEFAULTS State create update act train_chunk evaluate main".split()
 
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=NAMES)

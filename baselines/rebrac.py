@@ -1,0 +1,357 @@
+"""ReBRAC: Revisited Behavior-Regularized Actor-Critic (Tarasov et al., NeurIPS 2023), as the
+baseline of QAM (Li and Levine, ICLR 2026, arXiv:2601.14234), whose numbers and code it follows.
+
+A deterministic policy pi(s) ascends the critic and is held near the data by a squared distance: TD3
+(Fujimoto et al., ICML 2018) with behaviour cloning. Dividing the value by its mean size makes one
+alpha fit all scales of reward. There is no generative model: where the data act in several ways at
+a state, the penalty pulls towards their mean.
+
+    a' = clip(pi_bar(s') + clip(sigma xi, -c, c), -1, 1),   xi ~ N(0, I)              Eq. (ReBRAC1)
+    L(pi) = - <Q(s, pi(s))> / <|Q(s, pi(s))|> + alpha <|pi(s) - a|^2>                 Eq. (ReBRAC2)
+
+Plain equation numbers are those of Li and Levine 2026; numbers with letters are ours, see
+docs/equations.md. docs/rebrac.md lists what differs from the original ReBRAC (`# ref:`).
+
+    python -m baselines.rebrac                       the point maze, small networks
+    python -m baselines.rebrac --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
+
+Shapes: B batch, S observation, H chunk length, d action, A = H d flattened chunk, K critics,
+N agents (tasks x seeds) trained at once.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tqdm import tqdm
+
+from common.data import Replay, Shards, locate, sample
+from common.envs import EnvPool, resolve, seed_of
+from common.networks import MLP, Critic
+from common.run import Run, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    # --- shared: run arguments ---
+    env: str = "pointmaze-medium"  # short name (puzzle-4x4), dataset or full OGBench name
+    tasks: tuple[int, ...] = (1,)  # tasks 1..5, trained at once on one copy of the data
+    seed: int = 0  # first seed; an agent does not depend on those trained beside it
+    num_seeds: int = 1  # seeds per task: seed, seed + 1, ...
+    name: str = "default"  # of the run's folder runs/<script>/<env>/<name>
+    run_dir: str = "runs"  # where the folders of all runs are
+    dataset_dir: str = ""  # OGBench's files or 100M shards (default: OGBench's cache, then data/)
+    collect: int = 0  # make a missing dataset: transitions of OGBench's scripted expert
+    offline_steps: int = 1_000_000  # gradient updates on the dataset
+    online_steps: int = 0  # then environment steps, each with an update (paper: 500,000)
+    start_training: int = 5_000  # first environment step that is followed by an update
+    log_interval: int = 5_000  # updates between two rows of train.csv (means over them)
+    eval_interval: int = 50_000  # updates between two evaluations, each with a checkpoint
+    eval_episodes: int = 50  # episodes per evaluation and agent
+    eval_slots: int = 10  # environments that share them, per agent
+    workers: int = 0  # processes that step environments (0: one per core)
+    eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
+    track: bool = False  # log to Weights & Biases, too
+    chunk_length: int = 5  # H: actions chosen at once and played open loop
+    discount: float = 0.99  # gamma, per environment step
+    sparse: bool = False  # reward -1 until all is done (else minus the number of unmet sub-goals)
+    action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the dataset
+    # --- end shared ---
+
+    # method
+    rebrac_alpha: float = 0.01  # alpha: weight of behaviour cloning against the normalised value
+    actor_noise: float = 0.0  # sigma: deviation of the noise on all actions, also in evaluations
+    noise_clip: float = 0.5  # c: largest noise
+    target_delay: int = 2  # updates between two moves of the target networks
+    pessimism: float = 0.5  # rho: a target's value is mean - rho std over the critics
+
+    # networks and optimiser
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # of all networks
+    num_critics: int = 10  # K: critics in the ensemble
+    batch_size: int = 256  # B: chunks per update
+    lr: float = 3e-4  # Adam's learning rate
+    target_rate: float = 0.005  # lambda: rate of the moving averages (target networks)
+
+
+# (alpha, sigma) of the ten domains: launch script of QAM's official repository. The point maze is
+# not in the paper: small networks, chosen here for a CPU.
+ENV_DEFAULTS = {
+    "antmaze-large": dict(rebrac_alpha=0.01, actor_noise=0.0),
+    "antmaze-giant": dict(rebrac_alpha=0.01, actor_noise=0.0),
+    "humanoidmaze-medium": dict(rebrac_alpha=0.01, actor_noise=0.0),
+    "humanoidmaze-large": dict(rebrac_alpha=0.01, actor_noise=0.1),
+    "scene": dict(rebrac_alpha=0.03, actor_noise=0.0),
+    "puzzle-3x3": dict(rebrac_alpha=0.1, actor_noise=0.0),
+    "puzzle-4x4": dict(rebrac_alpha=0.01, actor_noise=0.2),
+    "cube-double": dict(rebrac_alpha=0.01, actor_noise=0.0),
+    "cube-triple": dict(rebrac_alpha=0.01, actor_noise=0.2),
+    "cube-quadruple": dict(rebrac_alpha=0.01, actor_noise=0.2),
+    "pointmaze-medium": dict(
+        rebrac_alpha=0.03, actor_noise=0.0, discount=0.995, num_critics=2, lr=1e-3,
+        hidden_dims=(128, 128), batch_size=128, target_rate=0.01, offline_steps=15_000,
+        log_interval=1_000, eval_interval=5_000, eval_slots=50,
+    ),
+}
+
+
+class Actor(nn.Module):
+    """Deterministic policy tanh(MLP(s)): (B, S) -> (B, out). Its last kernel starts at a tenth of
+    the usual deviation, so that all first actions are near 0."""
+
+    hidden: tuple[int, ...]
+    out: int
+
+    @nn.compact
+    def __call__(self, observations):
+        x = nn.gelu(MLP(self.hidden[:-1], self.hidden[-1])(observations))
+        small = nn.initializers.variance_scaling(0.01, "fan_avg", "uniform")
+        return jnp.tanh(nn.Dense(self.out, kernel_init=small)(x))
+
+
+@flax.struct.dataclass
+class State:
+    """Everything that an agent carries from update to update."""
+
+    params: dict  # critic (phi), actor (pi)
+    targets: dict  # moving averages of both
+    opt_state: optax.OptState
+    key: jax.Array  # (2,) uint32
+
+
+def optimizer(args):
+    return optax.adam(args.lr)
+
+
+def create(args, observation_size, key) -> State:
+    """A new agent."""
+    key, *keys = jax.random.split(key, 3)
+    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.chunk_length * args.action_size))
+    params = dict(
+        critic=Critic(args.hidden_dims, args.num_critics).init(keys[0], s, a),
+        actor=Actor(args.hidden_dims, a.shape[-1]).init(keys[1], s),
+    )
+    targets = jax.tree.map(jnp.copy, params)
+    return State(params, targets, optimizer(args).init(params), key)
+
+
+# --- the method ----------------------------------------------------------------------------------
+
+
+def critic(args, params, observations, actions):
+    """Q^1..Q^K: (B, S), (B, A) -> (K, B)."""
+    return Critic(args.hidden_dims, args.num_critics).apply(params, observations, actions)
+
+
+def actor(args, params, observations):
+    """pi(s): (B, S) -> (B, A) in [-1, 1]."""
+    return Actor(args.hidden_dims, args.chunk_length * args.action_size).apply(params, observations)
+
+
+def perturb(args, actions, key):
+    """Actions with clipped Gaussian noise, (B, A) in [-1, 1]."""
+    noise = args.actor_noise * jax.random.normal(key, actions.shape)
+    return jnp.clip(actions + jnp.clip(noise, -args.noise_clip, args.noise_clip), -1, 1)
+
+
+def sample_actions(args, state, observations, key):
+    """pi(s) with noise: (B, S) -> (B, A) in [-1, 1]."""
+    # ref: the official code keeps the noise in evaluations, too.
+    return perturb(args, actor(args, state.params["actor"], observations), key)
+
+
+def pessimistic(args, q):
+    """Value of K critics, (K, B) -> (B,). A single one has no deviation, and no gradient of it."""
+    return q.mean(0) - args.pessimism * (q.std(0) if len(q) > 1 else 0)  # Eq. (26)
+
+
+def critic_loss(args, params, state, batch, key):
+    """TD error of every critic against one pessimistic target."""
+    # ref: no penalty |a' - a'_data|^2 in the target, which the original ReBRAC has.
+    next_actions = actor(args, state.targets["actor"], batch.next_observations)
+    next_actions = perturb(args, next_actions, key)  # Eq. (ReBRAC1)
+    next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
+    discount = args.discount**args.chunk_length * batch.masks
+    target = batch.rewards + discount * pessimistic(args, next_q)
+    q = critic(args, params["critic"], batch.observations, batch.actions)
+    loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (23)
+    return loss, dict(critic_loss=loss, q=q.mean(), q_std=q.std(0).mean(), target=target.mean())
+
+
+def actor_loss(args, params, state, batch, key):
+    """Normalised pessimistic value of pi(s), and its squared distance from the data."""
+    actions = actor(args, params["actor"], batch.observations)
+    q = critic(args, state.params["critic"], batch.observations, actions)
+    value = pessimistic(args, q)  # ref: here as well, where other baselines take the mean
+    size = jax.lax.stop_gradient(jnp.abs(value).mean())
+    # ref: a sum over coordinates; `valid` masks the distance only.
+    distance = (batch.valid * ((actions - batch.actions) ** 2).sum(-1)).mean()
+    loss = -value.mean() / size + args.rebrac_alpha * distance  # Eq. (ReBRAC2)
+    saturated = (jnp.abs(actions) > 0.99).mean()
+    return loss, dict(actor_loss=loss, actor_q=value.mean(), bc=distance, saturated=saturated)
+
+
+def update(args, state, batch):
+    """One gradient step on the sum of both losses, at the parameters before the step. Every
+    `target_delay`-th one moves the targets."""
+    key, *keys = jax.random.split(state.key, 3)
+
+    def total_loss(params):
+        losses = (critic_loss, actor_loss)
+        results = [f(args, params, state, batch, k) for f, k in zip(losses, keys)]
+        metrics = {name: value for _, more in results for name, value in more.items()}
+        return sum(loss for loss, _ in results), metrics
+
+    grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    updates, opt_state = optimizer(args).update(grads, state.opt_state)
+    # ref: the delay is the targets' only; the papers' text says that it is the actor's.
+    # ref: the targets move towards the parameters from before this step.
+    step = optax.tree_utils.tree_get(opt_state, "count")  # of updates, this one included
+    moved = optax.incremental_update(state.params, state.targets, args.target_rate)
+    targets = optax.periodic_update(moved, state.targets, step, args.target_delay)  # Eq. (ReBRAC3)
+    params = optax.apply_updates(state.params, updates)
+    return State(params, targets, opt_state, key), metrics
+
+
+# --- shared: many agents -------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames="args")
+def act(args, state, observations, seeds, ages):
+    """Chunks of actions for all agents: (N, E, S) -> (N, E, H, d). The noise depends on nothing
+    but the episode's seed and age in steps, (N, E) each."""
+
+    def one(state, observation, seed, age):
+        key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
+        actions = sample_actions(args, state, observation[None], key)
+        return actions.reshape(args.chunk_length, args.action_size)
+
+    return jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
+
+
+@partial(jax.jit, static_argnames="args", donate_argnames="state")
+def train_chunk(args, state, data, replay, task, updates):
+    """`updates` gradient steps of all agents without leaving the device. `state`, `replay` and
+    `task` (row of data.rewards) have a leading axis N. Returns the state and the sums of the
+    metrics over the updates."""
+
+    def one(state, replay, task):
+        def step(state):
+            key, batch_key = jax.random.split(state.key)
+            sizes = args.batch_size, args.chunk_length, args.discount
+            batch = sample(batch_key, data, replay, task, *sizes)
+            return update(args, state.replace(key=key), batch)
+
+        def body(_, carry):
+            state, metrics = step(carry[0])
+            return state, jax.tree.map(jnp.add, carry[1], metrics)
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(step, state)[1])
+        return jax.lax.fori_loop(0, updates, body, (state, zeros))
+
+    return jax.vmap(one)(state, replay, task)
+
+
+# --- end shared ---
+
+# --- shared: evaluate and main -------------------------------------------------------------------
+
+
+def evaluate(args, policy, pool, agents, step):
+    """Exactly args.eval_episodes episodes of every agent, seeded by (seed, task, step, episode):
+    the same for every method. Returns (N, episodes) arrays, see `EnvPool.play`."""
+    episodes = range(args.eval_episodes)
+    seeds = [[seed_of(seed, task, step, e) for e in episodes] for task, seed in agents]
+    return pool.play(policy, np.array(seeds, np.uint32))
+
+
+def main(args):
+    """Trains all agents and leaves a run folder, see common/run.py. Returns its evaluations."""
+    source = resolve(args.env)
+    agents = [(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)]
+    names = [f"{source.env}-singletask-task{task}-v0" for task, _ in agents]
+    paths = locate(source, args.dataset_dir, args.collect)
+    shards = Shards(paths, source, args.tasks, args.sparse)
+    data, _ = shards.at(0)
+    args = dataclasses.replace(args, action_size=data.actions.shape[-1])
+    files = dict(files=[path.name for path in paths], transitions=len(data.rows))
+    run = Run(Path(__file__).stem, args, agents, files)
+    keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
+    state = jax.jit(jax.vmap(partial(create, args, data.observations.shape[-1])))(keys)
+    task = jnp.array([args.tasks.index(task) for task, _ in agents])
+    replay = Replay.create(len(agents), 0, data)
+    size = sum(x.size for x in jax.tree.leaves(state.params)) // len(agents)
+    print(f"{len(agents)} agents of {size:,} parameters, {len(data.rows):,} transitions")
+
+    def policy(*inputs):  # flat over agents and environments, for the pools
+        inputs = [x.reshape(len(agents), -1, *x.shape[1:]) for x in inputs]
+        return np.concatenate(act(args, state, *inputs))
+
+    slots = min(args.eval_slots, args.eval_episodes)
+    eval_pool = EnvPool([name for name in names for _ in range(slots)], args.workers)
+    pool, everyone = EnvPool(names if args.online_steps else [], args.workers), range(len(agents))
+    done, saved = run.restore(dict(state=state, replay=replay, pool=pool.save()))
+    state, replay = jax.device_put((saved["state"], saved["replay"]))
+    pool.load(saved["pool"], np.asarray(replay.actions))
+    if args.eval_only and not done:
+        raise SystemExit(f"{run.folder} holds no checkpoint that could be evaluated")
+
+    def report(table):
+        result = evaluate(args, policy, eval_pool, agents, done)
+        scores = {name: x.mean(1) for name, x in result.items() if name != "path"}
+        run.log(table, done, scores)
+        bar.write(f"{done:,} updates: success {scores['success'].mean():.2f}")
+        return result
+
+    total, result, sums, updates = args.offline_steps + args.online_steps, None, None, 0
+    bar = tqdm(initial=done, total=total, unit="update", dynamic_ncols=True, disable=None)
+    while done < total and not args.eval_only:
+        if done < args.offline_steps:
+            data, stays = shards.at(done + 1)
+            limit = min(n - done % n for n in (args.log_interval, args.eval_interval))
+            steps = trained = min(limit, stays, args.offline_steps - done)
+        else:
+            now = done - args.offline_steps + 1  # the environment step that every agent takes
+            data, _ = shards.at(now, args.offline_steps // shards.interval)
+            if replay.rewards.shape[1] < args.online_steps:
+                replay = Replay.create(len(agents), args.online_steps, data).append(vars(replay))
+            if now == 1:
+                pool.start(everyone, [seed_of(seed, task, 0) for task, seed in agents])
+            taken = pool.step(policy, everyone)
+            taken["rewards"] = -1.0 * (taken["rewards"] != 0) if args.sparse else taken["rewards"]
+            replay = replay.append({name: x[:, None] for name, x in taken.items()})
+            over = np.flatnonzero(taken["terminals"]).tolist()
+            pool.start(over, [seed_of(agents[i][1], agents[i][0], now) for i in over])
+            steps, trained = 1, int(now >= args.start_training)
+        state, metrics = train_chunk(args, state, data, replay, task, trained)
+        sums = jax.tree.map(jnp.add, sums, metrics) if sums else metrics
+        done, updates = done + steps, updates + trained
+        bar.update(steps)
+        halt = done % args.eval_interval == 0 or done == total
+        if updates and (halt or done % args.log_interval == 0):
+            run.log("train", done, {name: value / updates for name, value in sums.items()})
+            sums, updates = None, 0
+        if halt:
+            result = report("eval")
+            size = int(replay.size[0])
+            filled = jax.tree.map(lambda x: x[:, :size] if x.ndim > 1 else x, replay)
+            run.save(done, dict(state=state, replay=filled, pool=pool.save()))
+    if args.eval_only:
+        result = report("eval_only")
+    bar.close()
+    if result:
+        run.finish(result)
+    print(f"{run.folder} is complete: {done:,} of {total:,} steps")
+    return result
+
+
+if __name__ == "__main__":
+    main(parse(Args, ENV_DEFAULTS))
+# --- end shared ---
