@@ -27,6 +27,7 @@ from tests.reference import (
     values,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 arguments = partial(reference.arguments, qam_edit)
 make_state = partial(reference.make_state, qam_edit)
 ARGS = arguments(inv_temp=2.0, edit_scale=0.6, pessimism=0.7)

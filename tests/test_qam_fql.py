@@ -26,6 +26,7 @@ from tests.reference import (
     values,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 arguments = partial(reference.arguments, qam_fql)
 make_state = partial(reference.make_state, qam_fql)
 ARGS = arguments(inv_temp=2.0, fql_alpha=3.0, pessimism=0.7)
