@@ -205,10 +205,9 @@ def control_loss(args, params, state, batch, key):
     x = x + dt * behavior(x, t[-1])  # ref: the last step is an Euler step of the behaviour flow
     # ref: online critics, pessimistic, and x is not clipped; QAM: target critics, mean, clipped
     q = critic(args, state.params["critic"], s, x)
-    value = q.mean(0)
-    if args.num_critics > 1:  # the deviation of a single critic has no gradient
-        value -= args.pessimism * q.std(0)
-    cost, value = cost.sum(0).mean(), value.mean()
+    # q.std(0) has no derivative where all critics agree, as two often do to the last bit
+    deviation = optax.safe_norm(q - q.mean(0), 0.0, axis=0) / args.num_critics**0.5
+    cost, value = cost.sum(0).mean(), (q.mean(0) - args.pessimism * deviation).mean()
     loss = cost - args.inv_temp * value  # Eq. (18)
     metrics = dict(control_cost=cost, end_value=value, outside=(jnp.abs(x) > 1).mean())
     return loss, dict(control_loss=loss, **metrics)

@@ -167,8 +167,10 @@ def sample_actions(args, state, observations, key):
 
 
 def pessimistic(args, q):
-    """Value of K critics, (K, B) -> (B,). A single one has no deviation, and no gradient of it."""
-    return q.mean(0) - args.pessimism * (q.std(0) if len(q) > 1 else 0)  # Eq. (26)
+    """Value of K critics, (K, B) -> (B,). Unlike q.std(0), whose root has no derivative at 0, this
+    deviation has a gradient of 0 where all critics agree, as two often do to the last bit."""
+    deviation = optax.safe_norm(q - q.mean(0), 0.0, axis=0) / len(q) ** 0.5
+    return q.mean(0) - args.pessimism * deviation  # Eq. (26)
 
 
 def critic_loss(args, params, state, batch, key):

@@ -157,6 +157,18 @@ def test_one_critic_has_a_finite_gradient(float64):
     assert any(np.any(x) for x in jax.tree.leaves(grads["policy"]))
 
 
+def test_critics_that_agree_have_a_gradient(float64):
+    """Two equal critics: their deviation is 0, where a root has no derivative, and so is its part
+    of the gradient, which is that of a single one."""
+    state, batch, key = make_state(ARGS), make_batch(ARGS), jax.random.PRNGKey(7)
+    equal = jax.tree.map(lambda x: 0 * x + x[:1], state.params["critic"])
+    state = state.replace(params=state.params | dict(critic=equal))
+    loss, grads = gradient(bam.control_loss, ARGS, state, batch, key)
+    none = dataclasses.replace(ARGS, pessimism=0.0)
+    close((loss, grads), gradient(bam.control_loss, none, state, batch, key))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_valid_masks_critic_and_flow_only(float64, name):
     """A chunk that ends too early counts in the control loss, and in nothing else."""

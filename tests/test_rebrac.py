@@ -201,10 +201,22 @@ def test_valid_masks_critic_and_distance_only(float64):
 
 
 def test_a_single_critic_has_a_gradient(float64):
-    """The deviation over one critic is 0, where a root has no derivative: it must be left out."""
+    """The deviation over one critic is 0, where a root has no derivative."""
     args = dataclasses.replace(ARGS, num_critics=1)
     new, metrics = jax.jit(partial(rebrac.update, args))(make_state(args), make_batch(args))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((new.params, metrics)))
+
+
+def test_critics_that_agree_have_a_gradient(float64):
+    """Two equal critics: their deviation is 0, where a root has no derivative, and so is its part
+    of the gradient, which is that of a single one."""
+    state, batch, key = make_state(ARGS), make_batch(ARGS), jax.random.PRNGKey(7)
+    equal = jax.tree.map(lambda x: 0 * x + x[:1], state.params["critic"])
+    state = state.replace(params=state.params | dict(critic=equal))
+    loss, grads = gradient(rebrac.actor_loss, ARGS, state, batch, key)
+    none = dataclasses.replace(ARGS, pessimism=0.0)
+    close((loss, grads), gradient(rebrac.actor_loss, none, state, batch, key))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
 
 
 # --- acting --------------------------------------------------------------------------------------

@@ -1,0 +1,55 @@
+"""What the point maze's dataset covers: does it visit the starts and goals of all five tasks?
+
+    python -m benchmarks.coverage data/pointmaze-medium-navigate-v0.npz
+
+For every task: states of the dataset within half a cell of its start, states within the goal's
+radius, and the least number of cells between them. Writes benchmarks/results/coverage.json.
+"""
+
+import json
+import sys
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+
+from common.envs import make_env
+
+
+def steps_between(maze, start, goal):
+    """Least number of moves between free neighbouring cells."""
+    distance, queue = {start: 0}, deque([start])
+    while queue:
+        i, j = queue.popleft()
+        for cell in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)):
+            if maze[cell] == 0 and cell not in distance:
+                distance[cell] = distance[i, j] + 1
+                queue.append(cell)
+    return distance[goal]
+
+
+def main(path):
+    with np.load(path) as file:
+        states = file["observations"][:, :2]
+    env = make_env("pointmaze-medium-singletask-task1-v0").unwrapped
+    maze, rows = np.array(env.maze_map), []
+    for task, info in enumerate(env.task_infos, 1):
+        start, goal = tuple(info["init_ij"]), tuple(info["goal_ij"])
+        away = lambda cell: np.linalg.norm(states - np.array(env.ij_to_xy(cell)), axis=1)
+        rows.append(dict(
+            task=task, start=list(map(int, start)), goal=list(map(int, goal)),
+            at_start=int((away(start) <= env._maze_unit / 2).sum()),
+            at_goal=int((away(goal) <= env._goal_tol).sum()),
+            cells=steps_between(maze, start, goal),
+        ))  # fmt: skip
+        print(rows[-1])
+    cells = {tuple(env.xy_to_ij(state)) for state in states}
+    free = int((maze == 0).sum())
+    print(f"{len(cells)} of {free} free cells are visited, {len(states):,} states")
+    result = dict(dataset=Path(path).name, states=len(states), visited=len(cells), free=free)
+    target = Path(__file__).parent / "results/coverage.json"
+    target.write_text(json.dumps(result | dict(tasks=rows), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:]) if len(sys.argv) == 2 else sys.exit(__doc__)
