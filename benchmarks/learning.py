@@ -3,6 +3,8 @@
     python -m benchmarks.learning methods            every offline method, point maze, task 1
     python -m benchmarks.learning pointmaze          ME-AM, its ablations and QAM, tasks 1 to 5
     python -m benchmarks.learning cube               the same on cube-single (needs its dataset)
+    python -m benchmarks.learning puzzle-4x4         paper size, rho, lambda, sigma_min: for a GPU
+    python -m benchmarks.learning cube-double        the same
     python -m benchmarks.learning pointmaze --table  only prints the table of the committed results
 
 A run that is complete is not run again, and an interrupted one continues. All evaluations go to
@@ -37,6 +39,22 @@ ABLATIONS = {  # label -> command line
 }
 CUBE = """--env cube-single-play-singletask-v0 --hidden-dims 256 256 --num-critics 2 --flow-steps 5
     --batch-size 128 --lr 5e-4 --offline-steps 20000 --log-interval 1000 --eval-interval 5000"""
+SWEEP = {"QAM": "qam"} | {f"ME-AM, rho = {rho}": f"meam --rho {rho}" for rho in (0, 0.1, 0.3, 0.5)}
+SWEEP |= {
+    "ME-AM, rho = 0.3, lambda x 0.3": "meam --rho 0.3 --entropy-scale {low}",
+    "ME-AM, rho = 0.3, lambda x 3": "meam --rho 0.3 --entropy-scale {high}",
+    "ME-AM, rho = 0.3, sigma_min = 0.05": "meam --rho 0.3 --sigma-min 0.05",
+    "ME-AM, rho = 0.3, sigma_min = 0.2": "meam --rho 0.3 --sigma-min 0.2",
+}
+
+
+def sweep(entropy_scale):
+    """The sweep around an environment's own lambda."""
+    scales = dict(low=f"{0.3 * entropy_scale:g}", high=f"{3 * entropy_scale:g}")
+    return {label: command.format(**scales) for label, command in SWEEP.items()}
+
+
+LARGE = "--collect 1000000 --offline-steps 300000"  # transitions; ordinary size, not the 100M set
 SUITES = {  # suite -> (label -> command line, flags of all, tasks)
     "methods": (
         {"behaviour cloning": "qam --inv-temp 0"}
@@ -48,12 +66,14 @@ SUITES = {  # suite -> (label -> command line, flags of all, tasks)
     ),
     "pointmaze": (ABLATIONS, "--offline-steps 15000 --eval-interval 15000", (1, 2, 3, 4, 5)),
     "cube": (ABLATIONS, CUBE, (1, 2, 3, 4, 5)),
+    "puzzle-4x4": (sweep(0.3), f"--env puzzle-4x4 {LARGE}", (1, 2, 3, 4, 5)),
+    "cube-double": (sweep(0.01), f"--env cube-double {LARGE}", (1, 2, 3, 4, 5)),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    suite: Annotated[str, tyro.conf.Positional]  # methods, pointmaze or cube
+    suite: Annotated[str, tyro.conf.Positional]  # methods, pointmaze, cube, puzzle-4x4, cube-double
     seeds: int = 4  # per task: 0, 1, ...
     only: tuple[str, ...] = ()  # labels to run (default: all)
     dataset_dir: str = ""  # where the scripts find or make the datasets
