@@ -79,7 +79,7 @@ class Args:
 
 
 # Inverse temperatures of the ten domains: launch script of the official repository. The point maze
-# is not in the paper: small networks for a CPU, not tuned (docs/bam.md).
+# is not in the paper: small networks for a CPU (docs/bam.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(inv_temp=30.0),
     "antmaze-giant": dict(inv_temp=30.0),

@@ -80,7 +80,7 @@ class Args:
 
 
 # Noise scales of the ten domains: launch script of the official QAM repository, and its paper. The
-# point maze is not in the paper: small networks for a CPU, not tuned yet (docs/dsrl.md).
+# point maze is not in the paper: small networks for a CPU (docs/dsrl.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(noise_scale=0.8),
     "antmaze-giant": dict(noise_scale=1.2),

@@ -79,7 +79,7 @@ class Args:
 
 
 # Inverse temperatures of the ten domains: launch script of the official QAM repository. The point
-# maze is not in the paper: small networks for a CPU, not tuned yet (docs/fawac.md).
+# maze is not in the paper: small networks for a CPU (docs/fawac.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(inv_temp=6.4),
     "antmaze-giant": dict(inv_temp=0.8),

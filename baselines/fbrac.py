@@ -77,7 +77,7 @@ class Args:
 
 
 # Cloning weights of the ten domains: launch script of the official QAM repository. The point maze
-# is not in the paper: small networks for a CPU, not tuned (docs/fbrac.md).
+# is not in the paper: small networks for a CPU (docs/fbrac.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(fbrac_alpha=0.1),
     "antmaze-giant": dict(fbrac_alpha=0.1),
@@ -90,7 +90,7 @@ ENV_DEFAULTS = {
     "cube-triple": dict(fbrac_alpha=0.03),
     "cube-quadruple": dict(fbrac_alpha=1.0),
     "pointmaze-medium": dict(
-        fbrac_alpha=10.0, discount=0.995, flow_steps=5, num_critics=2, lr=1e-3,
+        fbrac_alpha=30.0, discount=0.995, flow_steps=5, num_critics=2, lr=1e-3,
         hidden_dims=(128, 128), batch_size=128, target_rate=0.01, offline_steps=15_000,
         log_interval=1_000, eval_interval=5_000, eval_slots=50,
     ),

@@ -80,7 +80,7 @@ class Args:
 
 
 # Expectiles of the ten domains: launch script of the official QAM repository, and its paper. The
-# point maze is not in the paper: small networks for a CPU, not tuned yet (docs/ifql.md).
+# point maze is not in the paper: small networks for a CPU (docs/ifql.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(expectile=0.9),
     "antmaze-giant": dict(expectile=0.8),

@@ -37,6 +37,7 @@ ABLATIONS = {  # label -> command line
     "ME-AM, w = 0.5": "meam --path-weight 0.5",
     "ME-AM, noisy expansion": "meam --noisy-expansion",
 }
+VERSIONS = "jax jaxlib flax optax numpy ogbench mujoco gymnasium".split()
 CUBE = """--env cube-single-play-singletask-v0 --hidden-dims 256 256 --num-critics 2 --flow-steps 5
     --batch-size 128 --lr 5e-4 --offline-steps 20000 --log-interval 1000 --eval-interval 5000"""
 SWEEP = {"QAM": "qam"} | {f"ME-AM, rho = {rho}": f"meam --rho {rho}" for rho in (0, 0.1, 0.3, 0.5)}
@@ -97,6 +98,9 @@ def run(label, command, options, flags, tasks):
     config = json.loads((folder / "config.json").read_text())
     for flag in ("name", "run_dir", "dataset_dir"):  # of this machine
         del config["flags"][flag]
+    made = config["made_with"]
+    made |= dict(cores=len(os.sched_getaffinity(0)))
+    made["packages"] = {name: made["packages"][name] for name in VERSIONS}
     shown = shlex.join(["python", "-m", module, *shlex.split(flags), *own])
     return dict(command=shown, config=config), [dict(label=label, **row) for row in rows]
 
