@@ -5,8 +5,8 @@
 
 In every round each script makes its updates once, one after the other, so that a slower or busier
 machine slows all of them; reported are the medians over the rounds of the seconds and of the ratio
-to QAM in the same round, and the ratio of the compiled programs' floating-point operations. Random
-data, one agent. Writes benchmarks/results/cost-<device>.json.
+to the first script in the same round. Random data, one agent. Writes
+benchmarks/results/cost-<device>.json.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 
 from benchmarks.throughput import SIZES, random_dataset
-from common.data import Batch, Replay
+from common.data import Replay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +48,6 @@ class Measured:
         create = partial(self.script.create, self.args, observation_size)
         self.state = jax.jit(jax.vmap(create))(jax.random.split(jax.random.PRNGKey(0), 1))
         self.replay, self.task = Replay.create(1, 0, data), jnp.zeros(1, jnp.int32)
-
-    def flops(self):
-        """Floating-point operations of an update (loops counted once per iteration)."""
-        B, A = self.args.batch_size, self.args.chunk_length * self.args.action_size
-        S = self.data.observations.shape[-1]
-        shapes = (B, S), (B, A), (B,), (B,), (B, S), (B,)
-        batch = Batch(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
-        one = jax.tree.map(lambda x: x[0], self.state)
-        update = jax.jit(self.script.update, static_argnums=0).lower(self.args, one, batch)
-        return update.compile().cost_analysis()["flops"]
 
     def seconds(self, updates):
         start = time.perf_counter()
@@ -86,15 +76,14 @@ def main(options: Options) -> dict:
             one.seconds(1)  # compiles
         updates = max(1, round(options.seconds / measured[0].seconds(1)))
         times = np.array([[m.seconds(updates) for m in measured] for _ in range(options.rounds)])
-        ratios, flops = np.median(times / times[:, :1], axis=0), [m.flops() for m in measured]
-        print(f"{size}: {'script':18s} ms/update  times {options.scripts[0]}  flops times")
+        ratios = np.median(times / times[:, :1], axis=0)
+        print(f"{size}: {'script':18s} ms/update  times {options.scripts[0]}")
         for i, name in enumerate(options.scripts):
             row = dict(size=size, script=name, ms=1e3 * np.median(times[:, i]) / updates)
-            row |= dict(ratio=ratios[i], flops_ratio=flops[i] / flops[0])
-            results["rows"].append(row)
-            print(f"{'':{len(size) + 2}s}{name:18s} {row['ms']:9.2f}  {ratios[i]:9.2f}"
-                  f"  {row['flops_ratio']:9.2f}")  # fmt: skip
+            results["rows"].append(row | dict(ratio=ratios[i]))
+            print(f"{'':{len(size) + 2}s}{name:18s} {row['ms']:9.2f}  {ratios[i]:9.2f}")
     path = Path(options.out, f"cost-{device}.json".replace(" ", "-").lower())
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {path}")
     return results

@@ -77,6 +77,6 @@ if __name__ == "__main__":
             path(child).write_text(page(parent, child))
             print(f"{parent} -> {child}: {changed(diff(parent, child))} changed lines")
     elif sys.argv[1:] == ["check"]:
-        sys.exit("\n".join(problems()))
+        sys.exit("\n".join(problems()) or None)
     else:
         sys.exit(__doc__)

@@ -87,6 +87,6 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["write"]:
         print("changed:", ", ".join(write()) or "nothing")
     elif sys.argv[1:] == ["check"]:
-        sys.exit("\n".join(problems()))
+        sys.exit("\n".join(problems()) or None)
     else:
         sys.exit(__doc__)
