@@ -5,6 +5,8 @@ sections come in the same order, equations are tagged, nothing happens on import
 import ast
 import importlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -70,6 +72,14 @@ def test_shared_blocks_see_a_changed_character(monkeypatch, tmp_path):
     assert "qam_edit.py: block 'evaluate and main' differs" in problem
     assert shared_blocks.write() == ["qam_edit.py"]
     assert not shared_blocks.problems() and paths[1].read_text() == source
+
+
+@pytest.mark.parametrize("module", ["tests.shared_blocks", "tests.diffs"])
+def test_check_command_succeeds(module):
+    """`check` ends with status 0 where there is nothing to say."""
+    line = [sys.executable, "-m", module, "check"]
+    answer = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert (answer.returncode, answer.stderr) == (0, "")
 
 
 def test_families():
