@@ -210,6 +210,8 @@ def test_ctrl_c_stops_quietly(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a shell that runs the tests in the background has its children ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert "Collecting" in process.stdout.readline()
     with pytest.raises(subprocess.TimeoutExpired):
