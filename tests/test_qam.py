@@ -41,12 +41,6 @@ LOSSES = {
 }
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def size(args):
     return args.chunk_length * args.action_size
 
@@ -340,7 +334,7 @@ def test_temperature_zero_acts_with_the_behavior(monkeypatch, inv_temp, shift):
 
 @each_case
 @pytest.mark.parametrize("name", LOSSES)
-def test_loss_and_gradients(x64, args, name):
+def test_loss_and_gradients(float64, args, name):
     """Value, metrics and gradient of a loss are those of the specification; networks that the loss
     does not train get a gradient of exactly zero."""
     state, batch, key = make_state(args), make_batch(args), jax.random.PRNGKey(3)
@@ -354,7 +348,7 @@ def test_loss_and_gradients(x64, args, name):
     assert all(not np.any(x) for x in jax.tree.leaves(grads)) and len(grads) == 2
 
 
-def test_adjoint_loss_sees_frozen_copies_only(x64):
+def test_adjoint_loss_sees_frozen_copies_only(float64):
     """The regression's base, the tilt and the adjoint come from the targets: the online critic and
     f_beta do not enter."""
     args = arguments()
@@ -379,7 +373,7 @@ def test_cloned_flow_without_tilt_has_no_loss():
 # --- path and adjoint ----------------------------------------------------------------------------
 
 
-def test_first_step_forgets_the_noise(x64, monkeypatch):
+def test_first_step_forgets_the_noise(float64, monkeypatch):
     """T = 10: x_1 = 2 dt f_theta(s, x_0, 0) + sqrt(2.2) eps_0."""
     args = arguments(flow_steps=10)
     state, batch, key = make_state(args), make_batch(args), jax.random.PRNGKey(5)
@@ -390,7 +384,7 @@ def test_first_step_forgets_the_noise(x64, monkeypatch):
     np.testing.assert_allclose(path[1], 0.2 * velocity + np.sqrt(2.2) * noise[0], atol=1e-9)
 
 
-def test_constants_of_ten_steps(x64, monkeypatch):
+def test_constants_of_ten_steps(float64, monkeypatch):
     """The specification's table of sigma_i^2 and c_i, read off a path with f_theta = 0 and off the
     loss of a regression onto 0."""
     variance = np.array([22, 10, 6, 4, 2.8, 2, 10 / 7, 1, 2 / 3, 0.4])
@@ -415,7 +409,7 @@ def test_constants_of_ten_steps(x64, monkeypatch):
         np.testing.assert_allclose(loss, 4 / variance[i] * size(args), rtol=1e-9)
 
 
-def test_adjoint_without_behavior_shrinks_linearly(x64, monkeypatch):
+def test_adjoint_without_behavior_shrinks_linearly(float64, monkeypatch):
     """f_beta = 0: g_i = i / T g_T, with a gradient of zero outside of the box."""
     args = arguments(flow_steps=5)
     state, batch, key = make_state(args), make_batch(args), jax.random.PRNGKey(5)
@@ -430,7 +424,7 @@ def test_adjoint_without_behavior_shrinks_linearly(x64, monkeypatch):
 
 
 @pytest.mark.parametrize("T", [3, 10])
-def test_lean_adjoint_is_a_vector_jacobian_product(x64, monkeypatch, T):
+def test_lean_adjoint_is_a_vector_jacobian_product(float64, monkeypatch, T):
     """g_i = (d y_T / d y_i)^T g_T of the unrolled map y_{k+1} = y_k + dt (b_k(y_k) - b_k(x_k)) +
     x_{k+1} - x_k along the path, b_k(y) = 2 f_beta(s, y, t_{k+1}) - y / t_{k+1}."""
     args = arguments(flow_steps=T)
@@ -457,7 +451,7 @@ def test_lean_adjoint_is_a_vector_jacobian_product(x64, monkeypatch, T):
 
 
 @pytest.mark.parametrize("grad_clip", [1.0, 1e9])
-def test_update(x64, grad_clip):
+def test_update(float64, grad_clip):
     """Two updates, by hand: joint gradient, scaled to the norm, Adam; targets follow the parameters
     from before the step; the random numbers are fresh every time."""
     args = arguments(grad_clip=grad_clip, lr=0.01, target_rate=0.1)
@@ -520,7 +514,7 @@ def make_agents(args, seeds):
 
 
 @pytest.mark.parametrize("capacity", [0, 8])
-def test_agents_do_not_touch_each_other(x64, capacity):
+def test_agents_do_not_touch_each_other(float64, capacity):
     """Three agents on two tasks, trained at once, are those trained alone."""
     args, data, seeds = arguments(), make_data(), (5, 6, 5)
     task, replay = jnp.array([0, 0, 1]), Replay.create(3, capacity, data)
@@ -538,7 +532,7 @@ def test_agents_do_not_touch_each_other(x64, capacity):
     assert not np.allclose(weights[0], weights[1]) and not np.allclose(weights[0], weights[2])
 
 
-def test_chunks_are_a_loop(x64):
+def test_chunks_are_a_loop(float64):
     """Chunks of two and three are five times: split the key, sample, update; metrics are sums."""
     args, data, task = arguments(), make_data(), jnp.ones(1, int)
     replay, state, sums = Replay.create(1, 0, data), make_state(args, key=3), []
