@@ -134,6 +134,8 @@ def main(options):
     if options.suite not in SUITES:
         raise SystemExit(f"there is no suite {options.suite}; choose one of {', '.join(SUITES)}")
     commands, flags, tasks = SUITES[options.suite]
+    if unknown := set(options.only) - set(commands):
+        raise SystemExit(f"no label {', '.join(unknown)}; choose from {', '.join(commands)}")
     results, notes = (Path(options.out, f"{options.suite}.{end}") for end in ("csv", "json"))
     rows, runs = [], {}
     if results.exists():  # of other labels, or of an earlier call
