@@ -1,5 +1,6 @@
 """Pictures of run folders: `python plot.py runs/qam/pointmaze-medium/default` draws curve.png and,
-for a maze, rollouts.png into every folder that is named. Scripts do so when they end.
+for a maze or the plane of four goals, rollouts.png into every folder that is named. Scripts do so
+when they end.
 """
 
 import csv
@@ -13,7 +14,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from common.envs import make_env, resolve
+from common.envs import GOALS, ONLINE, make_env, resolve
 
 PANELS = {  # metric -> table, title
     "success": ("eval", "success rate"),
@@ -21,6 +22,9 @@ PANELS = {  # metric -> table, title
     "q": ("train", "mean Q on the data"),
     "critic_loss": ("train", "critic loss"),
 }
+ONLINE_PANELS = PANELS | {"return": ("eval", "return"), "q": ("train", "mean Q on the batch")}
+ONLINE_PANELS = {key: ONLINE_PANELS[key] for key in ("return", "length", "q", "critic_loss")}
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # told apart by the colour-blind
 
 
 def read_csv(path: Path) -> dict[str, np.ndarray]:
@@ -30,23 +34,37 @@ def read_csv(path: Path) -> dict[str, np.ndarray]:
     return dict(zip(rows[0], np.array(rows[1:], float).T)) if len(rows) > 1 else {}
 
 
+def flags_of(folder: Path) -> dict:
+    """The flags of a run."""
+    return json.loads((folder / "config.json").read_text())["flags"]
+
+
 def draw_curve(folder: Path) -> None:
-    """curve.png: one line per agent, coloured by task."""
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3), layout="constrained")
-    for axis, (metric, (table, title)) in zip(axes, PANELS.items()):
-        columns = read_csv(folder / f"{table}.csv")
-        axis.set(title=title, xlabel="updates")
+    """curve.png: one line per agent, coloured by task or, of an online method, by seed; panels of
+    the metrics that the run has logged."""
+    online = flags_of(folder)["env"] in ONLINE
+    tables = {name: read_csv(folder / f"{name}.csv") for name in ("eval", "train")}
+    panels = ONLINE_PANELS if online else PANELS
+    panels = {metric: panels[metric] for metric in panels if metric in tables[panels[metric][0]]}
+    if not panels:
+        return
+    size = dict(figsize=(3.25 * len(panels), 3), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), **size)
+    for axis, (metric, (table, title)) in zip(axes[0], panels.items()):
+        columns = tables[table]
+        axis.set(title=title, xlabel="environment steps" if online else "updates")
         axis.xaxis.set_major_locator(plt.MaxNLocator(4))
-        if metric not in columns:
-            continue
         agents = sorted(set(zip(columns["task"], columns["seed"])))
-        for task, seed in agents:
+        for i, (task, seed) in enumerate(agents):
             mine = (columns["task"] == task) & (columns["seed"] == seed)
-            style = dict(color=f"C{int(task) - 1}", marker="o" if table == "eval" else "", ms=3)
+            colour = i if online else int(task) - 1
+            style = dict(color=f"C{colour}", marker="o" if table == "eval" else "", ms=3)
             label = f"task {task:.0f}" if seed == agents[0][1] else None
+            label = f"seed {seed:.0f}" if online else label
             axis.plot(columns["step"][mine], columns[metric][mine], label=label, **style)
-    axes[0].set_ylim(-0.03, 1.03)
-    axes[0].legend(fontsize=7, loc="lower right")
+        if metric == "success":
+            axis.set_ylim(-0.03, 1.03)
+    axes[0, 0].legend(fontsize=7, loc="best" if online else "lower right")
     folder_name = "/".join(folder.resolve().parts[-3:])
     figure.suptitle(folder_name, fontsize=9)
     figure.savefig(folder / "curve.png", dpi=120)
@@ -56,7 +74,7 @@ def draw_curve(folder: Path) -> None:
 def draw_rollouts(folder: Path) -> None:
     """rollouts.png of a maze: the paths of the last evaluation, a panel per task; solved episodes
     blue, others orange, a dot at each start and a star at the goal."""
-    env_name = json.loads((folder / "config.json").read_text())["flags"]["env"]
+    env_name = flags_of(folder)["env"]
     if "maze" not in env_name or not (folder / "rollouts.npz").exists():
         return
     rollouts = np.load(folder / "rollouts.npz")
@@ -83,10 +101,43 @@ def draw_rollouts(folder: Path) -> None:
     plt.close(figure)
 
 
+def draw_plane(folder: Path) -> None:
+    """rollouts.png of multigoal: the paths of the last evaluation over contours of the goal cost, a
+    panel for each of up to five agents; coloured by the goal that is reached, grey without one."""
+    if flags_of(folder)["env"] != "multigoal" or not (folder / "rollouts.npz").exists():
+        return
+    rollouts = np.load(folder / "rollouts.npz")
+    agents, episodes = rollouts["success"].shape
+    shown = min(agents, 5)
+    size = dict(figsize=(3.4 * shown, 3.7), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, shown, **size)
+    x = np.linspace(-7, 7, 201)
+    plane = np.stack(np.meshgrid(x, x), -1)[..., None, :]
+    cost = np.linalg.norm(plane - GOALS, axis=-1).min(-1) ** 2
+    for agent, axis in enumerate(axes[0]):
+        axis.contour(x, x, cost, np.arange(1, 8) ** 2, colors="0.85", linewidths=0.7)
+        counts = [0] * len(GOALS)
+        for i in range(agent * episodes, (agent + 1) * episodes):
+            path = rollouts[f"path{i}"]
+            distance = np.linalg.norm(path[-1] - GOALS, axis=-1)
+            goal, reached = distance.argmin(), distance.min() < 1
+            counts[goal] += int(reached)
+            style = dict(lw=1, marker="o", ms=2, alpha=0.75, zorder=2 + reached)
+            axis.plot(*path.T, color=COLOURS[goal] if reached else "0.55", **style)
+        axis.scatter(*GOALS.T, s=200, marker="*", c=COLOURS, edgecolors="black", zorder=4)
+        axis.plot(0, 0, "+", color="black", ms=8, zorder=4)
+        axis.set(xlim=(-7, 7), ylim=(-7, 7), aspect="equal", xticks=[-5, 0, 5], yticks=[-5, 0, 5])
+        numbers = " / ".join(map(str, counts))
+        axis.set_title(f"reached {numbers} of {episodes}", fontsize=10)
+    figure.savefig(folder / "rollouts.png", dpi=120)
+    plt.close(figure)
+
+
 def draw(folder) -> None:
     """Draws whatever the run folder has data for."""
     draw_curve(Path(folder))
     draw_rollouts(Path(folder))
+    draw_plane(Path(folder))
 
 
 if __name__ == "__main__":

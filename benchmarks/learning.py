@@ -5,11 +5,17 @@
     python -m benchmarks.learning cube               the same on cube-single (needs its dataset)
     python -m benchmarks.learning puzzle-4x4         paper size, rho, lambda, sigma_min: for a GPU
     python -m benchmarks.learning cube-double        the same
+    python -m benchmarks.learning halfcheetah        FMER (small networks), SAC, TD3, 100,000 steps
+    python -m benchmarks.learning hopper             the same
+    python -m benchmarks.learning mujoco-halfcheetah paper size, 1M steps, all nine: for a GPU
+    python -m benchmarks.learning kitchen-1          the same (also -2, -4, -7, mujoco-hopper, ...)
     python -m benchmarks.learning pointmaze --table  only prints the table of the committed results
 
 A run that is complete is not run again, and an interrupted one continues. All evaluations go to
 benchmarks/results/<suite>.csv; commands, flags, versions, device and seconds to <suite>.json. The
-table shows the last evaluation: mean success over seeds [95 % bootstrap interval over seeds].
+table shows the last evaluation: mean success over seeds [95 % bootstrap interval over seeds]; of
+the online methods the return, and the FMER paper's statistic: the best evaluation of each seed
+within the last tenth of the steps, mean (standard deviation) over seeds.
 """
 
 import csv
@@ -55,6 +61,10 @@ def sweep(entropy_scale):
     return {label: command.format(**scales) for label, command in SWEEP.items()}
 
 
+ONLINE = "fmer baselines.sac baselines.td3 baselines.ppo baselines.dipo baselines.dpmd"
+ONLINE = [*ONLINE.split(), "baselines.qvpo", "baselines.sac_flow", "baselines.flame"]
+SMALL = "fmer --hidden-dims 128 128 128 --batch-size 64"  # an update on a CPU core in 15 to 30 ms
+CPU = {"FMER": SMALL, "SAC": "baselines.sac", "TD3": "baselines.td3"}
 LARGE = "--collect 1000000 --offline-steps 300000"  # transitions; ordinary size, not the 100M set
 SUITES = {  # suite -> (label -> command line, flags of all, tasks)
     "methods": (
@@ -70,11 +80,22 @@ SUITES = {  # suite -> (label -> command line, flags of all, tasks)
     "puzzle-4x4": (sweep(0.3), f"--env puzzle-4x4 {LARGE}", (1, 2, 3, 4, 5)),
     "cube-double": (sweep(0.01), f"--env cube-double {LARGE}", (1, 2, 3, 4, 5)),
 }
+for env in ("halfcheetah", "hopper"):
+    SUITES[env] = CPU, f"--env {env} --total-steps 100000 --warmup-steps 5000", ()
+for env in (
+    "hopper",
+    "halfcheetah",
+    "walker2d",
+    "humanoid",
+    *(f"kitchen-{k}" for k in (1, 2, 4, 7)),
+):
+    name = env if env.startswith("kitchen") else f"mujoco-{env}"
+    SUITES[name] = {script.split(".")[-1]: script for script in ONLINE}, f"--env {env}", ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    suite: Annotated[str, tyro.conf.Positional]  # methods, pointmaze, cube, puzzle-4x4, cube-double
+    suite: Annotated[str, tyro.conf.Positional]  # methods, pointmaze, cube, halfcheetah, ...
     seeds: int = 4  # per task: 0, 1, ...
     only: tuple[str, ...] = ()  # labels to run (default: all)
     dataset_dir: str = ""  # where the scripts find or make the datasets
@@ -87,7 +108,8 @@ def run(label, command, options, flags, tasks):
     """One run of a script. Returns its command line, configuration and evaluations."""
     module, *own = shlex.split(command)
     name = f"{options.suite}-{'-'.join(c for c in label.replace(',', '').split() if c != '=')}"
-    line = [module, *shlex.split(flags), *own, "--tasks", *map(str, tasks)]
+    line = [module, *shlex.split(flags), *own]
+    line += ["--tasks", *map(str, tasks)] if tasks else []
     line += ["--num-seeds", str(options.seeds), "--name", name, "--run-dir", options.run_dir]
     line += ["--dataset-dir", options.dataset_dir] if options.dataset_dir else []
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -97,7 +119,7 @@ def run(label, command, options, flags, tasks):
         rows = list(csv.DictReader(file))
     config = json.loads((folder / "config.json").read_text())
     for flag in ("name", "run_dir", "dataset_dir"):  # of this machine
-        del config["flags"][flag]
+        config["flags"].pop(flag, None)
     made = config["made_with"]
     made |= dict(cores=len(os.sched_getaffinity(0)))
     made["packages"] = {name: made["packages"][name] for name in VERSIONS}
@@ -111,8 +133,39 @@ def interval(values):
     return float(np.mean(values)), *np.percentile(draws.mean(1), (2.5, 97.5))
 
 
+def reported(steps, returns):
+    """The FMER paper's number: per seed, the maximum of the evaluations in the last tenth of the
+    steps. steps (n,), returns (seeds, n) -> mean and deviation (n - 1) over seeds."""
+    best = returns[:, steps >= 0.9 * steps.max()].max(1)
+    return float(best.mean()), float(best.std(ddof=1)) if len(best) > 1 else 0.0
+
+
+def online_table(rows):
+    """Markdown: a row per label; return at four steps, mean [interval], and `reported`."""
+    last, lines = max(int(row["step"]) for row in rows), []
+    for label in dict.fromkeys(row["label"] for row in rows):
+        own = [row for row in rows if row["label"] == label]
+        steps = np.array(sorted({int(row["step"]) for row in own}))
+        at = {(row["seed"], int(row["step"])): float(row["return"]) for row in own}
+        seeds = sorted({row["seed"] for row in own}, key=int)
+        returns = np.array([[at[seed, step] for step in steps] for seed in seeds])
+        shown = [steps[np.argmin(abs(steps - last * share))] for share in (0.25, 0.5, 0.75, 1)]
+        columns = [returns[:, steps == step][:, 0] for step in shown]
+        cells = ["{:.0f} [{:.0f}, {:.0f}]".format(*interval(column)) for column in columns]
+        cells.append("{:.0f} ({:.0f})".format(*reported(steps, returns)))
+        if not lines:
+            lines = [
+                "| | " + " | ".join([f"{step:,} steps" for step in shown] + ["reported"]) + " |"
+            ]
+            lines.append("|---" * 6 + "|")
+        lines.append("| " + " | ".join([label, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def table(rows):
     """Markdown: a row per label; success per task and over all, mean [interval]; length."""
+    if "success" not in rows[0]:
+        return online_table(rows)
     tasks = sorted({row["task"] for row in rows})
     columns = [f"task {task}" for task in tasks] + ["mean"] * (len(tasks) > 1) + ["episode length"]
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -149,7 +202,8 @@ def main(options):
         rows = sorted(kept + new, key=lambda row: order.index(row["label"]))
         Path(options.out).mkdir(parents=True, exist_ok=True)
         with open(results, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            names = dict.fromkeys(name for row in rows for name in row)  # FMER logs more than SAC
+            writer = csv.DictWriter(file, names, lineterminator="\n")
             writer.writeheader(), writer.writerows(rows)
         notes.write_text(json.dumps(runs, indent=1) + "\n")
     print(table(rows) if rows else "nothing was run")

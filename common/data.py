@@ -133,7 +133,7 @@ class Shards:
 
 @flax.struct.dataclass
 class Replay:
-    """Transitions of each agent's own environment, of which the first `size` are there."""
+    """Transitions of each agent's own environment: `size` so far, the oldest are overwritten."""
 
     observations: jax.Array  # (N, C, S); here N is the number of agents
     next_observations: jax.Array  # (N, C, S)
@@ -144,16 +144,17 @@ class Replay:
     size: jax.Array  # (N,) int32
 
     @classmethod
-    def create(cls, agents: int, capacity: int, data: Dataset) -> "Replay":
-        """An empty replay for transitions of the sizes in `data`."""
+    def create(cls, agents: int, capacity: int, data) -> "Replay":
+        """An empty replay for data.observations and data.actions, arrays or gymnasium's spaces."""
         widths = [data.observations.shape[-1:]] * 2 + [data.actions.shape[-1:]] + [()] * 3
         slots = [jnp.zeros((agents, capacity, *width)) for width in widths]
         return cls(*slots, size=jnp.zeros(agents, jnp.int32))
 
     @partial(jax.jit, donate_argnums=0)
     def append(self, rows: dict) -> "Replay":
-        """Adds `rows`: name of the field -> (N, n, ...)."""
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=self.size[0], axis=1)
+        """Adds `rows`: name of the field -> (N, n, ...), in one piece (n divides the capacity)."""
+        start = self.size[0] % self.rewards.shape[1]
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
         slots = {name: put(old, rows[name]) for name, old in vars(self).items() if name != "size"}
         return Replay(**slots, size=self.size + rows["rewards"].shape[1])
 

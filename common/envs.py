@@ -3,6 +3,7 @@ here. An episode is fixed by its seed and its actions, whichever process plays i
 
 import contextlib
 import difflib
+import io
 import os
 import re
 import subprocess
@@ -15,8 +16,20 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import ogbench  # noqa: F401 (registers the environments)
+from gymnasium.wrappers import RescaleAction
 
 gymnasium.logger.min_level = gymnasium.logger.ERROR  # float64 boxes are fine
+
+GOALS = np.float32([(5, 0), (-5, 0), (0, 5), (0, -5)])  # of the plane `multigoal`
+MULTIGOAL_STEPS = 30
+KITCHEN = ("light switch", "slide cabinet", "bottom burner", "microwave", "kettle", "top burner",
+           "hinge cabinet")  # kitchen-<k>: the first k  # fmt: skip
+
+# The online methods' environments: name -> gymnasium's id, arguments
+ONLINE = {"multigoal": ("MultiGoal-v0", {})}
+_kitchen = lambda k: ("gymnasium_robotics:FrankaKitchen-v1", dict(tasks_to_complete=KITCHEN[:k]))
+ONLINE |= {f"kitchen-{k}": _kitchen(k) for k in (1, 2, 4, 7)}
+ONLINE |= {x.lower(): (f"{x}-v5", {}) for x in ("Hopper", "HalfCheetah", "Walker2d", "Humanoid")}
 
 
 # env "cube-triple", dataset "cube-triple-play", task 1..5, protocol {flag: value}
@@ -25,7 +38,10 @@ Source = namedtuple("Source", "env dataset task protocol")
 
 def resolve(name: str) -> Source:
     """Of a short name (cube-triple), dataset (cube-triple-noisy) or full OGBench name (cube-triple-
-    noisy-singletask-task2-v0), with OGBench's default task and the QAM paper's flags, or exits."""
+    noisy-singletask-task2-v0), with OGBench's default task and the QAM paper's flags, or exits.
+    Of a name in ONLINE, which has no dataset: kitchen-k is task k, all others task 1."""
+    if name in ONLINE:
+        return Source(name, "", int(name[8:]) if name.startswith("kitchen") else 1, {})
     names = [i.removesuffix("-singletask-v0") for i in gymnasium.registry]
     known = [i for i in names if f"{i}-singletask-v0" in gymnasium.registry and "visual" not in i]
     kind = "-navigate|-stitch|-explore|-play|-noisy"
@@ -34,7 +50,8 @@ def resolve(name: str) -> Source:
     maze, slow = "maze" in env or "soccer" in env, "giant" in env or "humanoid" in env
     kinds = ("-navigate", "-stitch", "-explore") if maze else ("-play", "-noisy")
     if env not in known or (kind or kinds[0]) not in kinds:
-        names = known + [other + kind for other in known for kind in kinds]
+        known += ONLINE
+        names = known + [other + kind for other in known for kind in kinds if other not in ONLINE]
         near = difflib.get_close_matches(name, names, cutoff=0.4) or known
         raise SystemExit(f"unknown environment '{name}'; did you mean {', '.join(near)}?")
     default = 4 if "soccer" in env or "puzzle" in env else 1 if maze else 2
@@ -45,9 +62,64 @@ def resolve(name: str) -> Source:
 
 
 def make_env(name: str):
-    """A gymnasium environment by its OGBench name, e.g. "cube-single-singletask-task1-v0"."""
+    """A gymnasium environment by its OGBench name, e.g. "cube-single-singletask-task1-v0", or its
+    name in ONLINE: then actions in [-1, 1]^d are mapped to its box. Exits if it cannot be made."""
     os.environ.setdefault("MUJOCO_GL", "disable")  # look for a display only where one is wanted
-    return gymnasium.make(name, disable_env_checker=True)
+    if name not in ONLINE:
+        return gymnasium.make(name, disable_env_checker=True)
+    id, arguments = ONLINE[name]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # gymnasium_robotics' news of other ids
+            env = gymnasium.make(id, disable_env_checker=True, **arguments)
+    except (ImportError, AssertionError) as error:  # the latter, of joints, from mujoco 3.12 on
+        needs = "gymnasium-robotics>=1.4,<1.5 and mujoco<3.12: pip install -r requirements.txt"
+        raise SystemExit(f"{name} needs {needs} ({type(error).__name__})") from error
+    return RescaleAction(Kitchen(env) if arguments else env, -1.0, 1.0)
+
+
+def multigoal(position, action, xp=np):
+    """A step of the plane with four goals (Haarnoja et al. 2017): (..., 2), (..., 2) -> next
+    position (..., 2), reward (...), terminated (...), in NumPy or, with xp=jax.numpy, jax."""
+    action = xp.clip(action, -1, 1)
+    position = xp.clip(position + action, -7, 7)
+    cost = ((position[..., None, :] - GOALS) ** 2).sum(-1).min(-1)  # of the nearest goal
+    terminated = cost < 1
+    return position, xp.float32(10) * terminated - 30 * (action**2).sum(-1) - cost, terminated
+
+
+class MultiGoal(gymnasium.Env):
+    """`multigoal` in float32, from near the origin; observes the position."""
+
+    observation_space, action_space = (gymnasium.spaces.Box(-x, x, (2,)) for x in (7, 1))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        xi = self.np_random.standard_normal(2, np.float32)
+        self.position = np.clip(np.float32(0.1) * xi, -7, 7)
+        return self.position, {}
+
+    def step(self, action):
+        self.position, reward, over = multigoal(self.position, np.float32(action))
+        return self.position, float(reward), bool(over), False, {"success": bool(over)}
+
+
+gymnasium.register("MultiGoal-v0", MultiGoal, max_episode_steps=MULTIGOAL_STEPS)
+
+
+class Kitchen(gymnasium.Wrapper):
+    """Observes the robot and the objects alone, (59,): the goals never change, and what is achieved
+    repeats positions of objects. Hands out no infos, for these change with later steps."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.observation_space = env.observation_space["observation"]
+
+    def reset(self, **arguments):
+        return self.env.reset(**arguments)[0]["observation"], {}
+
+    def step(self, action):
+        state, reward, terminated, truncated, _ = self.env.step(action)
+        return state["observation"], reward, terminated, truncated, {"success": terminated}
 
 
 def seed_of(*parts: int) -> int:

@@ -17,18 +17,23 @@ import jax
 import numpy as np
 import tyro
 
-from common.envs import resolve
+from common.envs import ONLINE, resolve
 
 POSITIVE = """tasks num_seeds start_training log_interval eval_interval eval_episodes eval_slots lr
 chunk_length flow_steps hidden_dims num_critics batch_size grad_clip sigma_min target_delay
-num_candidates fbrac_alpha""".split()
+num_candidates fbrac_alpha total_steps warmup_steps env_steps_per_update replay_size actor_lr
+critic_lr latent_clip eta_init lambda_init target_entropy_share""".split()
 AT_MOST = dict(tasks=5, discount=1, target_rate=1, rho=1, path_weight=1, expectile=1)
+SIGNED = "target_entropy_start target_entropy_end".split()
 FREE = "run_dir dataset_dir collect workers eval_slots eval_only track".split()  # change no result
 
 
 def configure(Args, env_defaults: dict, env: str, **flags):
     """`Args` of an environment: class < domain's protocol < script's ENV_DEFAULTS < `flags`."""
     source, known = resolve(env), Args.__dataclass_fields__
+    if (env in ONLINE) == ("tasks" in known):
+        kind, other = ("offline", "online") if "tasks" in known else ("online", "offline")
+        raise SystemExit(f"'{env}' is an environment of the {other} methods, this is an {kind} one")
     tuned = source.protocol | dict(tasks=(source.task,)) | env_defaults.get(source.env, {})
     return Args(**{k: v for k, v in tuned.items() if k in known} | flags | dict(env=env))
 
@@ -41,11 +46,13 @@ def parse(Args, env_defaults: dict, argv=None):
     args = tyro.cli(Args, args=argv, default=configure(Args, env_defaults, env))
     for name, value in vars(args).items():
         top, flag = AT_MOST.get(name, 2**31 - 1), "--" + name.replace("_", "-")
+        least = f"{-top}" if name in SIGNED else "more than 0" if name in POSITIVE else "at least 0"
         for x in value if isinstance(value, tuple) else (value,):
-            if type(x) in (int, float) and not (0 < x <= top or x == 0 and name not in POSITIVE):
-                least = "more than 0" if name in POSITIVE else "at least 0"
+            low = -top if name in SIGNED else 0
+            if type(x) in (int, float) and not low <= x <= top or x == 0 and name in POSITIVE:
                 raise SystemExit(f"{flag} {x} is out of range: expected {least}, at most {top}")
-    if not 0 < len(args.tasks) == len(set(args.tasks)):
+    tasks = getattr(args, "tasks", (1,))
+    if not 0 < len(tasks) == len(set(tasks)):
         raise SystemExit("--tasks must name at least one task, and none twice")
     return args
 

@@ -150,7 +150,7 @@ def test_default_tasks_are_those_of_ogbench(env):
         ("Cube-Double", "cube-double"),
         ("", "cube-double"),
         ("qqqq", "cube-double"),
-        ("HalfCheetah-v5", "cube-double"),
+        ("HalfCheetah-v5", "halfcheetah"),
     ],
 )
 def test_unknown_names_end_in_a_line_with_near_ones(name, near):

@@ -1,0 +1,480 @@
+"""FMER: Flow Matching policy with Entropy Regularization (Gao et al. 2026, arXiv:2603.17685).
+
+Online, off-policy. The policy is a flow in an unbounded latent space, squashed by tanh. It improves
+by mirror descent: N actions are drawn from the current policy, weighted by softmax(Q / eta), and
+the flow is refitted to them; no gradient passes through the ODE. The divergence of the velocity
+gives the entropy of the actions, which a multiplier lambda holds at a target; eta is steered by the
+effective sample size (ESS) of the weights.
+
+    a = tanh(z_1),  dz/dt = v_theta(z, t, s),  z_0 ~ N(0, I)                            Eq. (1)
+    w_i = softmax_i(Q(s, a_i) / eta),  ESS = 1 / sum_i w_i^2                      Eq. (13), (14)
+    L(theta) = E sum_i w_i |v_theta(z_t^i, t_i, s) - (z_1^i - z_0^i)|^2                Eq. (11)
+               - lambda E [div v_theta - 2 tanh(z_t) . v_theta]                        Eq. (18)
+
+Equation numbers are those of the paper's third version. Its formulas were restored by derivation,
+and many of its values are not stated: docs/fmer.md says which, and what was chosen.
+
+    python fmer.py                                   the plane with four goals, 3 minutes on a CPU
+    python fmer.py --env halfcheetah --num-seeds 5   five agents in one program
+
+Shapes: B batch, S observation, d action, N candidates per state, T integration steps; agents
+(seeds) trained at once are the leading axis of all that `act` and `train_chunk` see.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tqdm import tqdm
+
+from common.data import Replay
+from common.envs import MULTIGOAL_STEPS, EnvPool, make_env, multigoal, resolve, seed_of
+from common.networks import LECUN, Critic, TimedMLP, mish
+from common.run import Run, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    # --- shared: run arguments ---
+    env: str = "multigoal"  # or kitchen-1, -2, -4, -7, hopper, halfcheetah, walker2d, humanoid
+    seed: int = 0  # first seed; an agent does not depend on those trained beside it
+    num_seeds: int = 1  # agents trained at once: seed, seed + 1, ...
+    name: str = "default"  # of the run's folder runs/<script>/<env>/<name>
+    run_dir: str = "runs"  # where the folders of all runs are
+    total_steps: int = 1_000_000  # environment steps of every agent
+    warmup_steps: int = 10_000  # of these, the first ones: uniform actions and no updates
+    env_steps_per_update: int = 1  # environment steps from one update to the next
+    replay_size: int = 1_000_000  # transitions kept, the oldest are overwritten
+    log_interval: int = 1_000  # steps between two rows of train.csv (means over their updates)
+    eval_interval: int = 10_000  # steps between two evaluations, each with a checkpoint
+    eval_episodes: int = 10  # episodes per evaluation and agent
+    eval_slots: int = 10  # environments that share them, per agent
+    workers: int = 0  # processes that step environments (0: one per core)
+    eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
+    track: bool = False  # log to Weights & Biases, too
+    discount: float = 0.99  # gamma, per environment step
+    action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
+    # --- end shared ---
+
+    # method
+    reward_scale: float = 0.2  # c: factor of rewards in the TD target
+    num_candidates: int = 8  # N: actions per state that are weighted, or of which the best counts
+    act_candidates: int = 0  # of which the best is executed in training (0: as many as N)
+    flow_steps: int = 10  # T: steps of the solver from noise to action
+    solver: Literal["euler", "rk2", "rk4"] = "euler"  # rk2 is the midpoint rule
+    squash: Literal["tanh", "clip"] = "tanh"  # ablation: actions are clipped latents
+    latent_clip: float = 7.2543  # largest |z_1|, here atanh(1 - 1e-6)
+    weights: Literal["soft", "uniform", "top1"] = "soft"  # ablations of softmax(Q / eta)
+    eta_init: float = 0.5  # first temperature of the weights
+    eta_fixed: float = 0.0  # ablation: eta stays at this value (0: it is tuned)
+    eta_rate: float = 1e-3  # step of log eta per excess of the ESS
+    target_ess: float = 0.5  # ESS*/N (paper: 4 of 8)
+    lambda_init: float = 0.5  # first multiplier of the entropy
+    lambda_rate: float = 1e-2  # step of log lambda per missing entropy and action dimension
+    target_entropy_start: float = 0.0  # H*/d at the first update
+    target_entropy_end: float = -1.0  # H*/d at last
+    target_entropy_share: float = 0.7  # of the updates, after which H* has arrived there
+    entropy_until: int = 2**31 - 1  # ablation: update from which on lambda is 0 in the loss
+    divergence: Literal["hutchinson", "exact"] = "hutchinson"  # exact: d times as many passes
+    actor_states: Literal["current", "next"] = "current"  # next: reuse the target's candidates
+    policy_ema: float = 0.0  # rate of an average that acts and makes targets (0: none)
+
+    # networks and optimiser
+    hidden_dims: tuple[int, ...] = (256, 256, 256)  # of all networks
+    batch_size: int = 256  # B: transitions per update
+    actor_lr: float = 3e-4  # Adam's learning rate of the policy, at first
+    actor_lr_end: float = 3e-5  # and from 37.5 % of the updates on (linear from 12.5 %)
+    critic_lr: float = 3e-4  # Adam's learning rate of the critics
+    target_rate: float = 0.005  # rate of the moving average of the critics
+
+    def __post_init__(self):
+        if self.actor_states == "next" and self.policy_ema:
+            raise SystemExit("--actor-states next needs candidates of the policy: no --policy-ema")
+
+
+# The class holds the paper's values or, where these are lost, those of docs/fmer.md. The plane and
+# the small networks there are for a CPU, tuned here.
+ENV_DEFAULTS = {
+    "multigoal": dict(
+        total_steps=15_000, warmup_steps=1_000, reward_scale=0.1, act_candidates=1, actor_lr=1e-3,
+        actor_lr_end=1e-3, critic_lr=1e-3, hidden_dims=(64, 64, 64), batch_size=32,
+        log_interval=500, eval_interval=5_000, eval_episodes=100, eval_slots=100,
+    ),
+}  # fmt: skip
+
+
+@flax.struct.dataclass
+class State:
+    """Everything that an agent carries from update to update."""
+
+    params: dict  # critic (phi_1, phi_2), policy (theta)
+    targets: dict  # moving averages: critic and, if asked for, policy
+    opt_state: dict  # of critic and policy
+    log_eta: jax.Array  # (): temperature of the weights
+    log_lambda: jax.Array  # (): multiplier of the entropy
+    step: jax.Array  # () int32: updates so far
+    key: jax.Array  # (2,) uint32
+
+
+def planned_updates(args):
+    """Updates of the whole run, which schedules refer to."""
+    return max(1, (args.total_steps - args.warmup_steps) // args.env_steps_per_update)
+
+
+def optimizers(args):
+    """Adam for each of the two networks; the policy's rate falls between two shares of the run."""
+    at = [int(share * planned_updates(args)) for share in (0.125, 0.375)]
+    rate = optax.linear_schedule(args.actor_lr, args.actor_lr_end, max(1, at[1] - at[0]), at[0])
+    return dict(critic=optax.adam(args.critic_lr), policy=optax.adam(rate))
+
+
+def create(args, observation_size, key) -> State:
+    """A new agent, whose actions are almost tanh(N(0, I)): the last layer starts near 0."""
+    key, *keys = jax.random.split(key, 3)
+    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.action_size))
+    params = dict(
+        critic=Critic(args.hidden_dims, 2, False, mish, LECUN).init(keys[0], s, a),
+        policy=TimedMLP(args.hidden_dims, scale=0.01).init(keys[1], s, a, 0.0),
+    )
+    averaged = ("critic", "policy") if args.policy_ema else ("critic",)
+    targets = {name: jax.tree.map(jnp.copy, params[name]) for name in averaged}
+    opt_state = {name: opt.init(params[name]) for name, opt in optimizers(args).items()}
+    duals = [jnp.float32(np.log(x)) for x in (args.eta_fixed or args.eta_init, args.lambda_init)]
+    return State(params, targets, opt_state, *duals, jnp.int32(0), key)
+
+
+# --- the method ----------------------------------------------------------------------------------
+
+
+def critic(args, params, observations, actions):
+    """Q_1, Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
+    return Critic(args.hidden_dims, 2, False, mish, LECUN).apply(params, observations, actions)
+
+
+def velocity(args, params, observations, z, t):
+    """v(z, t, s): (B, S), (..., B, d), t in [0, 1] that broadcasts to (..., B) -> (..., B, d)."""
+    return TimedMLP(args.hidden_dims, scale=0.01).apply(params, observations, z, 100 * t)
+
+
+def integrate(args, flow, observations, z):
+    """Latents of actions from noise, by T steps of the solver: (B, S), (..., B, d) -> same."""
+    h, v = 1 / args.flow_steps, partial(velocity, args, flow, observations)
+
+    def step(z, t):
+        k = v(z, t)  # Eq. (1)
+        if args.solver == "euler":
+            return z + h * k, None  # Eq. (10)
+        middle = v(z + h / 2 * k, t + h / 2)
+        if args.solver == "rk2":
+            return z + h * middle, None
+        other = v(z + h / 2 * middle, t + h / 2)
+        return z + h / 6 * (k + 2 * middle + 2 * other + v(z + h * other, t + h)), None
+
+    z, _ = jax.lax.scan(step, z, jnp.arange(args.flow_steps) * h)
+    limit = args.latent_clip if args.squash == "tanh" else 1.0
+    return jnp.clip(z, -limit, limit)
+
+
+def candidates(args, flow, observations, key, count):
+    """Latents of `count` samples per state: (B, S) -> (N, B, d)."""
+    z = jax.random.normal(key, (count, len(observations), args.action_size))
+    return integrate(args, flow, observations, z)
+
+
+def squash(args, z):
+    """Actions of latents."""
+    return jnp.tanh(z) if args.squash == "tanh" else z
+
+
+def best(q, actions):
+    """The action of the highest value: (N, B), (N, B, d) -> (B, d)."""
+    return jnp.take_along_axis(actions, q.argmax(0)[None, :, None], 0)[0]
+
+
+def sample_actions(args, state, observations, key, mode):
+    """(B, S) -> (B, d) in [-1, 1]: the best of N samples, but "single" (logged next to it) takes
+    one, and "explore" (in training) as many as --act-candidates says."""
+    flow = state.targets.get("policy", state.params["policy"])
+    count = dict(explore=args.act_candidates, single=1).get(mode) or args.num_candidates
+    actions = squash(args, candidates(args, flow, observations, key, count))
+    return best(critic(args, state.params["critic"], observations, actions).min(0), actions)
+
+
+def critic_loss(args, params, state, batch, next_actions):
+    """TD error of both critics against one target; next_actions (N, B, d) are candidates at s'."""
+    q = critic(args, state.params["critic"], batch.next_observations, next_actions).min(0)
+    chosen = best(q, next_actions)  # by the critics, valued by their averages: no self-deception
+    value = critic(args, state.targets["critic"], batch.next_observations, chosen).min(0)
+    target = args.reward_scale * batch.rewards + args.discount * batch.masks * value  # Eq. (20)
+    q = critic(args, params, batch.observations, batch.actions)
+    loss = ((q - target) ** 2).sum(0).mean()  # Eq. (19)
+    return loss, dict(critic_loss=loss, q=q.mean(), target=target.mean())
+
+
+def weigh(args, q, eta):
+    """Weights of N candidates, which sum to 1, and their effective number: (N, B) -> (N, B), ()."""
+    w = jax.nn.softmax(q / eta, 0)  # Eq. (13): V(s) cancels
+    if args.weights == "uniform":
+        w = jnp.full_like(q, 1 / len(q))
+    if args.weights == "top1":
+        w = jax.nn.one_hot(q.argmax(0), len(q), axis=0)
+    return w, (1 / (w**2).sum(0)).mean()  # Eq. (14)
+
+
+def divergence(args, flow, observations, z, t, key):
+    """Velocity (N, B, d), and divergence of the velocity of the *actions* (N, B), at z (N, B, d)
+    and t (N, B)."""
+    v = partial(velocity, args, flow, observations, t=t)
+    if args.divergence == "hutchinson":
+        probe = jax.random.rademacher(key, z.shape, z.dtype)
+        speed, change = jax.jvp(v, (z,), (probe,))
+        trace = (probe * change).sum(-1)  # Eq. (69)
+    else:
+        column = lambda e: (jax.jvp(v, (z,), (jnp.broadcast_to(e, z.shape),))[1] * e).sum(-1)
+        speed, trace = v(z), jax.vmap(column)(jnp.eye(z.shape[-1])).sum(0)
+    if args.squash == "tanh":
+        trace -= 2 * (jnp.tanh(z) * speed).sum(-1)  # Eq. (17)
+    return speed, trace
+
+
+def policy_loss(args, params, state, observations, z1, w, key):
+    """Weighted flow matching to the latents z1 (N, B, d) of the candidates, with weights w (N, B),
+    and the entropy. Only `params` is differentiated: no gradient passes through the solver."""
+    keys = jax.random.split(key, 3)
+    t = jax.random.uniform(keys[0], w.shape)
+    z0 = jax.random.normal(keys[1], z1.shape)
+    z = (1 - t[..., None]) * z0 + t[..., None] * z1  # Eq. (2)
+    speed, spread = divergence(args, params, observations, z, t, keys[2])
+    matching = (w * ((speed - (z1 - z0)) ** 2).sum(-1)).sum(0).mean()  # Eq. (11)
+    on = state.step < args.entropy_until
+    loss = matching - on * jnp.exp(state.log_lambda) * spread.mean()  # Eq. (8), (18)
+    start = 0.669804 if args.squash == "tanh" else 1.418939  # H of tanh(z_0), of z_0; per dimension
+    entropy = start * z1.shape[-1] + spread.mean()  # Eq. (16), (70)
+    return loss, dict(matching_loss=matching, entropy=entropy / z1.shape[-1])
+
+
+def target_entropy(args, step):
+    """H*/d, linear in the updates until a share of all."""
+    share = jnp.minimum(step / (args.target_entropy_share * planned_updates(args)), 1)
+    return args.target_entropy_start * (1 - share) + args.target_entropy_end * share
+
+
+def update(args, state, batch):
+    """One step of the critics, then one of the policy with the critics' new values, then of lambda
+    and eta (plain steps on their logarithms), then of the averages."""
+    key, next_key, now_key, loss_key = jax.random.split(state.key, 4)
+    N, params, opt_state = args.num_candidates, dict(state.params), dict(state.opt_state)
+    observations, flow = batch.next_observations, state.targets.get("policy", params["policy"])
+    z1 = candidates(args, flow, observations, next_key, N)
+
+    def descend(name, loss, *inputs):
+        grads, metrics = jax.grad(partial(loss, args), has_aux=True)(params[name], state, *inputs)
+        updates, opt_state[name] = optimizers(args)[name].update(grads, opt_state[name])
+        params[name] = optax.apply_updates(params[name], updates)
+        return metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
+
+    metrics = descend("critic", critic_loss, batch, squash(args, z1))
+    if args.actor_states == "current":
+        observations = batch.observations
+        z1 = candidates(args, params["policy"], observations, now_key, N)
+    q = critic(args, params["critic"], observations, squash(args, z1)).min(0)
+    w, ess = weigh(args, q, jnp.exp(state.log_eta))
+    metrics |= descend("policy", policy_loss, observations, z1, w, loss_key)
+
+    goal = target_entropy(args, state.step)
+    log_lambda = state.log_lambda + args.lambda_rate * (goal - metrics["entropy"])  # Eq. (7)
+    log_lambda = jnp.clip(log_lambda, jnp.log(1e-3), jnp.log(10.0))
+    log_lambda = jnp.where(state.step < args.entropy_until, log_lambda, state.log_lambda)
+    log_eta = state.log_eta
+    if args.weights == "soft" and not args.eta_fixed:
+        log_eta = log_eta - args.eta_rate * (ess - args.target_ess * N)
+        log_eta = jnp.clip(log_eta, jnp.log(1e-3), jnp.log(100.0))
+    rates = dict(critic=args.target_rate, policy=args.policy_ema)
+    average = lambda name: optax.incremental_update(params[name], state.targets[name], rates[name])
+    targets = {name: average(name) for name in state.targets}
+
+    metrics |= dict(target_entropy=goal, multiplier=jnp.exp(state.log_lambda), ess=ess)
+    metrics |= dict(eta=jnp.exp(state.log_eta), saturated=(jnp.abs(z1) > 3).mean())
+    return State(params, targets, opt_state, log_eta, log_lambda, state.step + 1, key), metrics
+
+
+MODES = ("best", "single")  # of choosing actions in evaluations, the first one is the method's
+
+# --- shared: many agents -------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames=("args", "mode"))
+def act(args, state, observations, seeds, ages, mode):
+    """Actions of all agents: (agents, E, S) -> (agents, E, 1, d), a plan of one step. The noise
+    depends on nothing but the episode's seed and age in steps, (agents, E) each."""
+
+    def one(state, observation, seed, age):
+        key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
+        return sample_actions(args, state, observation[None], key, mode)
+
+    return jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
+
+
+def learn(args, state, sums, replay):
+    """One update of every agent on its own transitions, drawn uniformly. Adds to the metrics."""
+
+    def one(state, replay):
+        key, rows_key = jax.random.split(state.key)
+        filled = jnp.minimum(replay.size, len(replay.rewards))
+        rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
+        batch = jax.tree.map(lambda x: x[rows] if x.ndim else x, replay)
+        return update(args, state.replace(key=key), batch)
+
+    state, metrics = jax.vmap(one)(state, replay)
+    return state, jax.tree.map(jnp.add, sums, metrics) if sums else metrics
+
+
+@partial(jax.jit, static_argnames="args", donate_argnames="state")
+def train_chunk(args, state, sums, replay, updates):
+    """`updates` gradient steps of all agents without leaving the device."""
+    return jax.lax.fori_loop(0, updates, lambda _, x: learn(args, *x, replay), (state, sums))
+
+
+@partial(jax.jit, static_argnames="args", donate_argnames=("state", "replay"))
+def train_on_plane(args, state, sums, replay, world, done, steps):
+    """The same where the environment is a function, too: steps `done` + 1 to `done` + `steps` of
+    all agents in `multigoal` with the updates between them. `world`: position, age, seed."""
+
+    def draw(seed, now):  # a start and a uniform action
+        keys = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(~seed), now))
+        action = jax.random.uniform(keys[1], (2,), minval=-1, maxval=1)
+        return 0.1 * jax.random.normal(keys[0], (2,)), action
+
+    def step(i, carry):
+        state, sums, replay, (position, age, seed) = carry
+        now, learning = done + i + 1, done + i - args.warmup_steps + 1
+        start, action = jax.vmap(draw, (0, None))(seed, now)
+        position = jnp.where(age[:, None] == 0, start, position)
+        inputs = position[:, None], seed[:, None], jnp.full((len(seed), 1), now)
+        plan = act(args, state, *inputs, "explore")
+        action = jnp.where(learning > 0, plan[:, 0, 0], action)
+        due = (learning > 0) & (learning % args.env_steps_per_update == 0)
+        state, sums = jax.lax.cond(due, partial(learn, args), lambda *x: x[:2], state, sums, replay)
+        after, reward, reached = multigoal(position, action, jnp)
+        over = reached | (age + 1 == MULTIGOAL_STEPS)
+        row = dict(observations=position, actions=action, next_observations=after, rewards=reward)
+        row |= dict(masks=1.0 - reached, terminals=1.0 * over)
+        replay = replay.append({name: x[:, None] for name, x in row.items()})
+        return state, sums, replay, (after, jnp.where(over, 0, age + 1), seed)
+
+    return jax.lax.fori_loop(0, steps, step, (state, sums, replay, world))
+
+
+# --- end shared ---
+
+# --- shared: evaluate and main -------------------------------------------------------------------
+
+
+def evaluate(args, policy, pool, agents, step):
+    """Exactly args.eval_episodes episodes of every agent, seeded by (seed, task, step, episode):
+    the same for every method. Returns (agents, episodes) arrays, see `EnvPool.play`."""
+    episodes = range(args.eval_episodes)
+    seeds = [[seed_of(seed, task, step, e) for e in episodes] for task, seed in agents]
+    return pool.play(policy, np.array(seeds, np.uint32))
+
+
+def main(args):
+    """Trains all agents and leaves a run folder, see common/run.py. Returns its evaluations."""
+    source, env = resolve(args.env), make_env(args.env)
+    agents = [(source.task, args.seed + i) for i in range(args.num_seeds)]
+    sizes = SimpleNamespace(observations=env.observation_space, actions=env.action_space)
+    S, d = env.observation_space.shape[0], env.action_space.shape[0]
+    args = dataclasses.replace(args, action_size=d)
+    run = Run(Path(__file__).stem, args, agents, {})
+    keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
+    state = jax.jit(jax.vmap(partial(create, args, S)))(keys)
+    capacity, count = min(args.replay_size, args.total_steps), len(agents)
+    replay = Replay.create(count, 0, sizes)
+    size = sum(x.size for x in jax.tree.leaves(state.params)) // count
+    print(f"{count} agents of {size:,} parameters, replay of {capacity:,} transitions")
+
+    def policy(*inputs, mode):  # flat over agents and environments, for the pools
+        inputs = [x.reshape(count, -1, *x.shape[1:]) for x in inputs]
+        return np.concatenate(act(args, state, *inputs, mode))
+
+    def explore(_, seeds, ages):  # uniform
+        draw = lambda at: np.random.default_rng(at).uniform(-1, 1, (1, d))
+        return np.float32([draw(at) for at in zip(seeds, ages)])
+
+    plane, slots = args.env == "multigoal", min(args.eval_slots, args.eval_episodes)
+    eval_pool = EnvPool([args.env] * (slots * count), args.workers)
+    pool, everyone = EnvPool([] if plane else [args.env] * count, args.workers), range(count)
+    first = [seed_of(seed, task, 0) for task, seed in agents]
+    world = np.zeros((count, S), np.float32), np.zeros(count, np.int32), np.array(first, np.uint32)
+    done, saved = run.restore(dict(state=state, replay=replay, pool=pool.save(), world=world))
+    state, world = jax.device_put((saved["state"], saved["world"]))
+    replay = Replay.create(count, capacity, sizes).append(vars(saved["replay"]))
+    replay = replay.replace(size=jnp.asarray(saved["replay"].size))
+    order = np.arange(max(0, done - capacity), done) % capacity  # from the oldest on
+    pool.load(saved["pool"], np.asarray(saved["replay"].actions)[:, order[: done * (not plane)]])
+    if args.eval_only and not done:
+        raise SystemExit(f"{run.folder} holds no checkpoint that could be evaluated")
+
+    def report(table):
+        scores, result = {}, None
+        for mode in MODES:
+            played = evaluate(args, partial(policy, mode=mode), eval_pool, agents, done)
+            prefix, result = (f"{mode}_", result) if result else ("", played)
+            scores |= {prefix + name: played[name].mean(1) for name in ("return", "length")}
+        run.log(table, done, scores)
+        bar.write(f"{done:,} steps: return {scores['return'].mean():.1f}")
+        return result
+
+    total, result, updates = args.total_steps, None, 0
+    shapes = jax.eval_shape(partial(learn, args), state, None, replay)[1]
+    zeros = sums = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
+    due = lambda n: max(0, n - args.warmup_steps) // args.env_steps_per_update  # updates until n
+    bar = tqdm(initial=done, total=total, unit="step", dynamic_ncols=True, disable=None)
+    while done < total and not args.eval_only:
+        if plane:
+            steps = min(n - done % n for n in (args.log_interval, args.eval_interval, total))
+            carry = state, sums, replay, world
+            state, sums, replay, world = train_on_plane(args, *carry, done, steps)
+        else:
+            steps = 1
+            if not done:
+                pool.start(everyone, first)
+            choose = partial(policy, mode="explore") if done >= args.warmup_steps else explore
+            plan = choose(np.stack(pool.states), pool.seeds, pool.ages)
+            # The device works on the update while the environments make their step.
+            state, sums = train_chunk(args, state, sums, replay, due(done + 1) - due(done))
+            taken = pool.step(lambda *_: plan, everyone)
+            replay = replay.append({name: x[:, None] for name, x in taken.items()})
+            over = np.flatnonzero(taken["terminals"]).tolist()
+            pool.start(over, [seed_of(agents[i][1], agents[i][0], done + 1) for i in over])
+        done, updates = done + steps, updates + due(done + steps) - due(done)
+        bar.update(steps)
+        halt = done % args.eval_interval == 0 or done == total
+        if updates and (halt or done % args.log_interval == 0):
+            run.log("train", done, {name: value / updates for name, value in sums.items()})
+            sums, updates = zeros, 0
+        if halt:
+            result = report("eval")
+            rows = min(done, capacity)
+            filled = jax.tree.map(lambda x: x[:, :rows] if x.ndim > 1 else x, replay)
+            run.save(done, dict(state=state, replay=filled, pool=pool.save(), world=world))
+    if args.eval_only:
+        result = report("eval_only")
+    bar.close()
+    if result:
+        run.finish(result)
+    print(f"{run.folder} is complete: {done:,} of {total:,} steps")
+    return result
+
+
+if __name__ == "__main__":
+    main(parse(Args, ENV_DEFAULTS))
+# --- end shared ---
