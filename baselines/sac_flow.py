@@ -1,0 +1,479 @@
+"""SAC-Flow (Zhang et al. 2025, arXiv:2509.25756): soft actor-critic with a flow policy, in the form
+Flow-G, and CrossQ critics (Bhatt et al., arXiv:1902.05605).
+
+Online, off-policy. The policy is a flow of few steps, squashed by tanh. Gaussian noise in each step
+gives the whole path a density, which takes the place of the action's in SAC; the gradient passes
+through all steps, and a velocity in the form of a gated recurrent unit keeps it from exploding. The
+critics have no target networks: batch renormalisation, over the replay's and the policy's actions
+jointly, keeps them stable.
+
+    x_{k+1} = x_k + v(x_k, k/T, s) / T + sigma(s) xi_k,  x_0 ~ N(0, I),  a = tanh(x_T)  Eq. (SF1)
+    v = g (C - x),  g = sigmoid(G),  both of s, x and t                                 Eq. (SF2)
+    log p = log N(x_0) + sum_k log N(x_{k+1}; x_k + v / T, sigma^2) - log |da / dx_T|   Eq. (SF3)
+    y = c r + gamma m (min_j Q_j(s', a') - alpha log p'),  no gradient                  Eq. (SF5)
+    L(Q) = E sum_j (Q_j(s, a) - y)^2,  L(pi) = E [alpha log p - min_j Q_j(s, a~)]   Eq. (SF6), (SF7)
+
+Equation numbers are ours, see docs/equations.md; `# ref:` marks what differs from public code.
+
+    python -m baselines.sac_flow                     the plane with four goals, small networks
+    python -m baselines.sac_flow --env halfcheetah --num-seeds 5
+
+Shapes: B batch, S observation, d action, T steps of the flow; agents (seeds) trained at once are
+the leading axis of all that `act` and `train_chunk` see.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax.scipy.stats import norm
+from tqdm import tqdm
+
+from common.data import Replay
+from common.envs import MULTIGOAL_STEPS, EnvPool, make_env, multigoal, resolve, seed_of
+from common.networks import LECUN, MLP
+from common.run import Run, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    # --- shared: run arguments ---
+    env: str = "multigoal"  # or kitchen-1, -2, -4, -7, hopper, halfcheetah, walker2d, humanoid
+    seed: int = 0  # first seed; an agent does not depend on those trained beside it
+    num_seeds: int = 1  # agents trained at once: seed, seed + 1, ...
+    name: str = "default"  # of the run's folder runs/<script>/<env>/<name>
+    run_dir: str = "runs"  # where the folders of all runs are
+    total_steps: int = 1_000_000  # environment steps of every agent
+    warmup_steps: int = 10_000  # of these, the first ones: uniform actions and no updates
+    env_steps_per_update: int = 1  # environment steps from one update to the next
+    replay_size: int = 1_000_000  # transitions kept, the oldest are overwritten
+    log_interval: int = 1_000  # steps between two rows of train.csv (means over their updates)
+    eval_interval: int = 10_000  # steps between two evaluations, each with a checkpoint
+    eval_episodes: int = 10  # episodes per evaluation and agent
+    eval_slots: int = 10  # environments that share them, per agent
+    workers: int = 0  # processes that step environments (0: one per core)
+    eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
+    track: bool = False  # log to Weights & Biases, too
+    discount: float = 0.99  # gamma, per environment step
+    action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
+    # --- end shared ---
+
+    # method
+    reward_scale: float = 1.0  # c: factor of rewards in the TD target
+    policy_delay: int = 3  # updates between two of the policy
+    target_entropy: float = 0.0  # H*/d: alpha falls while the entropy of the path is above
+    flow_steps: int = 4  # T: steps of the solver from noise to action
+    renorm_after: int = 100_000  # first updates, which use the own moments of a batch alone
+
+    # networks and optimiser
+    hidden_dims: tuple[int, ...] = (1024, 1024)  # of the critics
+    policy_width: int = 512  # of the policy's hidden layers
+    batch_size: int = 512  # B: transitions per update
+    actor_lr: float = 3e-4  # Adam's learning rate of the policy
+    critic_lr: float = 1e-3  # Adam's learning rate of the critics
+    alpha_lr: float = 1e-3  # Adam's learning rate of log alpha
+
+
+# The class holds the values of FMER's comparison (arXiv:2603.17685, table 3) and, where those are
+# lost, of the public code. The plane and the small networks there are for a CPU, tuned here.
+ENV_DEFAULTS = {
+    "multigoal": dict(
+        total_steps=15_000, warmup_steps=1_000, reward_scale=0.1, actor_lr=1e-3,
+        alpha_lr=1e-2, hidden_dims=(64, 64), policy_width=64, batch_size=32,
+        log_interval=500, eval_interval=5_000, eval_episodes=100, eval_slots=100,
+    ),
+}  # fmt: skip
+
+
+class Renorm(nn.Module):
+    """Batch renormalisation (Ioffe 2017) of x (B, n). In training the batch is normalised by its
+    own moments and, where `corrected` is True, brought near what the running ones would give, by
+    constants r and b; elsewhere (`corrected` is None) by the running moments."""
+
+    @nn.compact
+    def __call__(self, x, corrected=None):
+        size = x.shape[-1:]
+        running = self.variable("statistics", "mean", jnp.zeros, size)
+        spread = self.variable("statistics", "var", jnp.ones, size)
+        mean, std = running.value, jnp.sqrt(spread.value + 1e-3)
+        y = (x - mean) / std
+        if corrected is not None:
+            own_mean, own_std = x.mean(0), jnp.sqrt(x.var(0) + 1e-3)
+            r = jnp.where(corrected, jnp.clip(own_std / std, 1 / 3, 3), 1)
+            b = jnp.where(corrected, jnp.clip((own_mean - mean) / std, -5, 5), 0)
+            r, b = jax.lax.stop_gradient((r, b))
+            y = (x - own_mean) / own_std * r + b  # Eq. (SF4)
+            running.value = 0.99 * running.value + 0.01 * x.mean(0)
+            spread.value = 0.99 * spread.value + 0.01 * x.var(0)
+        scale = self.param("scale", nn.initializers.ones, size)
+        return scale * y + self.param("bias", nn.initializers.zeros, size)
+
+
+class Normalised(nn.Module):
+    """A critic: renormalisation of (s, a), then of every hidden layer, after its ReLU."""
+
+    hidden: tuple
+
+    @nn.compact
+    def __call__(self, x, corrected):
+        x = Renorm()(x, corrected)
+        for width in self.hidden:
+            x = Renorm()(nn.relu(nn.Dense(width, kernel_init=LECUN)(x)), corrected)
+        return nn.Dense(1, kernel_init=LECUN)(x)[..., 0]
+
+
+class FlowG(nn.Module):
+    """A velocity that is a gate times the way to a candidate: the gate is almost open at first."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, observations, x, t, corrected):
+        inputs = Renorm()(jnp.concatenate([observations, x], -1), corrected)
+        angle = 100 * t * 10_000.0 ** (-jnp.arange(16) / 16)
+        waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)])
+        waves = jnp.broadcast_to(waves, (*x.shape[:-1], *waves.shape))
+        inputs = jnp.concatenate([inputs, waves], -1)
+        network = partial(MLP, (self.width,), x.shape[-1], False, nn.swish, LECUN)
+        gate = nn.sigmoid(5 + network(nn.initializers.zeros)(inputs))
+        return gate * (network()(inputs) - x)  # Eq. (SF2)
+
+
+@flax.struct.dataclass
+class State:
+    """Everything that an agent carries from update to update. There are no target networks."""
+
+    params: dict  # critic (Q_1, Q_2), policy (velocity v and deviation sigma), log_alpha
+    statistics: dict  # running moments of critic and, for every step of the flow, of policy
+    opt_state: dict  # of each of params
+    step: jax.Array  # () int32: updates so far
+    key: jax.Array  # (2,) uint32
+
+
+def optimizers(args):
+    """Adam for each of `params`."""
+    rates = dict(critic=args.critic_lr, policy=args.actor_lr, log_alpha=args.alpha_lr)
+    return {name: optax.adam(rate, b1=0.5) for name, rate in rates.items()}
+
+
+def networks(args):
+    """The critics, whose inputs are one array, and the policy's velocity and log-deviation."""
+    Twins = nn.vmap(Normalised, dict(params=0, statistics=0), dict(params=True), None, 0, 2)
+    deviation = MLP((args.policy_width,) * 2, args.action_size, False, nn.relu, LECUN)
+    return Twins(args.hidden_dims), FlowG(args.policy_width), deviation
+
+
+def create(args, observation_size, key) -> State:
+    """A new agent."""
+    key, *keys = jax.random.split(key, 4)
+    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.action_size))
+    critics, flow, deviation = networks(args)
+    critic = critics.init(keys[0], jnp.concatenate([s, a], -1), None)
+    velocity = flow.init(keys[1], s, a, 0.0, None)
+    params = dict(
+        critic=critic["params"],
+        policy=dict(velocity=velocity["params"], deviation=deviation.init(keys[2], s)["params"]),
+        log_alpha=jnp.zeros(()),  # alpha = 1
+    )
+    every_step = lambda x: jnp.repeat(x[None], args.flow_steps, 0)
+    moments = jax.tree.map(every_step, velocity["statistics"])
+    statistics = dict(critic=critic["statistics"], policy=moments)
+    opt_state = {name: opt.init(params[name]) for name, opt in optimizers(args).items()}
+    return State(params, statistics, opt_state, jnp.int32(0), key)
+
+
+# --- the method ----------------------------------------------------------------------------------
+
+
+def critic(args, params, statistics, observations, actions, corrected=None):
+    """Q_1, Q_2 and their statistics after it: (B, S), (B, d) -> (2, B), dict."""
+    variables = dict(params=params, statistics=statistics)
+    inputs = jnp.concatenate([observations, actions], -1), corrected
+    q, new = networks(args)[0].apply(variables, *inputs, mutable="statistics")
+    return q, new["statistics"]
+
+
+def velocity(args, params, statistics, observations, x, t, corrected=None):
+    """v(x, t, s) and its statistics after it: (B, S), (B, d), () -> (B, d), dict."""
+    variables, inputs = dict(params=params, statistics=statistics), (observations, x, t, corrected)
+    v, new = networks(args)[1].apply(variables, *inputs, mutable="statistics")
+    return v, new["statistics"]
+
+
+def deviation(args, params, observations):
+    """log sigma(s) in [-5, 2]: (B, S) -> (B, d)."""
+    raw = networks(args)[2].apply(dict(params=params), observations)
+    return -5 + 3.5 * (jnp.tanh(raw) + 1)
+
+
+def rollout(args, params, statistics, observations, key, corrected=None, noisy=True):
+    """Actions, log-densities of their paths, and the statistics after them: (B, S) -> (B, d), (B,),
+    dict. Every step has its own statistics, for x changes from noise to action."""
+    T, d, keys = args.flow_steps, args.action_size, jax.random.split(key)
+    x0 = jax.random.normal(keys[0], (len(observations), d))
+    noise = noisy * jax.random.normal(keys[1], (T, *x0.shape))
+    log_std = deviation(args, params["deviation"], observations)
+
+    def step(x, inputs):
+        t, moments, xi = inputs
+        v, moments = velocity(args, params["velocity"], moments, observations, x, t, corrected)
+        return x + v / T + jnp.exp(log_std) * xi, moments  # Eq. (SF1)
+
+    x, statistics = jax.lax.scan(step, x0, (jnp.arange(T) / T, statistics, noise))
+    steps = (norm.logpdf(noise) - log_std).sum(0)
+    slope = 2 * (jnp.log(2) - x - jax.nn.softplus(-2 * x))  # log(1 - tanh^2 x), for any x
+    return jnp.tanh(x), (norm.logpdf(x0) + steps - slope).sum(-1), statistics  # Eq. (SF3)
+
+
+def sample_actions(args, state, observations, key, mode):
+    """(B, S) -> (B, d) in [-1, 1]: in training ("explore") with noise in every step, else with that
+    at the start alone."""
+    policy, noisy = (state.params["policy"], state.statistics["policy"]), mode == "explore"
+    return rollout(args, *policy, observations, key, noisy=noisy)[0]
+
+
+def critic_loss(args, params, state, batch, key):
+    """TD error of both critics against one target. They see the two halves of it as one batch."""
+    alpha, corrected = jnp.exp(state.params["log_alpha"]), state.step >= args.renorm_after
+    policy = state.params["policy"], state.statistics["policy"]
+    actions, log_prob, _ = rollout(args, *policy, batch.next_observations, key)
+    observations = jnp.concatenate([batch.observations, batch.next_observations])
+    both = observations, jnp.concatenate([batch.actions, actions])
+    q, moments = critic(args, params, state.statistics["critic"], *both, corrected)
+    q, next_q = jnp.split(q, 2, 1)
+    value = jax.lax.stop_gradient(next_q).min(0) - alpha * log_prob  # a target of `params` itself
+    target = args.reward_scale * batch.rewards + args.discount * batch.masks * value  # Eq. (SF5)
+    loss = ((q - target) ** 2).sum(0).mean()  # Eq. (SF6)
+    metrics = dict(critic_loss=loss, q=q.mean(), target=target.mean())
+    return loss, (metrics, dict(critic=moments))
+
+
+def policy_loss(args, params, state, observations, key):
+    """The lower value of an action, and the entropy of its path; the gradient passes through all
+    steps. The critics use their running statistics."""
+    alpha, corrected = jnp.exp(state.params["log_alpha"]), state.step >= args.renorm_after
+    moments = state.statistics["policy"]
+    actions, log_prob, moments = rollout(args, params, moments, observations, key, corrected)
+    q, _ = critic(args, state.params["critic"], state.statistics["critic"], observations, actions)
+    loss = (alpha * log_prob - q.min(0)).mean()  # Eq. (SF7)
+    metrics = dict(policy_loss=loss, entropy=-log_prob.mean() / args.action_size, alpha=alpha)
+    return loss, (metrics, dict(policy=moments))
+
+
+def alpha_loss(args, params, state, entropy):
+    """Raises alpha while the path's entropy (per dimension) is below its target."""
+    gap = args.action_size * (entropy - args.target_entropy)
+    return jnp.exp(params) * gap, ({}, {})  # Eq. (SF8)
+
+
+def descend(args, state, name, loss, *inputs):
+    """The state after one step of Adam on a loss of params[name], all else being constant."""
+    gradient = jax.grad(partial(loss, args), has_aux=True)
+    grads, (metrics, moments) = gradient(state.params[name], state, *inputs)
+    updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
+    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
+    state = state.replace(params=params, opt_state=state.opt_state | {name: opt_state})
+    metrics |= {f"{name}_grad_norm": optax.global_norm(grads)}
+    return state.replace(statistics=state.statistics | moments), metrics
+
+
+def update(args, state, batch):
+    """One step of the critics; at every policy_delay-th update also one of the policy, then one of
+    alpha."""
+    key, next_key, now_key = jax.random.split(state.key, 3)
+    state, metrics = descend(args, state, "critic", critic_loss, batch, next_key)
+
+    def step(_, carry):
+        state, more = descend(args, carry[0], "policy", policy_loss, batch.observations, now_key)
+        state, _ = descend(args, state, "log_alpha", alpha_loss, more["entropy"])
+        return state, jax.tree.map(lambda x: args.policy_delay * x, more)
+
+    # A loop that may be empty, for under vmap a condition would cost as much as both branches. The
+    # policy's metrics are such that their means over updates are those over the policy's steps.
+    due = (state.step + 1) % args.policy_delay == 0
+    names = "policy_loss entropy alpha policy_grad_norm".split()
+    carry = state, dict.fromkeys(names, jnp.zeros(()))
+    state, more = jax.lax.fori_loop(0, jnp.int32(due), step, carry)
+    return state.replace(step=state.step + 1, key=key), metrics | more
+
+
+MODES = ("greedy",)  # of choosing actions in evaluations
+
+# --- shared: many agents -------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames=("args", "mode"))
+def act(args, state, observations, seeds, ages, mode):
+    """Actions of all agents: (agents, E, S) -> (agents, E, 1, d), a plan of one step. The noise
+    depends on nothing but the episode's seed and age in steps, (agents, E) each."""
+
+    def one(state, observation, seed, age):
+        key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
+        return sample_actions(args, state, observation[None], key, mode)
+
+    return jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
+
+
+def learn(args, state, sums, replay):
+    """One update of every agent on its own transitions, drawn uniformly. Adds to the metrics."""
+
+    def one(state, replay):
+        key, rows_key = jax.random.split(state.key)
+        filled = jnp.minimum(replay.size, len(replay.rewards))
+        rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
+        batch = jax.tree.map(lambda x: x[rows] if x.ndim else x, replay)
+        return update(args, state.replace(key=key), batch)
+
+    state, metrics = jax.vmap(one)(state, replay)
+    return state, jax.tree.map(jnp.add, sums, metrics) if sums else metrics
+
+
+@partial(jax.jit, static_argnames="args", donate_argnames="state")
+def train_chunk(args, state, sums, replay, updates):
+    """`updates` gradient steps of all agents without leaving the device."""
+    return jax.lax.fori_loop(0, updates, lambda _, x: learn(args, *x, replay), (state, sums))
+
+
+@partial(jax.jit, static_argnames="args", donate_argnames=("state", "replay"))
+def train_on_plane(args, state, sums, replay, world, done, steps):
+    """The same where the environment is a function, too: steps `done` + 1 to `done` + `steps` of
+    all agents in `multigoal` with the updates between them. `world`: position, age, seed."""
+
+    def draw(seed, now):  # a start and a uniform action
+        keys = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(~seed), now))
+        action = jax.random.uniform(keys[1], (2,), minval=-1, maxval=1)
+        return 0.1 * jax.random.normal(keys[0], (2,)), action
+
+    def step(i, carry):
+        state, sums, replay, (position, age, seed) = carry
+        now, learning = done + i + 1, done + i - args.warmup_steps + 1
+        start, action = jax.vmap(draw, (0, None))(seed, now)
+        position = jnp.where(age[:, None] == 0, start, position)
+        inputs = position[:, None], seed[:, None], jnp.full((len(seed), 1), now)
+        plan = act(args, state, *inputs, "explore")
+        action = jnp.where(learning > 0, plan[:, 0, 0], action)
+        due = (learning > 0) & (learning % args.env_steps_per_update == 0)
+        state, sums = jax.lax.cond(due, partial(learn, args), lambda *x: x[:2], state, sums, replay)
+        after, reward, reached = multigoal(position, action, jnp)
+        over = reached | (age + 1 == MULTIGOAL_STEPS)
+        row = dict(observations=position, actions=action, next_observations=after, rewards=reward)
+        row |= dict(masks=1.0 - reached, terminals=1.0 * over)
+        replay = replay.append({name: x[:, None] for name, x in row.items()})
+        return state, sums, replay, (after, jnp.where(over, 0, age + 1), seed)
+
+    return jax.lax.fori_loop(0, steps, step, (state, sums, replay, world))
+
+
+# --- end shared ---
+
+# --- shared: evaluate and main -------------------------------------------------------------------
+
+
+def evaluate(args, policy, pool, agents, step):
+    """Exactly args.eval_episodes episodes of every agent, seeded by (seed, task, step, episode):
+    the same for every method. Returns (agents, episodes) arrays, see `EnvPool.play`."""
+    episodes = range(args.eval_episodes)
+    seeds = [[seed_of(seed, task, step, e) for e in episodes] for task, seed in agents]
+    return pool.play(policy, np.array(seeds, np.uint32))
+
+
+def main(args):
+    """Trains all agents and leaves a run folder, see common/run.py. Returns its evaluations."""
+    source, env = resolve(args.env), make_env(args.env)
+    agents = [(source.task, args.seed + i) for i in range(args.num_seeds)]
+    sizes = SimpleNamespace(observations=env.observation_space, actions=env.action_space)
+    S, d = env.observation_space.shape[0], env.action_space.shape[0]
+    args = dataclasses.replace(args, action_size=d)
+    run = Run(Path(__file__).stem, args, agents, {})
+    keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
+    state = jax.jit(jax.vmap(partial(create, args, S)))(keys)
+    capacity, count = min(args.replay_size, args.total_steps), len(agents)
+    replay = Replay.create(count, 0, sizes)
+    size = sum(x.size for x in jax.tree.leaves(state.params)) // count
+    print(f"{count} agents of {size:,} parameters, replay of {capacity:,} transitions")
+
+    def policy(*inputs, mode):  # flat over agents and environments, for the pools
+        inputs = [x.reshape(count, -1, *x.shape[1:]) for x in inputs]
+        return np.concatenate(act(args, state, *inputs, mode))
+
+    def explore(_, seeds, ages):  # uniform; without the 1, age 0 would repeat the reset's draws
+        draw = lambda at: np.random.default_rng((*at, 1)).uniform(-1, 1, (1, d))
+        return np.float32([draw(at) for at in zip(seeds, ages)])
+
+    plane, slots = args.env == "multigoal", min(args.eval_slots, args.eval_episodes)
+    eval_pool = EnvPool([args.env] * (slots * count), args.workers)
+    pool, everyone = EnvPool([] if plane else [args.env] * count, args.workers), range(count)
+    first = [seed_of(seed, task, 0) for task, seed in agents]
+    world = np.zeros((count, S), np.float32), np.zeros(count, np.int32), np.array(first, np.uint32)
+    done, saved = run.restore(dict(state=state, replay=replay, pool=pool.save(), world=world))
+    state, world = jax.device_put((saved["state"], saved["world"]))
+    replay = Replay.create(count, capacity, sizes).append(vars(saved["replay"]))
+    replay = replay.replace(size=jnp.asarray(saved["replay"].size))
+    order = np.arange(max(0, done - capacity), done) % capacity  # from the oldest on
+    pool.load(saved["pool"], np.asarray(saved["replay"].actions)[:, order[: done * (not plane)]])
+    if args.eval_only and not done:
+        raise SystemExit(f"{run.folder} holds no checkpoint that could be evaluated")
+
+    def report(table):
+        scores, result = {}, None
+        for mode in MODES:
+            played = evaluate(args, partial(policy, mode=mode), eval_pool, agents, done)
+            prefix, result = (f"{mode}_", result) if result else ("", played)
+            scores |= {prefix + name: played[name].mean(1) for name in ("return", "length")}
+        run.log(table, done, scores)
+        bar.write(f"{done:,} steps: return {scores['return'].mean():.1f}")
+        return result
+
+    total, result, updates = args.total_steps, None, 0
+    shapes = jax.eval_shape(partial(learn, args), state, None, replay)[1]
+    zeros = sums = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
+    due = lambda n: max(0, n - args.warmup_steps) // args.env_steps_per_update  # updates until n
+    bar = tqdm(initial=done, total=total, unit="step", dynamic_ncols=True, disable=None)
+    while done < total and not args.eval_only:
+        if plane:
+            steps = min(n - done % n for n in (args.log_interval, args.eval_interval, total))
+            carry = state, sums, replay, world
+            state, sums, replay, world = train_on_plane(args, *carry, done, steps)
+        else:
+            steps = 1
+            if not done:
+                pool.start(everyone, first)
+            choose = partial(policy, mode="explore") if done >= args.warmup_steps else explore
+            plan = choose(np.stack(pool.states), pool.seeds, pool.ages)
+            # The device works on the update while the environments make their step.
+            state, sums = train_chunk(args, state, sums, replay, due(done + 1) - due(done))
+            taken = pool.step(lambda *_: plan, everyone)
+            replay = replay.append({name: x[:, None] for name, x in taken.items()})
+            over = np.flatnonzero(taken["terminals"]).tolist()
+            pool.start(over, [seed_of(agents[i][1], agents[i][0], done + 1) for i in over])
+        done, updates = done + steps, updates + due(done + steps) - due(done)
+        bar.update(steps)
+        halt = done % args.eval_interval == 0 or done == total
+        if updates and (halt or done % args.log_interval == 0):
+            run.log("train", done, {name: value / updates for name, value in sums.items()})
+            sums, updates = zeros, 0
+        if halt:
+            result = report("eval")
+            rows = min(done, capacity)
+            filled = jax.tree.map(lambda x: x[:, :rows] if x.ndim > 1 else x, replay)
+            run.save(done, dict(state=state, replay=filled, pool=pool.save(), world=world))
+    if args.eval_only:
+        result = report("eval_only")
+    bar.close()
+    if result:
+        run.finish(result)
+    print(f"{run.folder} is complete: {done:,} of {total:,} steps")
+    return result
+
+
+if __name__ == "__main__":
+    main(parse(Args, ENV_DEFAULTS))
+# --- end shared ---
