@@ -1,0 +1,438 @@
+"""DIPO: Diffusion Policy for model-free online RL (Yang et al. 2023, arXiv:2305.13122).
+
+Online, off-policy. The policy is a denoising diffusion over actions, fitted to actions alone, as in
+imitation: a second buffer holds the replay's states with actions of its own, which gradient steps
+move uphill on Q whenever they are drawn, and the policy learns to reproduce where they are. No
+gradient passes through the chain.
+
+    a <- clip(a + Adam step on grad_a sum_B min_j Q_j(s, a)),  M times                Eq. (DIPO2)
+    x_i = sqrt(abar_i) a + sqrt(1 - abar_i) eps,  eps ~ N(0, I)                       Eq. (DDPM1)
+    L(theta) = E |e_theta(s, x_i, i) - eps|^2 / d                                     Eq. (DDPM2)
+
+The numbers with letters are ours; (DDPM1) to (DDPM4) are the diffusion of Ho et al. 2020
+(arXiv:2006.11239), written alike in dpmd.py and qvpo.py. docs/dipo.md lists what differs from the
+public code (`# ref:`).
+
+    python -m baselines.dipo                                   the plane with four goals, on a CPU
+    python -m baselines.dipo --env halfcheetah --num-seeds 5   five agents in one program
+
+Shapes: B batch, S observation, d action, N chains per state (one, here), T diffusion steps, C rows
+of the replay; agents (seeds) trained at once are the leading axis of all that `act` and
+`train_chunk` see.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tqdm import tqdm
+
+from common.data import Replay
+from common.envs import MULTIGOAL_STEPS, EnvPool, make_env, multigoal, resolve, seed_of
+from common.networks import LECUN, Critic, TimedMLP, mish
+from common.run import Run, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    # --- shared: run arguments ---
+    env: str = "multigoal"  # or kitchen-1, -2, -4, -7, hopper, halfcheetah, walker2d, humanoid
+    seed: int = 0  # first seed; an agent does not depend on those trained beside it
+    num_seeds: int = 1  # agents trained at once: seed, seed + 1, ...
+    name: str = "default"  # of the run's folder runs/<script>/<env>/<name>
+    run_dir: str = "runs"  # where the folders of all runs are
+    total_steps: int = 1_000_000  # environment steps of every agent
+    warmup_steps: int = 10_000  # of these, the first ones: uniform actions and no updates
+    env_steps_per_update: int = 1  # environment steps from one update to the next
+    replay_size: int = 1_000_000  # transitions kept, the oldest are overwritten
+    log_interval: int = 1_000  # steps between two rows of train.csv (means over their updates)
+    eval_interval: int = 10_000  # steps between two evaluations, each with a checkpoint
+    eval_episodes: int = 10  # episodes per evaluation and agent
+    eval_slots: int = 10  # environments that share them, per agent
+    workers: int = 0  # processes that step environments (0: one per core)
+    eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
+    track: bool = False  # log to Weights & Biases, too
+    discount: float = 0.99  # gamma, per environment step
+    action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
+    # --- end shared ---
+
+    # method
+    reward_scale: float = 0.2  # c: factor of rewards in the TD target
+    diffusion_steps: int = 100  # T: steps from noise to action
+    schedule: Literal["linear", "cosine"] = "linear"  # of the noise
+    beta_scale: float = 0.3  # kappa: factor of the linear schedule
+    start_scale: float = 0.5  # deviation of the noise that chains start from
+    eval_noise: float = 0.0  # factor of the noise in the steps of chains in evaluations
+    move_steps: int = 30  # M: gradient steps of the actions that are drawn
+    move_lr: float = 0.03  # Adam's learning rate of these
+    move_clip: float = 0.16  # G: largest norm of their gradient, of a whole batch
+    target_policy_delay: int = 2  # updates from one of the averaged policy to the next
+
+    # networks and optimiser
+    hidden_dims: tuple[int, ...] = (256, 256, 256)  # of all networks
+    batch_size: int = 256  # B: transitions per update
+    actor_lr: float = 3e-4  # Adam's learning rate of the policy
+    critic_lr: float = 3e-4  # Adam's learning rate of the critics
+    max_grad_norm: float = 2.0  # largest norm of a network's gradient
+    target_rate: float = 0.005  # rate of the moving averages of critics and policy
+
+
+# The class holds the values of docs/dipo.md. The plane and the small networks there are for a CPU,
+# tuned here.
+ENV_DEFAULTS = {
+    "multigoal": dict(
+        total_steps=15_000, warmup_steps=1_000, reward_scale=0.1, diffusion_steps=20,
+        beta_scale=0.8, actor_lr=1e-3, critic_lr=1e-3, hidden_dims=(64, 64, 64), batch_size=32,
+        log_interval=500, eval_interval=5_000, eval_episodes=100, eval_slots=100,
+    ),
+}  # fmt: skip
+
+
+@flax.struct.dataclass
+class State:
+    """Everything that an agent carries from update to update."""
+
+    params: dict  # critic (phi_1, phi_2), policy (theta)
+    targets: dict  # moving averages: critic, and the policy of the TD target
+    opt_state: dict  # of critic and policy
+    moved: jax.Array  # (C, d): actions of the second buffer, row by row beside the replay
+    stamp: jax.Array  # (C,) int32: number of the transition whose action was moved, -1 for none
+    step: jax.Array  # () int32: updates so far
+    key: jax.Array  # (2,) uint32
+
+
+def optimizers(args):
+    """Adam for each of the two networks, after clipping by the norm of the network's gradient."""
+    rates = dict(critic=args.critic_lr, policy=args.actor_lr)
+    clip = optax.clip_by_global_norm(args.max_grad_norm)
+    return {name: optax.chain(clip, optax.adam(rate)) for name, rate in rates.items()}
+
+
+def create(args, observation_size, key) -> State:
+    """A new agent."""
+    key, *keys = jax.random.split(key, 3)
+    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.action_size))
+    params = dict(
+        critic=Critic(args.hidden_dims, 2, False, mish, LECUN).init(keys[0], s, a),
+        policy=TimedMLP(args.hidden_dims, 32, ()).init(keys[1], s, a, 0),
+    )
+    targets = jax.tree.map(jnp.copy, params)
+    opt_state = {name: opt.init(params[name]) for name, opt in optimizers(args).items()}
+    C = min(args.replay_size, args.total_steps)
+    buffer = jnp.zeros((C, args.action_size)), jnp.full(C, -1, jnp.int32)
+    return State(params, targets, opt_state, *buffer, jnp.int32(0), key)
+
+
+# --- the method ----------------------------------------------------------------------------------
+
+
+def critic(args, params, observations, actions):
+    """Q_1, Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
+    return Critic(args.hidden_dims, 2, False, mish, LECUN).apply(params, observations, actions)
+
+
+def predict_noise(args, params, observations, x, i):
+    """e(s, x, i): (B, S), (..., B, d), steps i that broadcast to (..., B) -> (..., B, d)."""
+    return TimedMLP(args.hidden_dims, 32, ()).apply(params, observations, x, i)
+
+
+def noise_schedule(args):
+    """beta_i and abar_i of the steps i = 0 ... T - 1, from the action to noise: (T,) each, NumPy's
+    float64, as abar_0 is near 1."""
+    T = args.diffusion_steps
+    if args.schedule == "linear":
+        beta = args.beta_scale * np.linspace(1e-4, 0.999, T)  # Eq. (DDPM4)
+    else:
+        f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+        beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
+    return beta, np.cumprod(1 - beta)
+
+
+def denoise(args, policy, observations, key, count, noise=1.0):
+    """Actions of `count` chains per state, whose steps add `noise` times the noise that they
+    should: (B, S) -> (N, B, d) in [-1, 1]."""
+    beta, abar = noise_schedule(args)
+    before = np.append(1.0, abar[:-1])  # abar_{i-1}
+    to_clean = beta * np.sqrt(before) / (1 - abar)
+    to_x = (1 - before) * np.sqrt(1 - beta) / (1 - abar)
+    std = np.sqrt(beta * (1 - before) / (1 - abar))  # 0 at i = 0
+    keys = jax.random.split(key, args.diffusion_steps + 1)
+    x = jax.random.normal(keys[-1], (count, len(observations), args.action_size))
+
+    def step(x, inputs):
+        i, signal, spread, to_clean, to_x, std, key = inputs
+        clean = (x - spread * predict_noise(args, policy, observations, x, i)) / signal
+        mean = to_clean * jnp.clip(clean, -1, 1) + to_x * x
+        return mean + noise * std * jax.random.normal(key, x.shape), None  # Eq. (DDPM3)
+
+    numbers = np.sqrt(abar), np.sqrt(1 - abar), to_clean, to_x, std
+    inputs = jnp.arange(args.diffusion_steps), *map(jnp.asarray, numbers), keys[:-1]
+    x, _ = jax.lax.scan(step, args.start_scale * x, inputs, reverse=True)
+    return jnp.clip(x, -1, 1)
+
+
+def sample_actions(args, state, observations, key, mode):
+    """(B, S) -> (B, d) in [-1, 1], by one chain: "explore" (in training) as it is, "greedy" without
+    noise in its steps (but not in its start)."""
+    noise = 1.0 if mode == "explore" else args.eval_noise
+    return denoise(args, state.params["policy"], observations, key, 1, noise)[0]
+
+
+def critic_loss(args, params, state, batch, next_actions):
+    """TD error of both critics against one target; next_actions (B, d)."""
+    value = critic(args, state.targets["critic"], batch.next_observations, next_actions).min(0)
+    target = args.reward_scale * batch.rewards + args.discount * batch.masks * value  # Eq. (DIPO1)
+    q = critic(args, params, batch.observations, batch.actions)
+    loss = ((q - target) ** 2).sum(0).mean()
+    return loss, dict(critic_loss=loss, q=q.mean(), target=target.mean())
+
+
+def move(args, params, observations, actions):
+    """Actions after M steps uphill on the critics `params`, each from a new Adam: (B, d) -> same.
+    Equal pairs (s, a) move alike, so it does not matter which of them is written back last."""
+    value = lambda actions: critic(args, params, observations, actions).min(0).sum()
+    climber = optax.chain(optax.clip_by_global_norm(args.move_clip), optax.adam(args.move_lr))
+
+    def step(_, carry):
+        actions, moments = carry
+        updates, moments = climber.update(-jax.grad(value)(actions), moments)
+        return jnp.clip(actions + updates, -1, 1), moments  # Eq. (DIPO2)
+
+    return jax.lax.fori_loop(0, args.move_steps, step, (actions, climber.init(actions)))[0]
+
+
+def draw(args, state, replay, key):
+    """B rows of the second buffer: their numbers in the replay, those of their transitions (from 0,
+    in order of arrival), and their actions (B, d): the replay's where none was moved since."""
+    C = len(replay.rewards)
+    rows = jax.random.randint(key, (args.batch_size,), 0, jnp.minimum(replay.size, C))
+    last = replay.size - 1
+    arrival = last - (last - rows) % C
+    known = (state.stamp[rows] == arrival)[:, None]
+    return rows, arrival, jnp.where(known, state.moved[rows], replay.actions[rows])
+
+
+def policy_loss(args, params, state, observations, actions, weights, key):
+    """Weighted denoising of actions: (B, S), (..., B, d), (..., B); the mean of all components."""
+    step_key, noise_key = jax.random.split(key)
+    i = jax.random.randint(step_key, weights.shape, 0, args.diffusion_steps)
+    noise = jax.random.normal(noise_key, actions.shape)
+    abar = noise_schedule(args)[1]
+    signal, spread = (jnp.asarray(np.sqrt(x))[i][..., None] for x in (abar, 1 - abar))
+    x = signal * actions + spread * noise  # Eq. (DDPM1)
+    error = (predict_noise(args, params, observations, x, i) - noise) ** 2
+    loss = (weights[..., None] * error).mean()  # Eq. (DDPM2)
+    return loss, dict(policy_loss=loss)
+
+
+def update(args, state, batch, replay):
+    """One step of the critics; then actions of the second buffer (rows beside those of `replay`,
+    one agent's) are moved by the new critics, and the policy makes a step towards them; then the
+    averages, that of the policy every second time."""
+    key, next_key, draw_key, loss_key = jax.random.split(state.key, 4)
+    params, opt_state = dict(state.params), dict(state.opt_state)
+    next_actions = denoise(args, state.targets["policy"], batch.next_observations, next_key, 1)[0]
+
+    def descend(name, loss, *inputs):
+        grads, metrics = jax.grad(partial(loss, args), has_aux=True)(params[name], state, *inputs)
+        updates, opt_state[name] = optimizers(args)[name].update(grads, opt_state[name])
+        params[name] = optax.apply_updates(params[name], updates)
+        return metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
+
+    metrics = descend("critic", critic_loss, batch, next_actions)
+    rows, arrival, old = draw(args, state, replay, draw_key)
+    observations = replay.observations[rows]
+    actions = move(args, params["critic"], observations, old)
+    weights = jnp.ones(args.batch_size)
+    metrics |= descend("policy", policy_loss, observations, actions, weights, loss_key)
+    targets = optax.incremental_update(params, state.targets, args.target_rate)
+    new, before = targets["policy"], state.targets["policy"]
+    period = args.target_policy_delay
+    targets["policy"] = optax.periodic_update(new, before, state.step + 1, period)
+
+    gain = critic(args, params["critic"], observations, jnp.stack([old, actions])).min(0).mean(1)
+    metrics |= dict(move=jnp.abs(actions - old).mean(), move_gain=gain[1] - gain[0])
+    buffer = state.moved.at[rows].set(actions), state.stamp.at[rows].set(arrival)
+    return State(params, targets, opt_state, *buffer, state.step + 1, key), metrics
+
+
+MODES = ("greedy",)  # of choosing actions in evaluations
+
+# --- forked: many agents (`update` also needs the replay, for the actions of its rows) ------------
+
+
+@partial(jax.jit, static_argnames=("args", "mode"))
+def act(args, state, observations, seeds, ages, mode):
+    """Actions of all agents: (agents, E, S) -> (agents, E, 1, d), a plan of one step. The noise
+    depends on nothing but the episode's seed and age in steps, (agents, E) each."""
+
+    def one(state, observation, seed, age):
+        key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
+        return sample_actions(args, state, observation[None], key, mode)
+
+    return jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
+
+
+def learn(args, state, sums, replay):
+    """One update of every agent on its own transitions, drawn uniformly. Adds to the metrics."""
+
+    def one(state, replay):
+        key, rows_key = jax.random.split(state.key)
+        filled = jnp.minimum(replay.size, len(replay.rewards))
+        rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
+        batch = jax.tree.map(lambda x: x[rows] if x.ndim else x, replay)
+        return update(args, state.replace(key=key), batch, replay)
+
+    state, metrics = jax.vmap(one)(state, replay)
+    return state, jax.tree.map(jnp.add, sums, metrics) if sums else metrics
+
+
+@partial(jax.jit, static_argnames="args", donate_argnames="state")
+def train_chunk(args, state, sums, replay, updates):
+    """`updates` gradient steps of all agents without leaving the device."""
+    return jax.lax.fori_loop(0, updates, lambda _, x: learn(args, *x, replay), (state, sums))
+
+
+@partial(jax.jit, static_argnames="args", donate_argnames=("state", "replay"))
+def train_on_plane(args, state, sums, replay, world, done, steps):
+    """The same where the environment is a function, too: steps `done` + 1 to `done` + `steps` of
+    all agents in `multigoal` with the updates between them. `world`: position, age, seed."""
+
+    def draw(seed, now):  # a start and a uniform action
+        keys = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(~seed), now))
+        action = jax.random.uniform(keys[1], (2,), minval=-1, maxval=1)
+        return 0.1 * jax.random.normal(keys[0], (2,)), action
+
+    def step(i, carry):
+        state, sums, replay, (position, age, seed) = carry
+        now, learning = done + i + 1, done + i - args.warmup_steps + 1
+        start, action = jax.vmap(draw, (0, None))(seed, now)
+        position = jnp.where(age[:, None] == 0, start, position)
+        inputs = position[:, None], seed[:, None], jnp.full((len(seed), 1), now)
+        plan = act(args, state, *inputs, "explore")
+        action = jnp.where(learning > 0, plan[:, 0, 0], action)
+        due = (learning > 0) & (learning % args.env_steps_per_update == 0)
+        state, sums = jax.lax.cond(due, partial(learn, args), lambda *x: x[:2], state, sums, replay)
+        after, reward, reached = multigoal(position, action, jnp)
+        over = reached | (age + 1 == MULTIGOAL_STEPS)
+        row = dict(observations=position, actions=action, next_observations=after, rewards=reward)
+        row |= dict(masks=1.0 - reached, terminals=1.0 * over)
+        replay = replay.append({name: x[:, None] for name, x in row.items()})
+        return state, sums, replay, (after, jnp.where(over, 0, age + 1), seed)
+
+    return jax.lax.fori_loop(0, steps, step, (state, sums, replay, world))
+
+
+# --- end forked ---
+
+# --- shared: evaluate and main -------------------------------------------------------------------
+
+
+def evaluate(args, policy, pool, agents, step):
+    """Exactly args.eval_episodes episodes of every agent, seeded by (seed, task, step, episode):
+    the same for every method. Returns (agents, episodes) arrays, see `EnvPool.play`."""
+    episodes = range(args.eval_episodes)
+    seeds = [[seed_of(seed, task, step, e) for e in episodes] for task, seed in agents]
+    return pool.play(policy, np.array(seeds, np.uint32))
+
+
+def main(args):
+    """Trains all agents and leaves a run folder, see common/run.py. Returns its evaluations."""
+    source, env = resolve(args.env), make_env(args.env)
+    agents = [(source.task, args.seed + i) for i in range(args.num_seeds)]
+    sizes = SimpleNamespace(observations=env.observation_space, actions=env.action_space)
+    S, d = env.observation_space.shape[0], env.action_space.shape[0]
+    args = dataclasses.replace(args, action_size=d)
+    run = Run(Path(__file__).stem, args, agents, {})
+    keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
+    state = jax.jit(jax.vmap(partial(create, args, S)))(keys)
+    capacity, count = min(args.replay_size, args.total_steps), len(agents)
+    replay = Replay.create(count, 0, sizes)
+    size = sum(x.size for x in jax.tree.leaves(state.params)) // count
+    print(f"{count} agents of {size:,} parameters, replay of {capacity:,} transitions")
+
+    def policy(*inputs, mode):  # flat over agents and environments, for the pools
+        inputs = [x.reshape(count, -1, *x.shape[1:]) for x in inputs]
+        return np.concatenate(act(args, state, *inputs, mode))
+
+    def explore(_, seeds, ages):  # uniform; without the 1, age 0 would repeat the reset's draws
+        draw = lambda at: np.random.default_rng((*at, 1)).uniform(-1, 1, (1, d))
+        return np.float32([draw(at) for at in zip(seeds, ages)])
+
+    plane, slots = args.env == "multigoal", min(args.eval_slots, args.eval_episodes)
+    eval_pool = EnvPool([args.env] * (slots * count), args.workers)
+    pool, everyone = EnvPool([] if plane else [args.env] * count, args.workers), range(count)
+    first = [seed_of(seed, task, 0) for task, seed in agents]
+    world = np.zeros((count, S), np.float32), np.zeros(count, np.int32), np.array(first, np.uint32)
+    done, saved = run.restore(dict(state=state, replay=replay, pool=pool.save(), world=world))
+    state, world = jax.device_put((saved["state"], saved["world"]))
+    replay = Replay.create(count, capacity, sizes).append(vars(saved["replay"]))
+    replay = replay.replace(size=jnp.asarray(saved["replay"].size))
+    order = np.arange(max(0, done - capacity), done) % capacity  # from the oldest on
+    pool.load(saved["pool"], np.asarray(saved["replay"].actions)[:, order[: done * (not plane)]])
+    if args.eval_only and not done:
+        raise SystemExit(f"{run.folder} holds no checkpoint that could be evaluated")
+
+    def report(table):
+        scores, result = {}, None
+        for mode in MODES:
+            played = evaluate(args, partial(policy, mode=mode), eval_pool, agents, done)
+            prefix, result = (f"{mode}_", result) if result else ("", played)
+            scores |= {prefix + name: played[name].mean(1) for name in ("return", "length")}
+        run.log(table, done, scores)
+        bar.write(f"{done:,} steps: return {scores['return'].mean():.1f}")
+        return result
+
+    total, result, updates = args.total_steps, None, 0
+    shapes = jax.eval_shape(partial(learn, args), state, None, replay)[1]
+    zeros = sums = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
+    due = lambda n: max(0, n - args.warmup_steps) // args.env_steps_per_update  # updates until n
+    bar = tqdm(initial=done, total=total, unit="step", dynamic_ncols=True, disable=None)
+    while done < total and not args.eval_only:
+        if plane:
+            steps = min(n - done % n for n in (args.log_interval, args.eval_interval, total))
+            carry = state, sums, replay, world
+            state, sums, replay, world = train_on_plane(args, *carry, done, steps)
+        else:
+            steps = 1
+            if not done:
+                pool.start(everyone, first)
+            choose = partial(policy, mode="explore") if done >= args.warmup_steps else explore
+            plan = choose(np.stack(pool.states), pool.seeds, pool.ages)
+            # The device works on the update while the environments make their step.
+            state, sums = train_chunk(args, state, sums, replay, due(done + 1) - due(done))
+            taken = pool.step(lambda *_: plan, everyone)
+            replay = replay.append({name: x[:, None] for name, x in taken.items()})
+            over = np.flatnonzero(taken["terminals"]).tolist()
+            pool.start(over, [seed_of(agents[i][1], agents[i][0], done + 1) for i in over])
+        done, updates = done + steps, updates + due(done + steps) - due(done)
+        bar.update(steps)
+        halt = done % args.eval_interval == 0 or done == total
+        if updates and (halt or done % args.log_interval == 0):
+            run.log("train", done, {name: value / updates for name, value in sums.items()})
+            sums, updates = zeros, 0
+        if halt:
+            result = report("eval")
+            rows = min(done, capacity)
+            filled = jax.tree.map(lambda x: x[:, :rows] if x.ndim > 1 else x, replay)
+            run.save(done, dict(state=state, replay=filled, pool=pool.save(), world=world))
+    if args.eval_only:
+        result = report("eval_only")
+    bar.close()
+    if result:
+        run.finish(result)
+    print(f"{run.folder} is complete: {done:,} of {total:,} steps")
+    return result
+
+
+if __name__ == "__main__":
+    main(parse(Args, ENV_DEFAULTS))
+# --- end shared ---

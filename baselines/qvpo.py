@@ -1,0 +1,446 @@
+"""QVPO: Q-weighted Variational Policy Optimization (Ding et al. 2024, arXiv:2405.16173).
+
+Online, off-policy. The policy is a denoising diffusion over actions. It improves by a weighted
+regression: of N own actions per state the best is noised and denoised again, with its advantage
+over the mean of the N as weight; no gradient passes through the chain. Uniform random actions with
+small weights beside it keep the policy wide. Acting, too, takes the best of several actions.
+
+    x_i = sqrt(abar_i) a + sqrt(1 - abar_i) eps,  eps ~ N(0, I)                       Eq. (DDPM1)
+    L(theta) = E w |e_theta(s, x_i, i) - eps|^2 / d                                   Eq. (DDPM2)
+    w = max_j Q(s, a_j) - mean_j Q(s, a_j) of the best a_j, e w of uniform actions
+                                                                      Eq. (QVPO3), (QVPO4), (QVPO5)
+
+The numbers with letters are ours; (DDPM1) to (DDPM4) are the diffusion of Ho et al. 2020
+(arXiv:2006.11239), written alike in dpmd.py and dipo.py. docs/qvpo.md lists what differs from the
+public code (`# ref:`).
+
+    python -m baselines.qvpo                                   the plane with four goals, on a CPU
+    python -m baselines.qvpo --env halfcheetah --num-seeds 5   five agents in one program
+
+Shapes: B batch, S observation, d action, N candidates per state, T diffusion steps; agents (seeds)
+trained at once are the leading axis of all that `act` and `train_chunk` see.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tqdm import tqdm
+
+from common.data import Replay
+from common.envs import MULTIGOAL_STEPS, EnvPool, make_env, multigoal, resolve, seed_of
+from common.networks import Critic, TimedMLP, mish
+from common.run import Run, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    # --- shared: run arguments ---
+    env: str = "multigoal"  # or kitchen-1, -2, -4, -7, hopper, halfcheetah, walker2d, humanoid
+    seed: int = 0  # first seed; an agent does not depend on those trained beside it
+    num_seeds: int = 1  # agents trained at once: seed, seed + 1, ...
+    name: str = "default"  # of the run's folder runs/<script>/<env>/<name>
+    run_dir: str = "runs"  # where the folders of all runs are
+    total_steps: int = 1_000_000  # environment steps of every agent
+    warmup_steps: int = 10_000  # of these, the first ones: uniform actions and no updates
+    env_steps_per_update: int = 1  # environment steps from one update to the next
+    replay_size: int = 1_000_000  # transitions kept, the oldest are overwritten
+    log_interval: int = 1_000  # steps between two rows of train.csv (means over their updates)
+    eval_interval: int = 10_000  # steps between two evaluations, each with a checkpoint
+    eval_episodes: int = 10  # episodes per evaluation and agent
+    eval_slots: int = 10  # environments that share them, per agent
+    workers: int = 0  # processes that step environments (0: one per core)
+    eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
+    track: bool = False  # log to Weights & Biases, too
+    discount: float = 0.99  # gamma, per environment step
+    action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
+    # --- end shared ---
+
+    # method
+    reward_scale: float = 1.0  # c: factor of rewards in the TD target
+    num_candidates: int = 64  # N: actions per state, of which the best trains the policy
+    act_candidates: int = 4  # of which the best is executed in training (0: as many as N)
+    target_candidates: int = 4  # of which the best makes the TD target
+    eval_candidates: int = 32  # of which the best is executed in evaluations
+    diffusion_steps: int = 20  # T: steps from noise to action
+    schedule: Literal["linear", "cosine"] = "cosine"  # of the noise
+    beta_scale: float = 0.8  # kappa: factor of the linear schedule
+    start_scale: float = 1.0  # deviation of the noise that chains start from
+    policy_weight: Literal["advantage", "cut"] = "advantage"  # cut: Q itself, but at least 1
+    entropy_actions: int = 10  # uniform actions per state
+    entropy_start: float = 0.02  # e: their weight per weight of the best action, at first
+    entropy_end: float = 0.002  # the lowest e (it would fall to 0 linearly at the last update)
+
+    # networks and optimiser
+    hidden_dims: tuple[int, ...] = (256, 256, 256)  # of all networks
+    batch_size: int = 256  # B: transitions per update
+    actor_lr: float = 1e-4  # Adam's learning rate of the policy
+    critic_lr: float = 3e-4  # Adam's learning rate of the critics
+    max_grad_norm: float = 2.0  # largest norm of a network's gradient
+    target_rate: float = 0.005  # rate of the moving averages of critics and policy
+
+
+# The class holds the values of docs/qvpo.md. The plane and the small networks there are for a CPU,
+# tuned here.
+ENV_DEFAULTS = {
+    "multigoal": dict(
+        total_steps=15_000, warmup_steps=1_000, reward_scale=0.1, num_candidates=8,
+        eval_candidates=8, actor_lr=1e-3, critic_lr=1e-3, hidden_dims=(64, 64, 64), batch_size=32,
+        log_interval=500, eval_interval=5_000, eval_episodes=100, eval_slots=100,
+    ),
+}  # fmt: skip
+
+
+@flax.struct.dataclass
+class State:
+    """Everything that an agent carries from update to update."""
+
+    params: dict  # critic (phi_1, phi_2), policy (theta)
+    targets: dict  # moving averages: critic, policy
+    opt_state: dict  # of critic and policy
+    step: jax.Array  # () int32: updates so far
+    key: jax.Array  # (2,) uint32
+
+
+def planned_updates(args):
+    """Updates of the whole run, which schedules refer to."""
+    return max(1, (args.total_steps - args.warmup_steps) // args.env_steps_per_update)
+
+
+def optimizers(args):
+    """Adam for each of the two networks, after clipping by the norm of the network's gradient."""
+    rates = dict(critic=args.critic_lr, policy=args.actor_lr)
+    clip = optax.clip_by_global_norm(args.max_grad_norm)
+    return {name: optax.chain(clip, optax.adam(rate, eps=1e-5)) for name, rate in rates.items()}
+
+
+def create(args, observation_size, key) -> State:
+    """A new agent."""
+    key, *keys = jax.random.split(key, 3)
+    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.action_size))
+    params = dict(
+        critic=networks(args)["critic"].init(keys[0], s, a),
+        policy=networks(args)["policy"].init(keys[1], s, a, 0),
+    )
+    targets = jax.tree.map(jnp.copy, params)
+    opt_state = {name: opt.init(params[name]) for name, opt in optimizers(args).items()}
+    return State(params, targets, opt_state, jnp.int32(0), key)
+
+
+# --- the method ----------------------------------------------------------------------------------
+
+
+def networks(args):
+    """Critics and policy, whose time has 32 sinusoids and an MLP of its own. Kernels start at a
+    truncated normal of deviation 1 / (2 sqrt(inputs))."""
+    start = nn.initializers.variance_scaling(0.25, "fan_in", "truncated_normal")
+    policy = TimedMLP(args.hidden_dims, 32, (256, 32), 1.0, start)
+    return dict(critic=Critic(args.hidden_dims, 2, False, mish, start), policy=policy)
+
+
+def critic(args, params, observations, actions):
+    """Q_1, Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
+    return networks(args)["critic"].apply(params, observations, actions)
+
+
+def predict_noise(args, params, observations, x, i):
+    """e(s, x, i): (B, S), (..., B, d), steps i that broadcast to (..., B) -> (..., B, d)."""
+    return networks(args)["policy"].apply(params, observations, x, i)
+
+
+def noise_schedule(args):
+    """beta_i and abar_i of the steps i = 0 ... T - 1, from the action to noise: (T,) each, NumPy's
+    float64, as abar_0 is near 1."""
+    T = args.diffusion_steps
+    if args.schedule == "linear":
+        beta = args.beta_scale * np.linspace(1e-4, 0.999, T)  # Eq. (DDPM4)
+    else:
+        f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+        beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
+    return beta, np.cumprod(1 - beta)
+
+
+def denoise(args, policy, observations, key, count, noise=1.0):
+    """Actions of `count` chains per state, whose steps add `noise` times the noise that they
+    should: (B, S) -> (N, B, d) in [-1, 1]."""
+    beta, abar = noise_schedule(args)
+    before = np.append(1.0, abar[:-1])  # abar_{i-1}
+    to_clean = beta * np.sqrt(before) / (1 - abar)
+    to_x = (1 - before) * np.sqrt(1 - beta) / (1 - abar)
+    std = np.sqrt(beta * (1 - before) / (1 - abar))  # 0 at i = 0
+    keys = jax.random.split(key, args.diffusion_steps + 1)
+    x = jax.random.normal(keys[-1], (count, len(observations), args.action_size))
+
+    def step(x, inputs):
+        i, signal, spread, to_clean, to_x, std, key = inputs
+        clean = (x - spread * predict_noise(args, policy, observations, x, i)) / signal
+        mean = to_clean * jnp.clip(clean, -1, 1) + to_x * x
+        return mean + noise * std * jax.random.normal(key, x.shape), None  # Eq. (DDPM3)
+
+    numbers = np.sqrt(abar), np.sqrt(1 - abar), to_clean, to_x, std
+    inputs = jnp.arange(args.diffusion_steps), *map(jnp.asarray, numbers), keys[:-1]
+    x, _ = jax.lax.scan(step, args.start_scale * x, inputs, reverse=True)
+    return jnp.clip(x, -1, 1)
+
+
+def best(q, actions):
+    """The action of the highest value: (N, B), (N, B, d) -> (B, d)."""
+    return jnp.take_along_axis(actions, q.argmax(0)[None, :, None], 0)[0]
+
+
+def sample_actions(args, state, observations, key, mode):
+    """(B, S) -> (B, d) in [-1, 1]: the best of some actions. "explore" (in training), "best" and
+    "single" (logged next to it, one chain per state) differ in their number alone."""
+    counts = dict(explore=args.act_candidates, best=args.eval_candidates, single=1)
+    count = counts[mode] or args.num_candidates
+    actions = denoise(args, state.params["policy"], observations, key, count)
+    q = critic(args, state.params["critic"], observations, actions).min(0)
+    return best(q, actions)  # Eq. (QVPO1)
+
+
+def critic_loss(args, params, state, batch, next_actions):
+    """TD error of both critics against one target; next_actions (N, B, d), of which the averages
+    choose and value the best."""
+    q = critic(args, state.targets["critic"], batch.next_observations, next_actions).min(0)
+    target = args.reward_scale * batch.rewards + args.discount * batch.masks * q.max(0)
+    q = critic(args, params, batch.observations, batch.actions)
+    loss = ((q - target) ** 2).sum(0).mean()  # Eq. (QVPO2)
+    return loss, dict(critic_loss=loss, q=q.mean(), target=target.mean())
+
+
+def weigh(args, q):
+    """Weight of the best of N actions of these values: (N, B) -> (B,), at least 0."""
+    if args.policy_weight == "cut":
+        return jnp.maximum(q.max(0), 1.0)
+    return jnp.maximum(q.max(0) - q.mean(0), 0.0)  # Eq. (QVPO3)
+
+
+def entropy_weight(args, step):
+    """e: weight of a uniform action per weight of the best one, by the share of the updates."""
+    share = step / planned_updates(args)
+    return jnp.maximum(args.entropy_start * (1 - share), args.entropy_end)  # Eq. (QVPO5)
+
+
+def policy_loss(args, params, state, observations, actions, weights, key):
+    """Weighted denoising of actions: (B, S), (..., B, d), (..., B); the mean of all components."""
+    step_key, noise_key = jax.random.split(key)
+    i = jax.random.randint(step_key, weights.shape, 0, args.diffusion_steps)
+    noise = jax.random.normal(noise_key, actions.shape)
+    abar = noise_schedule(args)[1]
+    signal, spread = (jnp.asarray(np.sqrt(x))[i][..., None] for x in (abar, 1 - abar))
+    x = signal * actions + spread * noise  # Eq. (DDPM1)
+    error = (predict_noise(args, params, observations, x, i) - noise) ** 2
+    loss = (weights[..., None] * error).mean()  # Eq. (DDPM2)
+    return loss, dict(policy_loss=loss)
+
+
+def update(args, state, batch):
+    """One step of the critics, then one of the policy with the critics' new values, then of the
+    averages."""
+    key, next_key, now_key, uniform_key, loss_key = jax.random.split(state.key, 5)
+    params, opt_state, observations = dict(state.params), dict(state.opt_state), batch.observations
+    inputs = batch.next_observations, next_key, args.target_candidates
+    next_actions = denoise(args, state.targets["policy"], *inputs)
+
+    def descend(name, loss, *inputs):
+        grads, metrics = jax.grad(partial(loss, args), has_aux=True)(params[name], state, *inputs)
+        updates, opt_state[name] = optimizers(args)[name].update(grads, opt_state[name])
+        params[name] = optax.apply_updates(params[name], updates)
+        return metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
+
+    metrics = descend("critic", critic_loss, batch, next_actions)
+    actions = denoise(args, params["policy"], observations, now_key, args.num_candidates)
+    q = critic(args, params["critic"], observations, actions).min(0)
+    weight, e = weigh(args, q), entropy_weight(args, state.step)
+    shape = args.entropy_actions, *batch.actions.shape
+    uniform = jax.random.uniform(uniform_key, shape, minval=-1, maxval=1)
+    actions = jnp.concatenate([best(q, actions)[None], uniform])  # (1 + 10, B, d)
+    weights = jnp.append(1.0, jnp.full(args.entropy_actions, e))[:, None] * weight  # Eq. (QVPO4)
+    metrics |= descend("policy", policy_loss, observations, actions, weights, loss_key)
+    targets = optax.incremental_update(params, state.targets, args.target_rate)
+
+    metrics |= dict(weight=weight.mean(), entropy_weight=e, q_best=q.max(0).mean())
+    return State(params, targets, opt_state, state.step + 1, key), metrics
+
+
+MODES = ("best", "single")  # of choosing actions in evaluations, the first one is the method's
+
+# --- shared: many agents -------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames=("args", "mode"))
+def act(args, state, observations, seeds, ages, mode):
+    """Actions of all agents: (agents, E, S) -> (agents, E, 1, d), a plan of one step. The noise
+    depends on nothing but the episode's seed and age in steps, (agents, E) each."""
+
+    def one(state, observation, seed, age):
+        key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
+        return sample_actions(args, state, observation[None], key, mode)
+
+    return jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
+
+
+def learn(args, state, sums, replay):
+    """One update of every agent on its own transitions, drawn uniformly. Adds to the metrics."""
+
+    def one(state, replay):
+        key, rows_key = jax.random.split(state.key)
+        filled = jnp.minimum(replay.size, len(replay.rewards))
+        rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
+        batch = jax.tree.map(lambda x: x[rows] if x.ndim else x, replay)
+        return update(args, state.replace(key=key), batch)
+
+    state, metrics = jax.vmap(one)(state, replay)
+    return state, jax.tree.map(jnp.add, sums, metrics) if sums else metrics
+
+
+@partial(jax.jit, static_argnames="args", donate_argnames="state")
+def train_chunk(args, state, sums, replay, updates):
+    """`updates` gradient steps of all agents without leaving the device."""
+    return jax.lax.fori_loop(0, updates, lambda _, x: learn(args, *x, replay), (state, sums))
+
+
+@partial(jax.jit, static_argnames="args", donate_argnames=("state", "replay"))
+def train_on_plane(args, state, sums, replay, world, done, steps):
+    """The same where the environment is a function, too: steps `done` + 1 to `done` + `steps` of
+    all agents in `multigoal` with the updates between them. `world`: position, age, seed."""
+
+    def draw(seed, now):  # a start and a uniform action
+        keys = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(~seed), now))
+        action = jax.random.uniform(keys[1], (2,), minval=-1, maxval=1)
+        return 0.1 * jax.random.normal(keys[0], (2,)), action
+
+    def step(i, carry):
+        state, sums, replay, (position, age, seed) = carry
+        now, learning = done + i + 1, done + i - args.warmup_steps + 1
+        start, action = jax.vmap(draw, (0, None))(seed, now)
+        position = jnp.where(age[:, None] == 0, start, position)
+        inputs = position[:, None], seed[:, None], jnp.full((len(seed), 1), now)
+        plan = act(args, state, *inputs, "explore")
+        action = jnp.where(learning > 0, plan[:, 0, 0], action)
+        due = (learning > 0) & (learning % args.env_steps_per_update == 0)
+        state, sums = jax.lax.cond(due, partial(learn, args), lambda *x: x[:2], state, sums, replay)
+        after, reward, reached = multigoal(position, action, jnp)
+        over = reached | (age + 1 == MULTIGOAL_STEPS)
+        row = dict(observations=position, actions=action, next_observations=after, rewards=reward)
+        row |= dict(masks=1.0 - reached, terminals=1.0 * over)
+        replay = replay.append({name: x[:, None] for name, x in row.items()})
+        return state, sums, replay, (after, jnp.where(over, 0, age + 1), seed)
+
+    return jax.lax.fori_loop(0, steps, step, (state, sums, replay, world))
+
+
+# --- end shared ---
+
+# --- shared: evaluate and main -------------------------------------------------------------------
+
+
+def evaluate(args, policy, pool, agents, step):
+    """Exactly args.eval_episodes episodes of every agent, seeded by (seed, task, step, episode):
+    the same for every method. Returns (agents, episodes) arrays, see `EnvPool.play`."""
+    episodes = range(args.eval_episodes)
+    seeds = [[seed_of(seed, task, step, e) for e in episodes] for task, seed in agents]
+    return pool.play(policy, np.array(seeds, np.uint32))
+
+
+def main(args):
+    """Trains all agents and leaves a run folder, see common/run.py. Returns its evaluations."""
+    source, env = resolve(args.env), make_env(args.env)
+    agents = [(source.task, args.seed + i) for i in range(args.num_seeds)]
+    sizes = SimpleNamespace(observations=env.observation_space, actions=env.action_space)
+    S, d = env.observation_space.shape[0], env.action_space.shape[0]
+    args = dataclasses.replace(args, action_size=d)
+    run = Run(Path(__file__).stem, args, agents, {})
+    keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
+    state = jax.jit(jax.vmap(partial(create, args, S)))(keys)
+    capacity, count = min(args.replay_size, args.total_steps), len(agents)
+    replay = Replay.create(count, 0, sizes)
+    size = sum(x.size for x in jax.tree.leaves(state.params)) // count
+    print(f"{count} agents of {size:,} parameters, replay of {capacity:,} transitions")
+
+    def policy(*inputs, mode):  # flat over agents and environments, for the pools
+        inputs = [x.reshape(count, -1, *x.shape[1:]) for x in inputs]
+        return np.concatenate(act(args, state, *inputs, mode))
+
+    def explore(_, seeds, ages):  # uniform; without the 1, age 0 would repeat the reset's draws
+        draw = lambda at: np.random.default_rng((*at, 1)).uniform(-1, 1, (1, d))
+        return np.float32([draw(at) for at in zip(seeds, ages)])
+
+    plane, slots = args.env == "multigoal", min(args.eval_slots, args.eval_episodes)
+    eval_pool = EnvPool([args.env] * (slots * count), args.workers)
+    pool, everyone = EnvPool([] if plane else [args.env] * count, args.workers), range(count)
+    first = [seed_of(seed, task, 0) for task, seed in agents]
+    world = np.zeros((count, S), np.float32), np.zeros(count, np.int32), np.array(first, np.uint32)
+    done, saved = run.restore(dict(state=state, replay=replay, pool=pool.save(), world=world))
+    state, world = jax.device_put((saved["state"], saved["world"]))
+    replay = Replay.create(count, capacity, sizes).append(vars(saved["replay"]))
+    replay = replay.replace(size=jnp.asarray(saved["replay"].size))
+    order = np.arange(max(0, done - capacity), done) % capacity  # from the oldest on
+    pool.load(saved["pool"], np.asarray(saved["replay"].actions)[:, order[: done * (not plane)]])
+    if args.eval_only and not done:
+        raise SystemExit(f"{run.folder} holds no checkpoint that could be evaluated")
+
+    def report(table):
+        scores, result = {}, None
+        for mode in MODES:
+            played = evaluate(args, partial(policy, mode=mode), eval_pool, agents, done)
+            prefix, result = (f"{mode}_", result) if result else ("", played)
+            scores |= {prefix + name: played[name].mean(1) for name in ("return", "length")}
+        run.log(table, done, scores)
+        bar.write(f"{done:,} steps: return {scores['return'].mean():.1f}")
+        return result
+
+    total, result, updates = args.total_steps, None, 0
+    shapes = jax.eval_shape(partial(learn, args), state, None, replay)[1]
+    zeros = sums = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
+    due = lambda n: max(0, n - args.warmup_steps) // args.env_steps_per_update  # updates until n
+    bar = tqdm(initial=done, total=total, unit="step", dynamic_ncols=True, disable=None)
+    while done < total and not args.eval_only:
+        if plane:
+            steps = min(n - done % n for n in (args.log_interval, args.eval_interval, total))
+            carry = state, sums, replay, world
+            state, sums, replay, world = train_on_plane(args, *carry, done, steps)
+        else:
+            steps = 1
+            if not done:
+                pool.start(everyone, first)
+            choose = partial(policy, mode="explore") if done >= args.warmup_steps else explore
+            plan = choose(np.stack(pool.states), pool.seeds, pool.ages)
+            # The device works on the update while the environments make their step.
+            state, sums = train_chunk(args, state, sums, replay, due(done + 1) - due(done))
+            taken = pool.step(lambda *_: plan, everyone)
+            replay = replay.append({name: x[:, None] for name, x in taken.items()})
+            over = np.flatnonzero(taken["terminals"]).tolist()
+            pool.start(over, [seed_of(agents[i][1], agents[i][0], done + 1) for i in over])
+        done, updates = done + steps, updates + due(done + steps) - due(done)
+        bar.update(steps)
+        halt = done % args.eval_interval == 0 or done == total
+        if updates and (halt or done % args.log_interval == 0):
+            run.log("train", done, {name: value / updates for name, value in sums.items()})
+            sums, updates = zeros, 0
+        if halt:
+            result = report("eval")
+            rows = min(done, capacity)
+            filled = jax.tree.map(lambda x: x[:, :rows] if x.ndim > 1 else x, replay)
+            run.save(done, dict(state=state, replay=filled, pool=pool.save(), world=world))
+    if args.eval_only:
+        result = report("eval_only")
+    bar.close()
+    if result:
+        run.finish(result)
+    print(f"{run.folder} is complete: {done:,} of {total:,} steps")
+    return result
+
+
+if __name__ == "__main__":
+    main(parse(Args, ENV_DEFAULTS))
+# --- end shared ---
