@@ -221,7 +221,7 @@ def critic_loss(args, params, state, batch, next_actions):
 
 def weigh(args, q, eta):
     """Weights of N candidates, which sum to 1, and their effective number: (N, B) -> (N, B), ()."""
-    w = jax.nn.softmax(q / eta, 0)  # Eq. (13): V(s) cancels
+    w = jax.nn.softmax((q - q.max(0)) / eta, 0)  # Eq. (13): V(s) cancels, as does the maximum
     if args.weights == "uniform":
         w = jnp.full_like(q, 1 / len(q))
     if args.weights == "top1":
@@ -405,8 +405,8 @@ def main(args):
         inputs = [x.reshape(count, -1, *x.shape[1:]) for x in inputs]
         return np.concatenate(act(args, state, *inputs, mode))
 
-    def explore(_, seeds, ages):  # uniform
-        draw = lambda at: np.random.default_rng(at).uniform(-1, 1, (1, d))
+    def explore(_, seeds, ages):  # uniform; without the 1, age 0 would repeat the reset's draws
+        draw = lambda at: np.random.default_rng((*at, 1)).uniform(-1, 1, (1, d))
         return np.float32([draw(at) for at in zip(seeds, ages)])
 
     plane, slots = args.env == "multigoal", min(args.eval_slots, args.eval_episodes)
