@@ -253,7 +253,9 @@ class EnvPool:
         return dict(seeds=self.seeds, ages=self.ages, plans=plans)
 
     def load(self, saved: dict, actions: np.ndarray) -> None:
-        """Plays the running episodes again; actions (n, steps, d): all that were ever played."""
+        """Plays the running episodes again; actions (n, steps, d): the latest that were played."""
+        if saved["ages"].max(initial=0) > actions.shape[1]:
+            raise SystemExit("an episode is longer than the replay: the run cannot be continued")
         self.start(list(range(len(self.names))), list(saved["seeds"]))
         for i, age in enumerate(saved["ages"]):
             self.plans[i] = actions[i, actions.shape[1] - age :]

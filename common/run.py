@@ -22,9 +22,13 @@ from common.envs import ONLINE, resolve
 POSITIVE = """tasks num_seeds start_training log_interval eval_interval eval_episodes eval_slots lr
 chunk_length flow_steps hidden_dims num_critics batch_size grad_clip sigma_min target_delay
 num_candidates fbrac_alpha total_steps warmup_steps env_steps_per_update replay_size actor_lr
-critic_lr latent_clip eta_init lambda_init target_entropy_share""".split()
-AT_MOST = dict(tasks=5, discount=1, target_rate=1, rho=1, path_weight=1, expectile=1)
-SIGNED = "target_entropy_start target_entropy_end".split()
+critic_lr latent_clip eta_init lambda_init target_entropy_share policy_delay alpha_lr
+policy_width diffusion_steps beta_scale noise_scale alpha_init alpha_period target_candidates
+eval_candidates max_grad_norm target_policy_delay num_proposals time_min time_max entropy_steps
+trace_clip rollout_steps num_envs epochs clip_range normal_clip""".split()
+AT_MOST = dict.fromkeys("discount target_rate rho path_weight expectile beta_scale".split(), 1)
+AT_MOST |= dict(tasks=5, policy_ema=1, gae_lambda=1)
+SIGNED = "target_entropy target_entropy_start target_entropy_end noise_entropy".split()
 FREE = "run_dir dataset_dir collect workers eval_slots eval_only track".split()  # change no result
 
 

@@ -1,8 +1,10 @@
 """What all tests share: no display, compiled programs kept for the session (also for the processes
-that tests start), a small real dataset, and arguments of runs that take seconds."""
+that tests start), groups of tests that run in one process, a small real dataset, and arguments of
+runs that take seconds."""
 
 import atexit
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -10,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import shared_blocks
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("MUJOCO_GL", "disable")
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # read when jax is imported
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # read when jax is imported; workers inherit it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -36,6 +40,37 @@ TINY = dict(
     flow_steps=3,
     batch_size=16,
 )
+SLOW = ["theory", "bandit", "runs", "envs"]  # in names of files that start first: ends stay short
+ALONE = SLOW[:2]  # their tests share nothing: each may go to another process
+SCRIPTS = {str(x.relative_to(ROOT).with_suffix("")) for x in shared_blocks.scripts()}
+
+
+def pytest_xdist_auto_num_workers(config):
+    """All tests: a process per core. Named files or tests: this process, where `--pdb` works."""
+    named = any(".py" in name for name in config.option.file_or_dir)
+    return 0 if named else min(8, os.cpu_count() or 1)
+
+
+def pytest_collection_modifyitems(items):
+    def rank(item):
+        return next((i for i, word in enumerate(SLOW) if word in item.path.stem), len(SLOW))
+
+    items.sort(key=rank)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of a file, and there of a script, run in one process, which makes what they share once.
+    (Groups by the mark `xdist_group` are without effect in pytest 9.2 with pytest-xdist 3.8.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, name = nodeid.partition("::")
+            if any(word in Path(file).stem for word in ALONE):
+                return nodeid
+            return " ".join([file, *(x for x in re.split(r"[\[\]-]", name) if x in SCRIPTS)])
+
+    return Groups(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,9 @@
     python -m tests.shared_blocks check     lists every block that differs (CI does this)
     python -m tests.shared_blocks write     copies the canonical text over the others
 
-A block stands between `# --- shared: <name> ---` and `# --- end shared ---`. Its canonical text is
-the one in CANONICAL, a script that runs. A script that must deviate says so and why in its fence,
+A block stands between `# --- shared: <name> ---` and `# --- end shared ---`. There are two families
+of scripts, of offline and of online methods; a block's canonical text is the one in the family's
+script in CANONICAL, which runs. A script that must deviate says so and why in its fence,
 `# --- forked: <name> (reason) ---`, and is listed in FORKS.
 """
 
@@ -14,11 +15,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CANONICAL = ROOT / "meam.py"
+CANONICAL = dict(offline=ROOT / "meam.py", online=ROOT / "fmer.py")
 TOP_LEVEL = [ROOT / f"{name}.py" for name in ("meam", "qam", "qam_edit", "qam_fql", "fmer")]
-FORKS = {  # (script, block)
-    ("baselines/rlpd.py", name) for name in ("run arguments", "many agents", "evaluate and main")
-}
+EACH = "run arguments", "many agents", "evaluate and main"
+FORKS = {("baselines/rlpd.py", name) for name in EACH}  # (script, block)
+FORKS |= {("baselines/ppo.py", name) for name in EACH} | {("baselines/dipo.py", "many agents")}
 
 FENCE = re.compile(
     r"^ *# --- (?P<kind>shared|forked): (?P<name>[\w ]+?)(?: \([^\n]+\))? -+\n"
@@ -33,15 +34,34 @@ def scripts() -> list[Path]:
     return [path for path in TOP_LEVEL if path.exists()] + baselines
 
 
+def family(source: str) -> str:
+    """Offline or online, by a script's text: the length of an online method's run is a number of
+    environment steps alone."""
+    return "online" if re.search(r"^    total_steps: int", source, re.M) else "offline"
+
+
+def named(kind: str) -> list[str]:
+    """Paths, without .py, of a family's scripts."""
+    found = [path for path in scripts() if family(path.read_text()) == kind]
+    return [str(path.relative_to(ROOT).with_suffix("")) for path in found]
+
+
 def blocks(source: str) -> dict[str, re.Match]:
     """name -> match of every shared or forked block in a script's text."""
     return {match["name"]: match for match in FENCE.finditer(source)}
 
 
+def canonical_blocks() -> dict[str, dict[str, re.Match]]:
+    """family -> its canonical blocks."""
+    return {kind: blocks(path.read_text()) for kind, path in CANONICAL.items()}
+
+
 def problems() -> list[str]:
     """One text per block that is missing, unknown, different, or an undeclared fork."""
-    canonical, found = blocks(CANONICAL.read_text()), []
+    texts, found = canonical_blocks(), []
     for path in scripts():
+        kind = family(path.read_text())
+        source, canonical = CANONICAL[kind].name, texts[kind]
         name, own = str(path.relative_to(ROOT)), blocks(path.read_text())
         opened = path.read_text().count("# --- shared:") + path.read_text().count("# --- forked:")
         if opened != len(own):
@@ -53,13 +73,12 @@ def problems() -> list[str]:
                 if (name, block) not in FORKS:
                     found.append(f"{name}: fork of '{block}' is not listed in FORKS")
             elif block not in canonical:
-                found.append(f"{name}: block '{block}' does not exist in {CANONICAL.name}")
+                found.append(f"{name}: block '{block}' does not exist in {source}")
             elif match["text"] != canonical[block]["text"]:
                 lines = canonical[block]["text"].splitlines(), match["text"].splitlines()
-                diff = difflib.unified_diff(*lines, CANONICAL.name, name, lineterm="", n=1)
-                diff = "\n".join(diff)
+                diff = "\n".join(difflib.unified_diff(*lines, source, name, lineterm="", n=1))
                 found.append(
-                    f"{name}: block '{block}' differs from {CANONICAL.name}. Edit it there and run "
+                    f"{name}: block '{block}' differs from {source}. Edit it there and run "
                     f"`python -m tests.shared_blocks write`.\n{diff}"
                 )
     return found
@@ -67,9 +86,10 @@ def problems() -> list[str]:
 
 def write() -> list[str]:
     """Replaces every shared block by the canonical text; returns the changed scripts."""
-    canonical, changed = blocks(CANONICAL.read_text()), []
+    texts, changed = canonical_blocks(), []
     for path in scripts():
         old = path.read_text()
+        canonical = texts[family(old)]
 
         def replace(match):
             known = match["kind"] == "shared" and match["name"] in canonical

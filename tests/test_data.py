@@ -4,6 +4,7 @@ files are looked for, the schedule of the shards, the replay."""
 import os
 from types import SimpleNamespace
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -602,3 +603,41 @@ def test_a_saved_replay_goes_into_a_larger_one(mixed):
     large = large.append(vars(jax.device_get(saved)))
     steps.append(transitions(rng, 2))
     check_replay(large.append(steps[1]), steps, 5)
+
+
+@pytest.mark.parametrize("capacity", [1, 5, 6])
+def test_a_full_replay_forgets_the_oldest(mixed, capacity):
+    """A ring: transition k is in slot k modulo the capacity, whatever the number of rounds; the
+    size counts on. What is appended is not changed, and one program serves all steps."""
+    rng, replay, steps = np.random.default_rng(2), d.Replay.create(2, capacity, mixed[0]), []
+    programs = 0
+    for k in range(3 * capacity + 2):
+        steps.append(transitions(rng, 2))
+        replay = replay.append(steps[-1])
+        programs = programs or d.Replay.append._cache_size()
+        assert replay.size.tolist() == [k + 1] * 2 and replay.rewards.shape == (2, capacity)
+        for name in FIELDS:
+            slots = np.asarray(getattr(replay, name))
+            for i in range(max(0, k + 1 - capacity), k + 1):
+                assert np.array_equal(slots[:, i % capacity], steps[i][name][:, 0]), name
+    assert d.Replay.append._cache_size() == programs
+
+
+def test_a_replay_of_spaces():
+    """Sizes may come from an environment's spaces."""
+    boxes = [gymnasium.spaces.Box(-1, 1, (n,)) for n in (7, 3)]
+    replay = d.Replay.create(2, 4, SimpleNamespace(observations=boxes[0], actions=boxes[1]))
+    assert replay.observations.shape == replay.next_observations.shape == (2, 4, 7)
+    assert replay.actions.shape == (2, 4, 3) and replay.rewards.shape == (2, 4)
+    assert {x.dtype.name for x in jax.tree.leaves(replay)} == {"float32", "int32"}
+
+
+def test_a_full_replay_is_saved_and_goes_on(mixed):
+    """Slots and size of a saved ring make the same ring again, which overwrites the same slots."""
+    rng, replay = np.random.default_rng(3), d.Replay.create(2, 4, mixed[0])
+    for _ in range(7):
+        replay = replay.append(transitions(rng, 2))
+    saved, step = jax.device_get(replay), transitions(rng, 2)
+    again = d.Replay.create(2, 4, mixed[0]).append(vars(saved)).replace(size=jnp.array(saved.size))
+    for x, y in zip(*map(jax.tree.leaves, (replay.append(step), again.append(step)))):
+        assert np.array_equal(x, y) and x.dtype == y.dtype

@@ -127,13 +127,14 @@ def test_gaussian_bandit(setting, tolerance):
 
 def test_two_mode_bandit():
     """The rare, better mode's share keeps the order and rough size of Eq. (16), which flattens the
-    prior by w / (w + lambda): QAM .15, then .24, .29 and .39. (Three seeds: 11 % below to 1 %
+    prior by w / (w + lambda): QAM .15, then .24, .29 and .39. (Four seeds: 17 % below to 5 %
     above the law. The samples fill the gap between the modes, so this share, counted from the
-    middle, agrees better than the density does: above .25 it is 17 to 37 % below the law.)"""
+    middle, agrees better than the density does: after 3000 updates the share above .25 is 17 to
+    37 % below the law.)"""
     rows = ((0, 1), (0.5, 1), (1, 1), (0.5, 0.5))
     rows = [dict(entropy_scale=lam, path_weight=w) for lam, w in rows]
     seeds, laws = (SEED, SEED + 1), [RARE.share(RARE.law(**row)) for row in rows]
-    found = [(train(meam, RARE, seeds, 3000, **row) > RARE.threshold).mean() for row in rows]
+    found = [(train(meam, RARE, seeds, 1500, **row) > RARE.threshold).mean() for row in rows]
     assert found == sorted(found), found
     np.testing.assert_allclose(found, laws, rtol=0.25)
 
@@ -144,6 +145,7 @@ def test_two_mode_bandit():
 @pytest.mark.parametrize("rho", (0.0, 0.3))
 def test_support_bandit(rho):
     """The best action is outside of the data: QAM's law has .1 % of its mass near it and never
-    gets there; with a mixture of 30 % expansions (law: 95 %) more than .3 of the mass does."""
-    share = (train(meam, OUTSIDE, (SEED,), 2000, rho=rho) > OUTSIDE.threshold).mean()
+    gets there; with a mixture of 30 % expansions (law: 95 %) more than .3 of the mass does. (Four
+    seeds: .002 and .74 to .76.)"""
+    share = (train(meam, OUTSIDE, (SEED,), 1200, rho=rho) > OUTSIDE.threshold).mean()
     assert share > 0.3 if rho else share < 0.01

@@ -18,7 +18,7 @@ import pytest
 import qam
 from common.data import Batch
 
-CASES = [(10, 256, 4000, 0.249, 0.290), (50, 128, 2500, 0.244, 0.341)]
+CASES = [(10, 256, 4000, 0.249, 0.290), (50, 64, 2500, 0.244, 0.341)]
 
 
 @pytest.mark.parametrize("T, batch_size, updates, mean, std", CASES)

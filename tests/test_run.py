@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import functools
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -19,8 +20,11 @@ import numpy as np
 import optax
 import pytest
 
+import fmer
 import qam
+from common.envs import ONLINE
 from common.run import FREE, Run, configure, parse
+from tests import shared_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,56 +111,139 @@ def test_all_scripts_defaults_are_possible():
         assert parse(qam.Args, qam.ENV_DEFAULTS, ["--env", env]).env == env
 
 
-# Numbers of qam.py that may be 0, and why; what else some are limited to.
-MAY_BE_0 = dict(
-    seed="a seed like any other",
-    collect="off",
-    offline_steps="online from the start",
-    online_steps="offline only",
-    workers="one per core",
-    discount="only the next reward counts",
-    inv_temp="behaviour cloning",
-    pessimism="the mean of the critics",
-    target_rate="targets that stay",
-)
-AT_MOST = dict(tasks=5, discount=1, target_rate=1)
-NUMBERS = {
-    name: value[0] if isinstance(value, tuple) else value
-    for name, value in vars(qam.Args()).items()
-    if not isinstance(value, bool | str) and name != "action_size"
+# Numbers of a script that may be 0, and why; what else some are limited to.
+MAY_BE_0 = {
+    qam: dict(
+        seed="a seed like any other",
+        collect="off",
+        offline_steps="online from the start",
+        online_steps="offline only",
+        workers="one per core",
+        discount="only the next reward counts",
+        inv_temp="behaviour cloning",
+        pessimism="the mean of the critics",
+        target_rate="targets that stay",
+    ),
+    fmer: dict(
+        seed="a seed like any other",
+        workers="one per core",
+        discount="only the next reward counts",
+        reward_scale="no reward counts",
+        act_candidates="as many as in the update",
+        eta_fixed="it is tuned",
+        eta_rate="it stays",
+        target_ess="eta grows for ever",
+        lambda_rate="lambda stays",
+        target_entropy_start="a value like any other",
+        target_entropy_end="a value like any other",
+        entropy_until="no entropy from the start",
+        policy_ema="no average",
+        actor_lr_end="the policy stops at last",
+        target_rate="targets that stay",
+    ),
 }
+AT_MOST = dict(tasks=5, discount=1, target_rate=1, policy_ema=1)
+SIGNED = ["target_entropy_start", "target_entropy_end"]
 
 
-def flag(name, value):
-    """qam.py's value of a flag, or SystemExit."""
-    value = getattr(parse(qam.Args, {}, [f"--{name.replace('_', '-')}", value]), name)
+def numbers(script):
+    """flag -> a number of its type."""
+    return {
+        name: value[0] if isinstance(value, tuple) else value
+        for name, value in vars(script.Args()).items()
+        if not isinstance(value, bool | str) and name != "action_size"
+    }
+
+
+def flag(script, name, value):
+    """The script's value of a flag, or SystemExit."""
+    value = getattr(parse(script.Args, {}, [f"--{name.replace('_', '-')}", value]), name)
     return value[0] if isinstance(value, tuple) else value
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_that_a_flag_takes(name, capsys):
-    """Positive numbers, 0 where it means something, nothing huge, nothing that is not finite: else
-    one line that names the flag and what is possible, or tyro's own message."""
-    kind, flags = type(NUMBERS[name]), f"--{name.replace('_', '-')} "
-    assert flag(name, "1") == 1
-    if name in MAY_BE_0:
-        assert flag(name, "0") == 0
+@pytest.mark.parametrize(
+    "script, name",
+    [(script, name) for script in MAY_BE_0 for name in numbers(script)],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_numbers_that_a_flag_takes(script, name, capsys):
+    """Positive numbers, 0 where it means something, negative ones where they do, nothing huge,
+    nothing that is not finite: else one line that names the flag and what is possible, or tyro's
+    own message."""
+    kind, flags = type(numbers(script)[name]), f"--{name.replace('_', '-')} "
+    flag = functools.partial(globals()["flag"], script, name)
+    assert flag("1") == 1
+    if name in MAY_BE_0[script]:
+        assert flag("0") == 0
     else:
-        stops(flags, "expected", "more than 0", call=lambda: flag(name, "0"))
-    stops(flags + "-1", "expected", call=lambda: flag(name, "-1"))
+        stops(flags, "expected", "more than 0", call=lambda: flag("0"))
     top = AT_MOST.get(name, 2**31 - 1)
-    assert flag(name, str(top)) == top
-    stops(flags, "expected", f"at most {top}", call=lambda: flag(name, str(top + 1)))
-    stops(flags, "expected", call=lambda: flag(name, str(10**30)))
+    assert flag(str(top)) == top
+    stops(flags, "expected", f"at most {top}", call=lambda: flag(str(top + 1)))
+    stops(flags, "expected", call=lambda: flag(str(10**30)))
+    if name in SIGNED:
+        assert flag("-1") == -1 and flag(str(-top)) == -top
+        stops(flags, "expected", f"{-top}, at most {top}", call=lambda: flag(str(-top - 1)))
+    else:
+        stops(flags + "-1", "expected", call=lambda: flag("-1"))
     if kind is float:
-        for value in ("nan", "inf", "-inf", "1e400", "-1e-300"):
-            stops(flags, "expected", call=lambda value=value: flag(name, f"{value}"))
+        for value in ("nan", "inf", "-inf", "1e400", *["-1e-300"] * (name not in SIGNED)):
+            stops(flags, "expected", call=lambda value=value: flag(f"{value}"))
     else:
         for value in ("nan", "inf", "0.5", "1e3", "x"):
             with pytest.raises(SystemExit):
-                flag(name, value)
+                flag(value)
             error = capsys.readouterr().err
             assert value in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", shared_blocks.named("online"))
+def test_numbers_of_online_scripts(name):
+    """Of every flag: 1 and 0 are taken or refused in a line that names it; what is negative is
+    refused but for entropies, what is not finite always. All environments' defaults are possible.
+    """
+    script = importlib.import_module(name.replace("/", "."))
+    for other, number in numbers(script).items():
+        take, dashes = functools.partial(flag, script, other), f"--{other.replace('_', '-')}"
+        for value in ("1", "0"):
+            try:
+                assert take(value) == int(value)
+            except SystemExit as error:
+                assert dashes in str(error) and "\n" not in str(error)
+        if "entropy" not in other or isinstance(number, int) or number > 0:
+            stops(dashes, call=lambda take=take: take("-1"))
+        elif number < 0:
+            assert take("-1") == -1
+        if isinstance(number, float):
+            stops(dashes, call=lambda take=take: take("nan"))
+    for env in ONLINE:
+        assert parse(script.Args, script.ENV_DEFAULTS, ["--env", env]).env == env
+
+
+@pytest.mark.parametrize(
+    "script, env, words",
+    [
+        (fmer, "cube-double", "of the offline methods, this is an online one"),
+        (fmer, "cube-triple-noisy-singletask-task2-v0", "of the offline methods"),
+        (fmer, "pointmaze-medium", "of the offline methods"),
+        (qam, "multigoal", "of the online methods, this is an offline one"),
+        (qam, "kitchen-7", "of the online methods"),
+    ],
+)
+def test_environments_of_the_other_family(script, env, words):
+    """One line says whose environment it is; --help, too, has no defaults to show."""
+    for more in ([], ["--help"]):
+        call = lambda more=more: parse(script.Args, script.ENV_DEFAULTS, ["--env", env, *more])
+        stops(f"'{env}' is an environment", words, call=call)
+
+
+def test_online_scripts_know_no_tasks():
+    """And no flag of datasets; protocols of the offline environments do not reach them."""
+    args = parse(fmer.Args, fmer.ENV_DEFAULTS, ["--env", "kitchen-4"])
+    assert args == dataclasses.replace(fmer.Args(), env="kitchen-4")
+    for flag in ("--tasks", "--collect", "--sparse", "--chunk-length"):
+        with pytest.raises(SystemExit):
+            parse(fmer.Args, fmer.ENV_DEFAULTS, [flag, "1"])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Real runs of every script, of seconds each: what they leave, that they repeat bit by bit, and
-that stops, kills and continuations change nothing. All are compared with one uninterrupted run per
-script, whose evaluations and checkpoints are at steps 8 (offline), 16 (in an episode) and 24.
+"""Real runs of every offline script, of seconds each: what they leave, that they repeat bit by bit,
+and that stops, kills and continuations change nothing. All are compared with one uninterrupted run
+per script, whose evaluations and checkpoints are at steps 8 (offline), 16 (in an episode) and 24.
 
 What depends on a script's own state and acting is tested for all of them (`every_script`), what
 only the shared blocks decide for two.
@@ -31,8 +31,8 @@ from tests.conftest import ENV, ROOT, TINY, tiny_args
 
 FULLY = ["meam", "qam"]  # paths without .py
 APART = ["baselines/rlpd"]  # with shared blocks of its own, tested in its own file
-EVERY = [str(path.relative_to(ROOT).with_suffix("")) for path in shared_blocks.scripts()]
-EVERY = FULLY + [name for name in EVERY if name not in FULLY + APART]
+OFFLINE = shared_blocks.named("offline")
+EVERY = FULLY + [name for name in OFFLINE if name not in FULLY + APART]
 pytestmark = pytest.mark.usefixtures("quick_compile")
 every_script = pytest.mark.every_script
 
@@ -82,7 +82,8 @@ def here(tmp_path, monkeypatch):
 
 
 def run_folder(script):
-    return os.path.abspath(f"runs/{os.path.basename(script)}/{ENV}/default")
+    env = ENV if script in OFFLINE else "multigoal"
+    return os.path.abspath(f"runs/{os.path.basename(script)}/{env}/default")
 
 
 def rows(folder, table):
