@@ -69,8 +69,8 @@ class Args:
     reward_scale: float = 0.2  # c: factor of rewards in the TD target
     num_candidates: int = 32  # N: actions per state, of which the best counts
     num_proposals: int = 100  # K: draws of the noise per point, weighted by their actions' values
-    time_min: float = 0.0054  # times of the loss are uniform from here
-    time_max: float = 0.999  # to here
+    time_min: float = 0.0054  # earliest time in the policy's loss
+    time_max: float = 0.999  # latest time, where times are uniform
     alpha_init: float = 1.0  # first temperature of the weights
     alpha_lr: float = 5e-3  # Adam's learning rate of log alpha
     alpha_period: int = 100  # updates from one step of alpha to the next
@@ -272,8 +272,8 @@ def improve(args, state, batch, key):
 
 
 def update(args, state, batch):
-    """One step of the critics; at every second update one of the policy and of the averages; at
-    every hundredth one of alpha."""
+    """One step of the critics; where they are due, one of the policy and of the averages, given the
+    new critics, and one of alpha."""
     key, *keys = jax.random.split(state.key, 4)
     observations, flow = batch.next_observations, state.params["policy"]
     noise = args.noise_scale * jnp.exp(state.log_alpha)

@@ -75,7 +75,7 @@ class Args:
     max_grad_norm: float = 0.5  # largest norm of the gradient of both networks
 
     def __post_init__(self):
-        if self.rollout_steps % self.batch_size or self.rollout_steps % self.num_envs:
+        if any(self.rollout_steps % max(1, n) for n in (self.batch_size, self.num_envs)):
             raise SystemExit("--rollout-steps must be a multiple of --batch-size and --num-envs")
         if self.total_steps < self.rollout_steps:
             raise SystemExit("--total-steps must be at least --rollout-steps")

@@ -183,7 +183,7 @@ def create(args, observation_size, key) -> State:
         policy=dict(velocity=velocity["params"], deviation=deviation.init(keys[2], s)["params"]),
         log_alpha=jnp.zeros(()),  # alpha = 1
     )
-    every_step = lambda x: jnp.repeat(x[None], args.flow_steps, 0)
+    every_step = lambda x: jnp.repeat(x[None], args.flow_steps, 0)  # as `rollout` says
     moments = jax.tree.map(every_step, velocity["statistics"])
     statistics = dict(critic=critic["statistics"], policy=moments)
     opt_state = {name: opt.init(params[name]) for name, opt in optimizers(args).items()}
@@ -237,7 +237,7 @@ def sample_actions(args, state, observations, key, mode):
     """(B, S) -> (B, d) in [-1, 1]: in training ("explore") with noise in every step, else with that
     at the start alone."""
     policy, noisy = (state.params["policy"], state.statistics["policy"]), mode == "explore"
-    return rollout(args, *policy, observations, key, noisy=noisy)[0]
+    return rollout(args, *policy, observations, key, noisy=noisy)[0]  # ref: no such evaluations
 
 
 def critic_loss(args, params, state, batch, key):

@@ -11,7 +11,7 @@ and all moving averages wait for every second update.
     L(Q) = E sum_j (Q_j(s, a) - y)^2                                                    Eq. (TD3.3)
     L(mu) = -E Q_1(s, mu(s))                                                            Eq. (TD3.4)
 
-Equation numbers are ours, see docs/equations.md; `# ref:` marks what differs from public code.
+Equation numbers are ours, see docs/equations.md; docs/td3.md says what differs from public code.
 
     python -m baselines.td3                          the plane with four goals, small networks
     python -m baselines.td3 --env halfcheetah --num-seeds 5

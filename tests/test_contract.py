@@ -35,14 +35,12 @@ DIFFERENT = dict(
         "target_rate": "which networks have averages",
         "actor_lr": "where the rate falls, this is the first one",
         "policy_delay": "what else comes as seldom as the policy's updates",
-        "alpha_init": "what the temperature is of: a target density, weights",
-        "noise_scale": "of which actions",
         "target_entropy": "whose entropy: of actions, of a path",
     },
 )
 # flags of online methods with the values of each method's own paper, under the same type and help
 OWN_VALUES = """reward_scale critic_lr alpha_lr act_candidates flow_steps diffusion_steps
-schedule beta_scale start_scale""".split()
+schedule beta_scale start_scale noise_scale alpha_init alpha_period""".split()
 ORDER = dict(
     offline="Args ENV_DEFAULTS State create update act train_chunk evaluate main".split(),
     online="Args ENV_DEFAULTS State create sample_actions update MODES act learn train_chunk "

@@ -20,7 +20,7 @@ from tests.online_reference import S, adam, check_loss, close, polyak, values
 from tests.test_dpmd import KEY, MILD, chains, expected_denoising, make_state, predictor
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-COUNTS = dict(num_candidates=5, act_candidates=2, target_candidates=3, eval_candidates=4)
+COUNTS = dict(num_candidates=5, act_candidates=2, target_candidates=8, eval_candidates=4)
 make_args = partial(online.make_args, qvpo)
 ARGS = make_args(entropy_actions=3, **COUNTS, **MILD)
 
@@ -64,7 +64,7 @@ def expected_update(args, state, batch):
 
     policy, critics = state.targets["policy"], state.targets["critic"]
     inputs = batch.next_observations, next_key, args.target_candidates
-    next_actions, _ = offers(args, policy, critics, *inputs)
+    next_actions, next_q = offers(args, policy, critics, *inputs)
     loss = partial(expected_critic, args, state, batch, next_actions)
     descend("critic", loss, args.critic_lr)
     actions, q = offers(args, old["policy"], params["critic"], s, now_key, args.num_candidates)
@@ -77,7 +77,7 @@ def expected_update(args, state, batch):
     weights = jnp.stack([advantage] + [e * advantage] * args.entropy_actions)
     loss = lambda p: expected_denoising(qvpo, args, p, s, rows, weights, loss_key)
     descend("policy", loss, args.actor_lr)
-    return params, norms, advantage, e
+    return params, norms, advantage, e, next_q
 
 
 # --- choosing actions ----------------------------------------------------------------------------
@@ -175,7 +175,8 @@ def test_update(float64):
     args, limit = ARGS, ARGS.max_grad_norm
     batch, state = online.make_batch(args), make_state(qvpo, args).replace(step=jnp.int32(5000))
     new, metrics = jax.jit(qvpo.update, static_argnums=0)(args, state, batch)
-    params, norms, advantage, e = expected_update(args, state, batch)
+    params, norms, advantage, e, next_q = expected_update(args, state, batch)
+    assert next_q.argmax(0).max() > 5  # more candidates than others have do matter
     assert norms["critic"] > limit > norms["policy"]
     close(new.params, params, 1e-5)
     for name in params:
