@@ -1,4 +1,5 @@
-"""FMER: Flow Matching policy with Entropy Regularization (Gao et al. 2026, arXiv:2603.17685).
+"""FMER: Flow Matching policy optimization with Mirror descent and Entropy constraints (Gao et al.
+2026, arXiv:2603.17685).
 
 Online, off-policy. The policy is a flow in an unbounded latent space, squashed by tanh. It improves
 by mirror descent: N actions are drawn from the current policy, weighted by softmax(Q / eta), and
@@ -11,8 +12,7 @@ effective sample size (ESS) of the weights.
     L(theta) = E sum_i w_i |v_theta(z_t^i, t_i, s) - (z_1^i - z_0^i)|^2                Eq. (11)
                - lambda E [div v_theta - 2 tanh(z_t) . v_theta]                        Eq. (18)
 
-Equation numbers are those of the paper's third version. Its formulas were restored by derivation,
-and many of its values are not stated: docs/fmer.md says which, and what was chosen.
+Equation numbers: the paper's third version. docs/fmer.md has what it leaves open, and our choices.
 
     python fmer.py                                   the plane with four goals, 3 minutes on a CPU
     python fmer.py --env halfcheetah --num-seeds 5   five agents in one program

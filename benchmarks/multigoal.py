@@ -39,7 +39,7 @@ import matplotlib.pyplot as plt
 METHODS = {  # label -> module, flags: trained until the return no longer rises
     "FMER": "fmer",
     "SAC": "baselines.sac --total-steps 45000 --eval-interval 15000",
-    "DPMD": "baselines.dpmd --total-steps 45000 --eval-interval 15000",
+    "DPMD": "baselines.dpmd --total-steps 30000 --eval-interval 15000",
 }
 COLORS = ("C0", "C1", "C2", "C4")  # of the goals
 

@@ -22,6 +22,9 @@ FAMILIES = {  # (parent, child) -> most lines that may be added and removed
     ("baselines/fql", "baselines/fedit"): 65,
     ("baselines/fql", "baselines/fbrac"): 55,
     ("baselines/dac", "baselines/qsm"): 35,
+    ("baselines/sac", "baselines/td3"): 110,
+    ("baselines/dpmd", "baselines/qvpo"): 160,
+    ("baselines/dpmd", "baselines/dipo"): 170,
 }
 
 
