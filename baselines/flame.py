@@ -288,11 +288,12 @@ def update(args, state, batch):
     opt_state, step = state.opt_state | dict(critic=opt_state), state.step + 1
     state = state.replace(params=params, opt_state=opt_state, step=step, key=key)
 
-    # A loop of 0 or 1 rounds: unlike a condition, it spares many agents the work, too.
-    act_on = lambda _, carry: improve(args, carry[0], batch, keys[2])
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(act_on, 0, (state,))[1])
+    # A loop of 0 or 1 rounds: unlike a condition, it spares many agents the work, too. That the key
+    # depends on the round keeps the compiler from doing the work before the loop.
+    turn = lambda i, carry: improve(args, carry[0], batch, jax.random.fold_in(keys[2], i))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(turn, 0, (state,))[1])
     due = jnp.where(step % args.policy_delay == 0, 1, 0)
-    state, more = jax.lax.fori_loop(0, due, act_on, (state, zeros))
+    state, more = jax.lax.fori_loop(0, due, turn, (state, zeros))
     metrics |= {name: args.policy_delay * x for name, x in more.items()}  # right on average
 
     grads = h.mean() - args.target_entropy * args.action_size  # Eq. (FLAME8)

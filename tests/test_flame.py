@@ -396,9 +396,9 @@ def test_updates(float64):
             close(new.params["policy"], tree, 0)
             close(new.targets, state.targets, 0)
         else:
-            critics = new.params["critic"]
+            critics, turn = new.params["critic"], jax.random.fold_in(keys[2], 0)
             assert moves(jax.tree.map(jnp.subtract, critics, state.params["critic"]))
-            (loss, grads), ess = expected_improvement(ARGS, state, critics, batch, keys[2])
+            (loss, grads), ess = expected_improvement(ARGS, state, critics, batch, turn)
             close_(new.params["policy"], adam(tree, grads, ARGS.actor_lr))
             close_(new.targets, polyak(state.targets, new.params, ARGS.target_rate))
             mean = lambda name: (seen[0][name] + seen[1][name]) / 2
