@@ -5,6 +5,7 @@
     python -m benchmarks.learning cube               the same on cube-single (needs its dataset)
     python -m benchmarks.learning puzzle-4x4         paper size, rho, lambda, sigma_min: for a GPU
     python -m benchmarks.learning cube-double        the same
+    python -m benchmarks.learning plane              every online method on multigoal
     python -m benchmarks.learning halfcheetah        FMER (small networks), SAC, TD3, 100,000 steps
     python -m benchmarks.learning hopper             the same
     python -m benchmarks.learning mujoco-halfcheetah paper size, 1M steps, all nine: for a GPU
@@ -82,6 +83,7 @@ SUITES = {  # suite -> (label -> command line, flags of all, tasks)
 }
 for env in ("halfcheetah", "hopper"):
     SUITES[env] = CPU, f"--env {env} --total-steps 100000 --warmup-steps 5000", ()
+SUITES["plane"] = {script.split(".")[-1]: script for script in ONLINE}, "", ()
 for env in (
     "hopper",
     "halfcheetah",
@@ -141,24 +143,19 @@ def reported(steps, returns):
 
 
 def online_table(rows):
-    """Markdown: a row per label; return at four steps, mean [interval], and `reported`."""
-    last, lines = max(int(row["step"]) for row in rows), []
+    """Markdown: a row per label; steps, return after each third of them (mean [interval]), and
+    `reported`."""
+    lines = ["| | steps | return at 1/3 | at 2/3 | at the end | reported |", "|---" * 6 + "|"]
     for label in dict.fromkeys(row["label"] for row in rows):
         own = [row for row in rows if row["label"] == label]
         steps = np.array(sorted({int(row["step"]) for row in own}))
         at = {(row["seed"], int(row["step"])): float(row["return"]) for row in own}
         seeds = sorted({row["seed"] for row in own}, key=int)
         returns = np.array([[at[seed, step] for step in steps] for seed in seeds])
-        shown = [steps[np.argmin(abs(steps - last * share))] for share in (0.25, 0.5, 0.75, 1)]
-        columns = [returns[:, steps == step][:, 0] for step in shown]
-        cells = ["{:.0f} [{:.0f}, {:.0f}]".format(*interval(column)) for column in columns]
-        cells.append("{:.0f} ({:.0f})".format(*reported(steps, returns)))
-        if not lines:
-            lines = [
-                "| | " + " | ".join([f"{step:,} steps" for step in shown] + ["reported"]) + " |"
-            ]
-            lines.append("|---" * 6 + "|")
-        lines.append("| " + " | ".join([label, *cells]) + " |")
+        thirds = [np.argmin(abs(steps - steps[-1] * share)) for share in (1 / 3, 2 / 3, 1)]
+        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*interval(returns[:, i])) for i in thirds]
+        cells.append("{:.1f} ({:.1f})".format(*reported(steps, returns)))
+        lines.append("| " + " | ".join([label, f"{steps[-1]:,}", *cells]) + " |")
     return "\n".join(lines)
 
 
