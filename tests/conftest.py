@@ -3,6 +3,7 @@ that tests start), groups of tests that run in one process, a small real dataset
 runs that take seconds."""
 
 import atexit
+import gc
 import os
 import re
 import shutil
@@ -45,6 +46,12 @@ ALONE = SLOW[:2]  # their tests share nothing: each may go to another process
 SCRIPTS = {str(x.relative_to(ROOT).with_suffix("")) for x in shared_blocks.scripts()}
 
 
+def group(nodeid):
+    """File and, where it is a parameter, script of a test."""
+    file, _, name = nodeid.partition("::")
+    return " ".join([file, *(x for x in re.split(r"[\[\]-]", name) if x in SCRIPTS)])
+
+
 def pytest_xdist_auto_num_workers(config):
     """All tests: a process per core. Named files or tests: this process, where `--pdb` works."""
     named = any(".py" in name for name in config.option.file_or_dir)
@@ -65,12 +72,21 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Groups(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file, _, name = nodeid.partition("::")
-            if any(word in Path(file).stem for word in ALONE):
-                return nodeid
-            return " ".join([file, *(x for x in re.split(r"[\[\]-]", name) if x in SCRIPTS)])
+            alone = any(word in nodeid.partition("::")[0] for word in ALONE)
+            return nodeid if alone else group(nodeid)
 
     return Groups(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Forgets compiled programs after each group. All of them together exceed the number of memory
+    maps that Linux grants a process (vm.max_map_count), which ends in a segmentation fault."""
+    if nextitem is None or group(item.nodeid) != group(nextitem.nodeid):
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
