@@ -17,8 +17,7 @@ Equation numbers: the paper's third version. docs/fmer.md has what it leaves ope
     python fmer.py                                   the plane with four goals, 3 minutes on a CPU
     python fmer.py --env halfcheetah --num-seeds 5   five agents in one program
 
-Shapes: B batch, S observation, d action, N candidates per state, T integration steps; agents
-(seeds) trained at once are the leading axis of all that `act` and `train_chunk` see.
+Shapes: B batch, S observation, d action, N candidates per state, T solver steps, E environments.
 """
 
 import dataclasses
@@ -100,8 +99,7 @@ class Args:
             raise SystemExit("--actor-states next needs candidates of the policy: no --policy-ema")
 
 
-# The class holds the paper's values or, where these are lost, those of docs/fmer.md. The plane and
-# the small networks there are for a CPU, tuned here.
+# The class holds the paper's values, or docs/fmer.md's; the plane's are for a CPU, tuned here.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000, warmup_steps=1_000, reward_scale=0.1, act_candidates=1, actor_lr=1e-3,
@@ -267,43 +265,45 @@ def target_entropy(args, step):
     return args.target_entropy_start * (1 - share) + args.target_entropy_end * share
 
 
+def descend(args, state, name, loss, *inputs):
+    """The state after one step of Adam on a loss of params[name], all else being constant."""
+    grads, metrics = jax.grad(partial(loss, args), has_aux=True)(state.params[name], state, *inputs)
+    updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
+    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
+    state = state.replace(params=params, opt_state=state.opt_state | {name: opt_state})
+    return state, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
+
+
 def update(args, state, batch):
     """One step of the critics, then one of the policy with the critics' new values, then of lambda
     and eta (plain steps on their logarithms), then of the averages."""
     key, next_key, now_key, loss_key = jax.random.split(state.key, 4)
-    N, params, opt_state = args.num_candidates, dict(state.params), dict(state.opt_state)
-    observations, flow = batch.next_observations, state.targets.get("policy", params["policy"])
+    observations, N = batch.next_observations, args.num_candidates
+    flow = state.targets.get("policy", state.params["policy"])
     z1 = candidates(args, flow, observations, next_key, N)
-
-    def descend(name, loss, *inputs):
-        grads, metrics = jax.grad(partial(loss, args), has_aux=True)(params[name], state, *inputs)
-        updates, opt_state[name] = optimizers(args)[name].update(grads, opt_state[name])
-        params[name] = optax.apply_updates(params[name], updates)
-        return metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
-
-    metrics = descend("critic", critic_loss, batch, squash(args, z1))
+    state, metrics = descend(args, state, "critic", critic_loss, batch, squash(args, z1))
     if args.actor_states == "current":
         observations = batch.observations
-        z1 = candidates(args, params["policy"], observations, now_key, N)
-    q = critic(args, params["critic"], observations, squash(args, z1)).min(0)
+        z1 = candidates(args, state.params["policy"], observations, now_key, N)
+    q = critic(args, state.params["critic"], observations, squash(args, z1)).min(0)
     w, ess = weigh(args, q, jnp.exp(state.log_eta))
-    metrics |= descend("policy", policy_loss, observations, z1, w, loss_key)
+    state, more = descend(args, state, "policy", policy_loss, observations, z1, w, loss_key)
 
     goal = target_entropy(args, state.step)
-    log_lambda = state.log_lambda + args.lambda_rate * (goal - metrics["entropy"])  # Eq. (7)
+    log_lambda = state.log_lambda + args.lambda_rate * (goal - more["entropy"])  # Eq. (7)
     log_lambda = jnp.clip(log_lambda, jnp.log(1e-3), jnp.log(10.0))
     log_lambda = jnp.where(state.step < args.entropy_until, log_lambda, state.log_lambda)
     log_eta = state.log_eta
     if args.weights == "soft" and not args.eta_fixed:
         log_eta = log_eta - args.eta_rate * (ess - args.target_ess * N)
         log_eta = jnp.clip(log_eta, jnp.log(1e-3), jnp.log(100.0))
-    rates = dict(critic=args.target_rate, policy=args.policy_ema)
-    average = lambda name: optax.incremental_update(params[name], state.targets[name], rates[name])
-    targets = {name: average(name) for name in state.targets}
+    rates, new = dict(critic=args.target_rate, policy=args.policy_ema), state.params
+    targets = {k: optax.incremental_update(new[k], x, rates[k]) for k, x in state.targets.items()}
 
-    metrics |= dict(target_entropy=goal, multiplier=jnp.exp(state.log_lambda), ess=ess)
+    metrics |= more | dict(target_entropy=goal, multiplier=jnp.exp(state.log_lambda), ess=ess)
     metrics |= dict(eta=jnp.exp(state.log_eta), saturated=(jnp.abs(z1) > 3).mean())
-    return State(params, targets, opt_state, log_eta, log_lambda, state.step + 1, key), metrics
+    duals = dict(log_eta=log_eta, log_lambda=log_lambda)
+    return state.replace(targets=targets, **duals, step=state.step + 1, key=key), metrics
 
 
 MODES = ("best", "single")  # of choosing actions in evaluations, the first one is the method's

@@ -233,35 +233,38 @@ def policy_loss(args, params, state, observations, actions, weights, key):
     return loss, dict(policy_loss=loss)
 
 
+def descend(args, state, name, loss, *inputs):
+    """The state after one step of Adam on a loss of params[name], all else being constant."""
+    grads, metrics = jax.grad(partial(loss, args), has_aux=True)(state.params[name], state, *inputs)
+    updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
+    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
+    state = state.replace(params=params, opt_state=state.opt_state | {name: opt_state})
+    return state, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
+
+
 def update(args, state, batch, replay):
     """One step of the critics; then actions of the second buffer (rows beside those of `replay`,
     one agent's) are moved by the new critics, and the policy makes a step towards them; then the
     averages, that of the policy every second time."""
     key, next_key, draw_key, loss_key = jax.random.split(state.key, 4)
-    params, opt_state = dict(state.params), dict(state.opt_state)
     next_actions = denoise(args, state.targets["policy"], batch.next_observations, next_key, 1)[0]
-
-    def descend(name, loss, *inputs):
-        grads, metrics = jax.grad(partial(loss, args), has_aux=True)(params[name], state, *inputs)
-        updates, opt_state[name] = optimizers(args)[name].update(grads, opt_state[name])
-        params[name] = optax.apply_updates(params[name], updates)
-        return metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
-
-    metrics = descend("critic", critic_loss, batch, next_actions)
+    state, metrics = descend(args, state, "critic", critic_loss, batch, next_actions)
     rows, arrival, old = draw(args, state, replay, draw_key)
     observations = replay.observations[rows]
-    actions = move(args, params["critic"], observations, old)
-    weights = jnp.ones(args.batch_size)
-    metrics |= descend("policy", policy_loss, observations, actions, weights, loss_key)
-    targets = optax.incremental_update(params, state.targets, args.target_rate)
+    actions = move(args, state.params["critic"], observations, old)
+    inputs = observations, actions, jnp.ones(args.batch_size), loss_key
+    state, more = descend(args, state, "policy", policy_loss, *inputs)
+    targets = optax.incremental_update(state.params, state.targets, args.target_rate)
     new, before = targets["policy"], state.targets["policy"]
     period = args.target_policy_delay
     targets["policy"] = optax.periodic_update(new, before, state.step + 1, period)
 
-    gain = critic(args, params["critic"], observations, jnp.stack([old, actions])).min(0).mean(1)
-    metrics |= dict(move=jnp.abs(actions - old).mean(), move_gain=gain[1] - gain[0])
-    buffer = state.moved.at[rows].set(actions), state.stamp.at[rows].set(arrival)
-    return State(params, targets, opt_state, *buffer, state.step + 1, key), metrics
+    both = jnp.stack([old, actions])
+    gain = critic(args, state.params["critic"], observations, both).min(0).mean(1)
+    metrics |= more | dict(move=jnp.abs(actions - old).mean(), move_gain=gain[1] - gain[0])
+    moved, stamp = state.moved.at[rows].set(actions), state.stamp.at[rows].set(arrival)
+    buffer = dict(moved=moved, stamp=stamp)
+    return state.replace(targets=targets, **buffer, step=state.step + 1, key=key), metrics
 
 
 MODES = ("greedy",)  # of choosing actions in evaluations

@@ -253,42 +253,43 @@ def alpha_gradient(args, state):
     return args.action_size * (entropy - args.noise_entropy)  # Eq. (DPMD4)
 
 
+def descend(args, state, name, loss, *inputs):
+    """The state after one step of Adam on a loss of params[name], all else being constant."""
+    grads, metrics = jax.grad(partial(loss, args), has_aux=True)(state.params[name], state, *inputs)
+    updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
+    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
+    state = state.replace(params=params, opt_state=state.opt_state | {name: opt_state})
+    return state, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
+
+
 def update(args, state, batch):
     """One step of the critics. Every second time also one of the policy, with the actions of the TD
     target, weighted by the critics' new values, and one of the averages. Now and then, alpha."""
     key, next_key, loss_key = jax.random.split(state.key, 3)
-    params, opt_state, N = dict(state.params), dict(state.opt_state), args.num_candidates
-    observations = batch.next_observations
-    actions = choose(args, state, params["policy"], observations, next_key, N, 1.0)
-
-    def descend(name, loss, *inputs):
-        grads, metrics = jax.grad(partial(loss, args), has_aux=True)(params[name], state, *inputs)
-        updates, opt_state[name] = optimizers(args)[name].update(grads, opt_state[name])
-        params[name] = optax.apply_updates(params[name], updates)
-        return metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
-
+    observations, N = batch.next_observations, args.num_candidates
+    actions = choose(args, state, state.params["policy"], observations, next_key, N, 1.0)
     # ref: one Adam step per update, the code takes two with the same gradient
-    metrics = descend("critic", critic_loss, batch, actions)
-    q = critic(args, params["critic"], observations, actions).min(0)
+    state, metrics = descend(args, state, "critic", critic_loss, batch, actions)
+    q = critic(args, state.params["critic"], observations, actions).min(0)
     weights = weigh(args, state, q)
-    metrics |= descend("policy", policy_loss, observations, actions, weights, loss_key)
-    targets = optax.incremental_update(params, state.targets, args.target_rate)
+    inputs = observations, actions, weights, loss_key
+    after, more = descend(args, state, "policy", policy_loss, *inputs)
+    targets = optax.incremental_update(after.params, state.targets, args.target_rate)
     every = lambda period, new, old: optax.periodic_update(new, old, state.step + 1, period)
-    new = params["policy"], opt_state["policy"], targets
-    old = state.params["policy"], state.opt_state["policy"], state.targets
-    params["policy"], opt_state["policy"], targets = every(args.policy_delay, new, old)
+    state = every(args.policy_delay, after.replace(targets=targets), state)
 
     moments = state.opt_state["alpha"]
     move, new = optimizers(args)["alpha"].update(alpha_gradient(args, state), moments)
     new, old = (state.log_alpha + move, new), (state.log_alpha, moments)
-    log_alpha, opt_state["alpha"] = every(args.alpha_period, new, old)
+    log_alpha, moments = every(args.alpha_period, new, old)
     q_mean = state.q_mean + args.q_rate * (q.mean() - state.q_mean)  # Eq. (DPMD5)
     q_std = state.q_std + args.q_rate * (q.std() - state.q_std)
 
-    metrics |= dict(alpha=jnp.exp(state.log_alpha), q_mean=state.q_mean, q_std=state.q_std)
+    metrics |= more | dict(alpha=jnp.exp(state.log_alpha), q_mean=state.q_mean, q_std=state.q_std)
     metrics |= dict(weight=weights.mean(), ess_share=weights.mean() ** 2 / (weights**2).mean())
-    scalars = log_alpha, q_mean, q_std, state.step + 1
-    return State(params, targets, opt_state, *scalars, key), metrics
+    opt_state, scalars = state.opt_state | dict(alpha=moments), dict(q_mean=q_mean, q_std=q_std)
+    state = state.replace(opt_state=opt_state, log_alpha=log_alpha, **scalars)
+    return state.replace(step=state.step + 1, key=key), metrics
 
 
 MODES = ("best", "single")  # of choosing actions in evaluations, the first one is the method's

@@ -251,24 +251,28 @@ def policy_loss(args, params, state, observations, x, r, t, goal, key):
     return loss, metrics
 
 
+def descend(args, state, name, loss, *inputs):
+    """The state after one step of Adam on a loss of params[name], all else being constant."""
+    grads, metrics = jax.grad(partial(loss, args), has_aux=True)(state.params[name], state, *inputs)
+    updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
+    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
+    state = state.replace(params=params, opt_state=state.opt_state | {name: opt_state})
+    return state, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
+
+
 def improve(args, state, batch, key):
     """One step of the policy, then of all averages."""
     keys = jax.random.split(key, 4)
-    s, params = batch.observations, dict(state.params)
+    s, params = batch.observations, state.params
     limits = dict(minval=args.time_min, maxval=args.time_max)
     r, t = jnp.sort(jax.random.uniform(keys[0], (2, len(s)), **limits), 0)
     noise = jax.random.normal(keys[1], batch.actions.shape)
     x = (1 - t[:, None]) * batch.actions + t[:, None] * noise  # Eq. (FLAME1)
     v, ess = reweighted_velocity(args, params["critic"], state.log_alpha, s, x, t, keys[2])
     goal = meanflow_target(args, params["policy"], s, x, r, t, v)
-    loss = jax.grad(partial(policy_loss, args), has_aux=True)
-    grads, metrics = loss(params["policy"], state, s, x, r, t, goal, keys[3])
-    updates, opt_state = optimizers(args)["policy"].update(grads, state.opt_state["policy"])
-    params["policy"] = optax.apply_updates(params["policy"], updates)
-    targets = optax.incremental_update(params, state.targets, args.target_rate)
-    opt_state = state.opt_state | dict(policy=opt_state)
-    metrics |= dict(policy_grad_norm=optax.global_norm(grads), ess=ess)
-    return state.replace(params=params, targets=targets, opt_state=opt_state), metrics
+    state, metrics = descend(args, state, "policy", policy_loss, s, x, r, t, goal, keys[3])
+    targets = optax.incremental_update(state.params, state.targets, args.target_rate)
+    return state.replace(targets=targets), metrics | dict(ess=ess)
 
 
 def update(args, state, batch):
@@ -279,14 +283,10 @@ def update(args, state, batch):
     noise = args.noise_scale * jnp.exp(state.log_alpha)
     actions = choose(args, state, flow, observations, keys[0], args.num_candidates, noise)
     h = entropy(args, flow, observations, keys[1])
-    loss = jax.grad(partial(critic_loss, args), has_aux=True)
-    grads, metrics = loss(state.params["critic"], state, batch, actions, h)
-    metrics |= dict(critic_grad_norm=optax.global_norm(grads))
+    state, metrics = descend(args, state, "critic", critic_loss, batch, actions, h)
     metrics |= dict(entropy=h.mean() / args.action_size, alpha=jnp.exp(state.log_alpha))
-    updates, opt_state = optimizers(args)["critic"].update(grads, state.opt_state["critic"])
-    params = state.params | dict(critic=optax.apply_updates(state.params["critic"], updates))
-    opt_state, step = state.opt_state | dict(critic=opt_state), state.step + 1
-    state = state.replace(params=params, opt_state=opt_state, step=step, key=key)
+    step = state.step + 1
+    state = state.replace(step=step, key=key)
 
     # A loop of 0 or 1 rounds: unlike a condition, it spares many agents the work, too. That the key
     # depends on the round keeps the compiler from doing the work before the loop.

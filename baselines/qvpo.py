@@ -243,33 +243,36 @@ def policy_loss(args, params, state, observations, actions, weights, key):
     return loss, dict(policy_loss=loss)
 
 
+def descend(args, state, name, loss, *inputs):
+    """The state after one step of Adam on a loss of params[name], all else being constant."""
+    grads, metrics = jax.grad(partial(loss, args), has_aux=True)(state.params[name], state, *inputs)
+    updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
+    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
+    state = state.replace(params=params, opt_state=state.opt_state | {name: opt_state})
+    return state, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
+
+
 def update(args, state, batch):
     """One step of the critics, then one of the policy with the critics' new values, then of the
     averages."""
     key, next_key, now_key, uniform_key, loss_key = jax.random.split(state.key, 5)
-    params, opt_state, observations = dict(state.params), dict(state.opt_state), batch.observations
     inputs = batch.next_observations, next_key, args.target_candidates
     next_actions = denoise(args, state.targets["policy"], *inputs)
-
-    def descend(name, loss, *inputs):
-        grads, metrics = jax.grad(partial(loss, args), has_aux=True)(params[name], state, *inputs)
-        updates, opt_state[name] = optimizers(args)[name].update(grads, opt_state[name])
-        params[name] = optax.apply_updates(params[name], updates)
-        return metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
-
-    metrics = descend("critic", critic_loss, batch, next_actions)
-    actions = denoise(args, params["policy"], observations, now_key, args.num_candidates)
-    q = critic(args, params["critic"], observations, actions).min(0)
+    state, metrics = descend(args, state, "critic", critic_loss, batch, next_actions)
+    observations, inputs = batch.observations, (now_key, args.num_candidates)
+    actions = denoise(args, state.params["policy"], observations, *inputs)
+    q = critic(args, state.params["critic"], observations, actions).min(0)
     weight, e = weigh(args, q), entropy_weight(args, state.step)
     shape = args.entropy_actions, *batch.actions.shape
     uniform = jax.random.uniform(uniform_key, shape, minval=-1, maxval=1)
     actions = jnp.concatenate([best(q, actions)[None], uniform])  # (1 + 10, B, d)
     weights = jnp.append(1.0, jnp.full(args.entropy_actions, e))[:, None] * weight  # Eq. (QVPO4)
-    metrics |= descend("policy", policy_loss, observations, actions, weights, loss_key)
-    targets = optax.incremental_update(params, state.targets, args.target_rate)
+    inputs = observations, actions, weights, loss_key
+    state, more = descend(args, state, "policy", policy_loss, *inputs)
+    targets = optax.incremental_update(state.params, state.targets, args.target_rate)
 
-    metrics |= dict(weight=weight.mean(), entropy_weight=e, q_best=q.max(0).mean())
-    return State(params, targets, opt_state, state.step + 1, key), metrics
+    metrics |= more | dict(weight=weight.mean(), entropy_weight=e, q_best=q.max(0).mean())
+    return state.replace(targets=targets, step=state.step + 1, key=key), metrics
 
 
 MODES = ("best", "single")  # of choosing actions in evaluations, the first one is the method's

@@ -16,10 +16,7 @@ Writes benchmarks/results/multigoal.json and, with all methods, docs/images/mult
 import dataclasses
 import importlib
 import json
-import os
 import shlex
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +27,9 @@ import matplotlib
 import numpy as np
 import tyro
 
-from benchmarks.learning import ROOT, VERSIONS, interval
+from benchmarks.learning import ROOT, configuration, interval, launch
 from common.envs import GOALS, MULTIGOAL_STEPS, multigoal
+from plot import COLOURS  # of the goals
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -41,7 +39,6 @@ METHODS = {  # label -> module, flags: trained until the return no longer rises
     "SAC": "baselines.sac --total-steps 45000 --eval-interval 15000",
     "DPMD": "baselines.dpmd --total-steps 30000 --eval-interval 15000",
 }
-COLORS = ("C0", "C1", "C2", "C4")  # of the goals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +55,9 @@ def train(command, options):
     """Trains, or finds trained -> the script's module, its arguments and the agents' state."""
     module, *flags = shlex.split(command)
     line = [module, *flags, "--num-seeds", str(options.seeds), "--run-dir", options.run_dir]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    subprocess.run([sys.executable, "-m", *line], check=True, env=os.environ | {"PYTHONPATH": path})
+    launch(line)
     folder = Path(options.run_dir, module.split(".")[-1], "multigoal/default")
-    config = json.loads((folder / "config.json").read_text())
+    config = configuration(folder)
     script, saved = importlib.import_module(module), config["flags"]
     listed = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     args = script.Args(**{k: listed[k] for k in listed if k in script.Args.__dataclass_fields__})
@@ -69,10 +65,9 @@ def train(command, options):
     like = jax.eval_shape(jax.vmap(partial(script.create, args, 2)), keys)
     raw = flax.serialization.msgpack_restore((folder / "checkpoint.msgpack").read_bytes())
     state = flax.serialization.from_state_dict(like, raw["tree"]["state"])
-    packages = config["made_with"]["packages"]
     note = dict(command=shlex.join(["python", "-m", *line[:-2]]), seconds=raw["seconds"])
-    note |= dict(device=config["made_with"]["device"], python=config["made_with"]["python"])
-    return script, args, state, note | dict(packages={name: packages[name] for name in VERSIONS})
+    note |= {name: config["made_with"][name] for name in ("device", "python", "packages")}
+    return script, args, state, note
 
 
 def choose(script, args, state, positions, seed, age=0, selected=True):
@@ -142,14 +137,14 @@ def draw(shown, picture):
     for row, (label, values) in zip(axes, shown.items()):
         positions, nearest, action, sample, path, goal = values
         right = cosine(action, GOALS[nearest] - positions) > np.cos(np.pi / 6)
-        color = np.where(right, np.array(COLORS)[nearest], "0.6")
+        color = np.where(right, np.array(COLOURS)[nearest], "0.6")
         row[0].quiver(*positions.T, *action.T, color=color, angles="xy", width=4e-3)
         row[1].scatter(*sample.T, s=5, alpha=0.5, color="0.3")
         row[1].plot(np.cos(circle), np.sin(circle), lw=0.5, color="0.7")
         for one, end in zip(path[:100], goal):
-            row[2].plot(*one.T, lw=0.7, alpha=0.6, color=COLORS[end] if end >= 0 else "0.5")
+            row[2].plot(*one.T, lw=0.7, alpha=0.6, color=COLOURS[end] if end >= 0 else "0.5")
         for axis in (row[0], row[2]):
-            axis.scatter(*GOALS.T, marker="*", s=90, color=COLORS, edgecolor="black", zorder=3)
+            axis.scatter(*GOALS.T, marker="*", s=90, color=COLOURS, edgecolor="black", zorder=3)
             axis.set(xlim=(-7, 7), ylim=(-7, 7))
         row[1].set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
         row[0].set_ylabel(label, fontsize=12)

@@ -50,9 +50,8 @@ def resolve(name: str) -> Source:
     maze, slow = "maze" in env or "soccer" in env, "giant" in env or "humanoid" in env
     kinds = ("-navigate", "-stitch", "-explore") if maze else ("-play", "-noisy")
     if env not in known or (kind or kinds[0]) not in kinds:
-        known += ONLINE
-        names = known + [other + kind for other in known for kind in kinds if other not in ONLINE]
-        near = difflib.get_close_matches(name, names, cutoff=0.4) or known
+        names = [*known, *ONLINE, *(other + kind for other in known for kind in kinds)]
+        near = difflib.get_close_matches(name, names, cutoff=0.4) or [*known, *ONLINE]
         raise SystemExit(f"unknown environment '{name}'; did you mean {', '.join(near)}?")
     default = 4 if "soccer" in env or "puzzle" in env else 1 if maze else 2
     protocol = dict(chunk_length=1 if env.startswith(("ant", "humanoid")) else 5,

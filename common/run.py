@@ -50,9 +50,9 @@ def parse(Args, env_defaults: dict, argv=None):
     args = tyro.cli(Args, args=argv, default=configure(Args, env_defaults, env))
     for name, value in vars(args).items():
         top, flag = AT_MOST.get(name, 2**31 - 1), "--" + name.replace("_", "-")
-        least = f"{-top}" if name in SIGNED else "more than 0" if name in POSITIVE else "at least 0"
+        low = -top if name in SIGNED else 0
+        least = "more than 0" if name in POSITIVE else low if low else "at least 0"
         for x in value if isinstance(value, tuple) else (value,):
-            low = -top if name in SIGNED else 0
             if type(x) in (int, float) and not low <= x <= top or x == 0 and name in POSITIVE:
                 raise SystemExit(f"{flag} {x} is out of range: expected {least}, at most {top}")
     tasks = getattr(args, "tasks", (1,))

@@ -120,6 +120,12 @@ def quick_compile():
 
 
 @pytest.fixture
+def find_modules(monkeypatch):
+    """`python -m baselines.x` works in any folder."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.fixture
 def float64():
     import jax
 

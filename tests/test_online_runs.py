@@ -37,8 +37,11 @@ from tests.test_script_runs import (  # noqa: F401 (tests that run here, too)
     command,
     contents,
     here,
+    module,
+    pytest_generate_tests,
     rows,
     run_until_stop,
+    script,
     start,
     stop_at,
     test_eval_only,
@@ -84,23 +87,6 @@ LENGTHS = dict(
         eval_slots=1,
     ),
 )
-
-
-def pytest_generate_tests(metafunc):
-    if "script" in metafunc.fixturenames:
-        marked = metafunc.definition.get_closest_marker("every_script")
-        scripts = EVERY if marked else FULLY
-        metafunc.parametrize("script", scripts, indirect=True, scope="module")
-
-
-@pytest.fixture(scope="module")
-def script(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def module(script):
-    return importlib.import_module(script.replace("/", "."))
 
 
 def tiny(module, env="multigoal", **flags):

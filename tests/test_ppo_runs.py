@@ -41,7 +41,7 @@ from tests.test_script_runs import (  # noqa: F401 (tests that run here, too)
     test_repeats_bit_by_bit,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "find_modules")
 SIZES = dict(
     num_seeds=2, eval_episodes=2, eval_slots=2, workers=1, hidden_dims=(16, 16), batch_size=8,
     epochs=2,
@@ -55,12 +55,6 @@ LENGTHS = dict(
         eval_episodes=1, eval_slots=1,
     ),
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def find_modules(monkeypatch):
-    """`python -m baselines.ppo` works in any folder."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 @pytest.fixture(scope="module")

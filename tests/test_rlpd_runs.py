@@ -47,14 +47,8 @@ from tests.test_script_runs import (  # noqa: F401 (tests that run here, too)
     test_workers_and_slots_change_nothing,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "find_modules")
 FIRST = 10  # step with the first update
-
-
-@pytest.fixture(autouse=True)
-def find_modules(monkeypatch):
-    """`python -m baselines.rlpd` works in any folder."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 @pytest.fixture(scope="module")

@@ -41,10 +41,10 @@ class Stop(Exception):
     """Ends a run from within."""
 
 
-def pytest_generate_tests(metafunc):
+def pytest_generate_tests(metafunc):  # of a file that has or imports it
     if "script" in metafunc.fixturenames:
         marked = metafunc.definition.get_closest_marker("every_script")
-        scripts = EVERY if marked else FULLY
+        scripts = metafunc.module.EVERY if marked else metafunc.module.FULLY
         metafunc.parametrize("script", scripts, indirect=True, scope="module")
 
 
