@@ -31,10 +31,10 @@ import optax
 import tyro
 from tqdm import tqdm
 
-from common.data import Replay, Shards, locate, sample
+from common.data import Replay, Shards, locate, sample, spread
 from common.envs import EnvPool, resolve, seed_of
 from common.networks import Critic, Field, TanhGaussian
-from common.run import Run, parse
+from common.run import Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Args:
     workers: int = 0  # processes that step environments (0: one per core)
     eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
     track: bool = False  # log to Weights & Biases, too
+    compile_cache: str = ""  # folder of compiled programs (default: run_dir/.compiled), or none
     chunk_length: int = 5  # H: actions chosen at once and played open loop
     discount: float = 0.99  # gamma, per environment step
     sparse: bool = False  # reward -1 until all is done (else minus the number of unmet sub-goals)
@@ -281,10 +282,10 @@ def evaluate(args, policy, pool, agents, step):
 def main(args):
     """Trains all agents and leaves a run folder, see common/run.py. Returns its evaluations."""
     source = resolve(args.env)
-    agents = [(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)]
+    agents = ours([(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)])
     names = [f"{source.env}-singletask-task{task}-v0" for task, _ in agents]
-    paths = locate(source, args.dataset_dir, args.collect)
-    shards = Shards(paths, source, args.tasks, args.sparse)
+    paths, N = locate(source, args.dataset_dir, args.collect), len(agents)
+    shards = Shards(paths, source, args.tasks, args.sparse, N)
     data, _ = shards.at(0)
     args = dataclasses.replace(args, action_size=data.actions.shape[-1])
     files = dict(files=[path.name for path in paths], transitions=len(data.rows))
@@ -292,19 +293,19 @@ def main(args):
     keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
     state = jax.jit(jax.vmap(partial(create, args, data.observations.shape[-1])))(keys)
     task = jnp.array([args.tasks.index(task) for task, _ in agents])
-    replay = Replay.create(len(agents), 0, data)
-    size = sum(x.size for x in jax.tree.leaves(state.params)) // len(agents)
-    print(f"{len(agents)} agents of {size:,} parameters, {len(data.rows):,} transitions")
+    replay = Replay.create(N, 0, data)
+    size = sum(x.size for x in jax.tree.leaves(state.params)) // N
+    print(f"{N} agents of {size:,} parameters, {len(data.rows):,} transitions")
 
     def policy(*inputs):  # flat over agents and environments, for the pools
-        inputs = [x.reshape(len(agents), -1, *x.shape[1:]) for x in inputs]
+        inputs = [x.reshape(N, -1, *x.shape[1:]) for x in inputs]
         return np.concatenate(act(args, state, *inputs))
 
     slots = min(args.eval_slots, args.eval_episodes)
     eval_pool = EnvPool([name for name in names for _ in range(slots)], args.workers)
-    pool, everyone = EnvPool(names if args.online_steps else [], args.workers), range(len(agents))
+    pool, everyone = EnvPool(names if args.online_steps else [], args.workers), range(N)
     done, saved = run.restore(dict(state=state, replay=replay, pool=pool.save()))
-    state, replay = jax.device_put((saved["state"], saved["replay"]))
+    state, replay = spread((saved["state"], saved["replay"]))
     pool.load(saved["pool"], np.asarray(replay.actions))
     if args.eval_only and not done:
         raise SystemExit(f"{run.folder} holds no checkpoint that could be evaluated")
@@ -327,7 +328,7 @@ def main(args):
             now = done - args.offline_steps + 1  # the environment step that every agent takes
             data, _ = shards.at(now, args.offline_steps // shards.interval)
             if replay.rewards.shape[1] < args.online_steps:
-                replay = Replay.create(len(agents), args.online_steps, data).append(vars(replay))
+                replay = spread(Replay.create(N, args.online_steps, data)).append(vars(replay))
             if now == 1:
                 pool.start(everyone, [seed_of(seed, task, 0) for task, seed in agents])
             taken = pool.step(policy, everyone)

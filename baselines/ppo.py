@@ -33,9 +33,10 @@ import optax
 import tyro
 from tqdm import tqdm
 
+from common.data import spread
 from common.envs import EnvPool, make_env, resolve, seed_of
 from common.networks import MLP
-from common.run import Run, parse
+from common.run import Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Args:
     workers: int = 0  # processes that step environments (0: one per core)
     eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
     track: bool = False  # log to Weights & Biases, too
+    compile_cache: str = ""  # folder of compiled programs (default: run_dir/.compiled), or none
     discount: float = 0.99  # gamma, per environment step
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
     # --- end forked ---
@@ -332,7 +334,7 @@ def evaluate(args, policy, pool, agents, step):
 def main(args):
     """Trains all agents and leaves a run folder, see common/run.py. Returns its evaluations."""
     source, env = resolve(args.env), make_env(args.env)
-    agents = [(source.task, args.seed + i) for i in range(args.num_seeds)]
+    agents = ours([(source.task, args.seed + i) for i in range(args.num_seeds)])
     S, d = env.observation_space.shape[0], env.action_space.shape[0]
     args = dataclasses.replace(args, action_size=d)
     run = Run(Path(__file__).stem, args, agents, {})
@@ -352,7 +354,7 @@ def main(args):
     seeds = lambda step, who: [seed_of(*agents[i // E][::-1], step + i % E) for i in who]
     past = np.zeros((count * E, 0, d), np.float32)  # the actions of the running episodes
     done, saved = run.restore(dict(state=state, pool=pool.save(), past=past))
-    state, past = jax.device_put(saved["state"]), saved["past"]
+    state, past = spread(saved["state"]), saved["past"]
     pool.load(saved["pool"], past)
     if args.eval_only and not done:
         raise SystemExit(f"{run.folder} holds no checkpoint that could be evaluated")

@@ -37,10 +37,10 @@ import tyro
 from jax.scipy.stats import norm
 from tqdm import tqdm
 
-from common.data import Replay
+from common.data import Replay, spread
 from common.envs import MULTIGOAL_STEPS, EnvPool, make_env, multigoal, resolve, seed_of
 from common.networks import LECUN, MLP
-from common.run import Run, parse
+from common.run import Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Args:
     workers: int = 0  # processes that step environments (0: one per core)
     eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
     track: bool = False  # log to Weights & Biases, too
+    compile_cache: str = ""  # folder of compiled programs (default: run_dir/.compiled), or none
     discount: float = 0.99  # gamma, per environment step
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
     # --- end shared ---
@@ -388,7 +389,7 @@ def evaluate(args, policy, pool, agents, step):
 def main(args):
     """Trains all agents and leaves a run folder, see common/run.py. Returns its evaluations."""
     source, env = resolve(args.env), make_env(args.env)
-    agents = [(source.task, args.seed + i) for i in range(args.num_seeds)]
+    agents = ours([(source.task, args.seed + i) for i in range(args.num_seeds)])
     sizes = SimpleNamespace(observations=env.observation_space, actions=env.action_space)
     S, d = env.observation_space.shape[0], env.action_space.shape[0]
     args = dataclasses.replace(args, action_size=d)
@@ -414,9 +415,9 @@ def main(args):
     first = [seed_of(seed, task, 0) for task, seed in agents]
     world = np.zeros((count, S), np.float32), np.zeros(count, np.int32), np.array(first, np.uint32)
     done, saved = run.restore(dict(state=state, replay=replay, pool=pool.save(), world=world))
-    state, world = jax.device_put((saved["state"], saved["world"]))
-    replay = Replay.create(count, capacity, sizes).append(vars(saved["replay"]))
-    replay = replay.replace(size=jnp.asarray(saved["replay"].size))
+    state, world = spread((saved["state"], saved["world"]))
+    replay = spread(Replay.create(count, capacity, sizes)).append(vars(saved["replay"]))
+    replay = replay.replace(size=spread(saved["replay"].size))
     order = np.arange(max(0, done - capacity), done) % capacity  # from the oldest on
     pool.load(saved["pool"], np.asarray(saved["replay"].actions)[:, order[: done * (not plane)]])
     if args.eval_only and not done:
@@ -434,7 +435,7 @@ def main(args):
 
     total, result, updates = args.total_steps, None, 0
     shapes = jax.eval_shape(partial(learn, args), state, None, replay)[1]
-    zeros = sums = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
+    zeros = sums = spread(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes))
     due = lambda n: max(0, n - args.warmup_steps) // args.env_steps_per_update  # updates until n
     bar = tqdm(initial=done, total=total, unit="step", dynamic_ncols=True, disable=None)
     while done < total and not args.eval_only:

@@ -32,8 +32,10 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from common.envs import ONLINE
+
 ROOT = Path(__file__).resolve().parent.parent
-OFFLINE = """meam qam qam_edit qam_fql baselines.bam baselines.fbrac baselines.fql baselines.fawac
+METHODS = """meam qam qam_edit qam_fql baselines.bam baselines.fbrac baselines.fql baselines.fawac
     baselines.dac baselines.qsm baselines.dsrl baselines.fedit baselines.ifql baselines.rebrac"""
 GUIDANCE = ("plain", "mse", "linex")
 ABLATIONS = {  # label -> command line
@@ -62,37 +64,36 @@ def sweep(entropy_scale):
     return {label: command.format(**scales) for label, command in SWEEP.items()}
 
 
-ONLINE = "fmer baselines.sac baselines.td3 baselines.ppo baselines.dipo baselines.dpmd"
-ONLINE = [*ONLINE.split(), "baselines.qvpo", "baselines.sac_flow", "baselines.flame"]
+NINE = """fmer baselines.sac baselines.td3 baselines.ppo baselines.dipo baselines.dpmd
+    baselines.qvpo baselines.sac_flow baselines.flame"""
 SMALL = "fmer --hidden-dims 128 128 128 --batch-size 64"  # an update on a CPU core in 15 to 30 ms
-CPU = {"FMER": SMALL, "SAC": "baselines.sac", "TD3": "baselines.td3"}
+SHORT = {"FMER": SMALL, "SAC": "baselines.sac", "TD3": "baselines.td3"}
 LARGE = "--collect 1000000 --offline-steps 300000"  # transitions; ordinary size, not the 100M set
+labelled = lambda scripts: {script.split(".")[-1]: script for script in scripts.split()}
 SUITES = {  # suite -> (label -> command line, flags of all, tasks)
     "methods": (
         {"behaviour cloning": "qam --inv-temp 0"}
-        | {name.split(".")[-1]: name for name in OFFLINE.split()}
+        | labelled(METHODS)
         | {f"cgql {mode}": f"baselines.cgql --guidance {mode}" for mode in GUIDANCE}
         | {"rlpd": "baselines.rlpd"},
         "",
         (1,),
     ),
-    "pointmaze": (ABLATIONS, "--offline-steps 15000 --eval-interval 15000", (1, 2, 3, 4, 5)),
+    "pointmaze": (ABLATIONS, "--offline-steps 10000 --eval-interval 10000", (1, 2, 3, 4, 5)),
     "cube": (ABLATIONS, CUBE, (1, 2, 3, 4, 5)),
     "puzzle-4x4": (sweep(0.3), f"--env puzzle-4x4 {LARGE}", (1, 2, 3, 4, 5)),
     "cube-double": (sweep(0.01), f"--env cube-double {LARGE}", (1, 2, 3, 4, 5)),
+    "plane": (labelled(NINE), "--env multigoal", ()),
 }
-for env in ("halfcheetah", "hopper"):
-    SUITES[env] = CPU, f"--env {env} --total-steps 100000 --warmup-steps 5000", ()
-SUITES["plane"] = {script.split(".")[-1]: script for script in ONLINE}, "", ()
-for env in (
-    "hopper",
-    "halfcheetah",
-    "walker2d",
-    "humanoid",
-    *(f"kitchen-{k}" for k in (1, 2, 4, 7)),
-):
-    name = env if env.startswith("kitchen") else f"mujoco-{env}"
-    SUITES[name] = {script.split(".")[-1]: script for script in ONLINE}, f"--env {env}", ()
+SUITES |= {
+    env: (SHORT, f"--env {env} --total-steps 100000 --warmup-steps 5000", ())
+    for env in ("halfcheetah", "hopper")
+}
+SUITES |= {
+    env if "kitchen" in env else f"mujoco-{env}": (labelled(NINE), f"--env {env}", ())
+    for env in ONLINE
+    if env != "multigoal"
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,20 @@ class Options:
     out: str = str(ROOT / "benchmarks/results")  # folder of CSV and JSON
 
 
+def launch(line):
+    """Runs a script of this repository in a process of its own: [module, flags ...]."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    subprocess.run([sys.executable, "-m", *line], check=True, env=os.environ | {"PYTHONPATH": path})
+
+
+def configuration(folder):
+    """config.json of a run: of the packages, those that matter."""
+    config = json.loads((folder / "config.json").read_text())
+    packages = config["made_with"]["packages"]
+    config["made_with"]["packages"] = {name: packages[name] for name in VERSIONS}
+    return config
+
+
 def run(label, command, options, flags, tasks):
     """One run of a script. Returns its command line, configuration and evaluations."""
     module, *own = shlex.split(command)
@@ -113,18 +128,15 @@ def run(label, command, options, flags, tasks):
     line = [module, *shlex.split(flags), *own]
     line += ["--tasks", *map(str, tasks)] if tasks else []
     line += ["--num-seeds", str(options.seeds), "--name", name, "--run-dir", options.run_dir]
-    line += ["--dataset-dir", options.dataset_dir] if options.dataset_dir else []
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    subprocess.run([sys.executable, "-m", *line], check=True, env=os.environ | {"PYTHONPATH": path})
+    line += ["--dataset-dir", options.dataset_dir] if options.dataset_dir and tasks else []
+    launch(line)
     (folder,) = Path(options.run_dir, module.split(".")[-1]).glob(f"*/{name}")
     with open(folder / "eval.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    config = json.loads((folder / "config.json").read_text())
+    config = configuration(folder)
     for flag in ("name", "run_dir", "dataset_dir"):  # of this machine
         config["flags"].pop(flag, None)
-    made = config["made_with"]
-    made |= dict(cores=len(os.sched_getaffinity(0)))
-    made["packages"] = {name: made["packages"][name] for name in VERSIONS}
+    config["made_with"]["cores"] = len(os.sched_getaffinity(0))
     shown = shlex.join(["python", "-m", module, *shlex.split(flags), *own])
     return dict(command=shown, config=config), [dict(label=label, **row) for row in rows]
 

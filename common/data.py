@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import ogbench.utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ogbench.relabel_utils import relabel_dataset
 
 import common.collect
@@ -105,12 +106,25 @@ def read(path: Path, source: Source, tasks, sparse: bool, clip: bool = True) -> 
     return Dataset(*(np.asarray(x, np.int32 if x is rows else np.float32) for x in arrays))
 
 
+def spread(tree, agents: int = 0):
+    """Puts arrays (agents, ...) on the devices of this process, to each an equal share of the
+    agents: on one device, if no number of them divides the agents. With `agents`, the whole of all
+    arrays to each of the devices that so many agents are spread over. Agents do not depend on one
+    another, so programs of spread arrays run without any exchange between devices."""
+    devices, split = jax.local_devices(), () if agents else ("agents",)
+    agents = agents or len(next(iter(jax.tree.leaves(tree)), ()))
+    count = max(n for n in range(1, len(devices) + 1) if agents % n == 0)
+    mesh = Mesh(np.array(devices[:count]), ("agents",))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*split)) if count > 1 else None)
+
+
 class Shards:
     """The dataset on the official schedule: one file, or shards of a 100M set, of which the next
-    one (cyclic) takes over before every `interval`-th update of a phase is drawn."""
+    one (cyclic) takes over before every `interval`-th update of a phase is drawn. A copy is on each
+    of the devices that `agents` are spread over."""
 
-    def __init__(self, paths, source, tasks, sparse, interval=1000):
-        load = lambda i: jax.device_put(read(paths[i], source, tasks, sparse, len(paths) == 1))
+    def __init__(self, paths, source, tasks, sparse, agents=1, interval=1000):
+        load = lambda i: spread(read(paths[i], source, tasks, sparse, len(paths) == 1), agents)
         self.interval, self._load, self._count = interval, load, len(paths)
         self._index, self._data, self._next = 0, load(0), (None, None)
         self._thread = ThreadPoolExecutor(1)
