@@ -339,7 +339,9 @@ def main(args):
     args = dataclasses.replace(args, action_size=d)
     run = Run(Path(__file__).stem, args, agents, {})
     keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
-    state = jax.jit(jax.vmap(partial(create, args, S)))(keys)
+    # One agent after the other, for on a CPU with few cores jaxlib's orthogonal matrices of several
+    # agents at once wait for one another for ever (jax 0.10: blocked threads of one pool).
+    state = jax.jit(partial(jax.lax.map, partial(create, args, S)))(keys)
     count, E, T = len(agents), args.num_envs, args.rollout_steps // args.num_envs
     size = sum(x.size for x in jax.tree.leaves(state.params)) // count
     print(f"{count} agents of {size:,} parameters, rollouts of {args.rollout_steps:,} steps")

@@ -10,52 +10,26 @@ benchmarks/results/cost-<device>.json.
 """
 
 import dataclasses
-import importlib
 import importlib.metadata
 import json
 import os
-import time
-from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks.throughput import SIZES, random_dataset
-from common.data import Replay
+from benchmarks.throughput import Trained
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     scripts: tuple[str, ...] = ("qam", "meam")  # modules; the first is the yardstick
-    sizes: tuple[str, ...] = ("paper",)  # of benchmarks.throughput.SIZES
+    sizes: tuple[str, ...] = ("paper",)  # or small, see benchmarks/throughput.py
     rounds: int = 15  # measurements of each script, interleaved
     seconds: float = 0.3  # of updates in a measurement, about
     transitions: int = 50_000  # in the random dataset
     out: str = "benchmarks/results"  # folder of the JSON file
-
-
-class Measured:
-    """A script with an agent, ready to make a number of updates."""
-
-    def __init__(self, name, size, data):
-        self.script = importlib.import_module(name)
-        flags, observation_size = SIZES[size]
-        known = {key: x for key, x in flags.items() if hasattr(self.script.Args, key)}
-        self.args, self.data = dataclasses.replace(self.script.Args(), **known), data
-        create = partial(self.script.create, self.args, observation_size)
-        self.state = jax.jit(jax.vmap(create))(jax.random.split(jax.random.PRNGKey(0), 1))
-        self.replay, self.task = Replay.create(1, 0, data), jnp.zeros(1, jnp.int32)
-
-    def seconds(self, updates):
-        start = time.perf_counter()
-        self.state, metrics = self.script.train_chunk(
-            self.args, self.state, self.data, self.replay, self.task, updates
-        )
-        jax.block_until_ready(metrics)
-        return time.perf_counter() - start
 
 
 def main(options: Options) -> dict:
@@ -67,11 +41,8 @@ def main(options: Options) -> dict:
         rows=[],
     )
     for size in options.sizes:
-        flags, observation_size = SIZES[size]
-        data = random_dataset(
-            np.random.default_rng(0), options.transitions, observation_size, flags["action_size"]
-        )
-        measured = [Measured(name, size, data) for name in options.scripts]
+        transitions = options.transitions
+        measured = [Trained(name, size, transitions=transitions) for name in options.scripts]
         for one in measured:
             one.seconds(1)  # compiles
         updates = max(1, round(options.seconds / measured[0].seconds(1)))

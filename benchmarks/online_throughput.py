@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from common.data import Replay
+from common.data import Replay, spread
 from common.envs import EnvPool, make_env, seed_of
 from common.run import configure
 
@@ -64,14 +64,15 @@ def measure(options: Options) -> dict:
     sizes = SimpleNamespace(observations=env.observation_space, actions=env.action_space)
     args = dataclasses.replace(args, action_size=env.action_space.shape[0])
     keys = jax.random.split(jax.random.PRNGKey(0), agents)
-    state = jax.jit(jax.vmap(partial(script.create, args, env.observation_space.shape[0])))(keys)
-    replay, pool = Replay.create(agents, 100_000, sizes), EnvPool([options.env] * agents)
+    create = partial(script.create, args, env.observation_space.shape[0])
+    state = spread(jax.jit(jax.vmap(create))(keys))
+    replay, pool = spread(Replay.create(agents, 100_000, sizes)), EnvPool([options.env] * agents)
     pool.start(everyone, everyone)
     plan = np.zeros((agents, 1, args.action_size), np.float32)
     taken = pool.step(lambda *_: plan, everyone)
     replay = replay.append({name: x[:, None] for name, x in taken.items()})
     shapes = jax.eval_shape(partial(script.learn, args), state, None, replay)[1]
-    sums, clock = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes), 0
+    sums, clock = spread(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)), 0
 
     def block(way):
         """Seconds of options.steps steps, or updates."""

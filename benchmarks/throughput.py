@@ -1,17 +1,22 @@
-"""Updates per second of a script's jitted training, at the paper's sizes and at small ones.
+"""Speed of every script's jitted training, at the paper's sizes and at small ones.
 
-    python -m benchmarks.throughput --script qam --agents 1 2 4 8
+    python -m benchmarks.throughput --scripts qam meam --agents 1 8 40
+    python -m benchmarks.throughput --scripts all --sizes paper --agents 1 8 40 --no-loop
+    python -m benchmarks.throughput --table          prints the committed rows and the projection
 
-For every number of agents: ms per update of all agents together, ms per agent-update, agent-updates
-per second, and compile time apart. In the same process, as the yardstick, the loop that most
-codebases have: NumPy sampling and one dispatch per update, one agent. Data are random, which costs
-the same as real data. Prints a table, writes benchmarks/results/throughput-<script>-<device>.json.
+A row per script, size and number of agents: milliseconds per update of all agents and per agent's
+update, compile time, arithmetic of the matrix products of one agent's update, its share of the
+device's peak, memory that the program needs. In the same process, as the yardstick, the loop that
+most codebases have: NumPy sampling and one dispatch per update (offline scripts, one agent). Data
+are random, which costs the same as real data. Environments and evaluations are not in these
+numbers (`python -m benchmarks.shares`, `python -m benchmarks.online_throughput`). The row of a
+configuration replaces an older one in benchmarks/results/throughput.csv.
 """
 
+import csv
 import dataclasses
 import importlib
 import importlib.metadata
-import json
 import os
 import time
 from functools import partial
@@ -21,27 +26,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from common.data import Batch, Dataset, Replay
+from common.data import Batch, Dataset, Replay, spread
+from tests.shared_blocks import named
 
-SIZES = {  # name -> flags, observation size
-    "paper": (dict(chunk_length=5, action_size=5), 46),  # cube-triple, networks as by default
+# name -> flags, observation and action size; flags that a script does not have are left out
+OFFLINE_SIZES = {
+    "paper": (dict(chunk_length=5), 46, 5),  # cube-triple, networks as by default
     "small": (
-        dict(chunk_length=5, action_size=2, hidden_dims=(128, 128), num_critics=2)
-        | dict(batch_size=128, flow_steps=5),
+        dict(chunk_length=5, hidden_dims=(128, 128), num_critics=2, batch_size=128, flow_steps=5),
+        2,
         2,
     ),
 }
+ONLINE_SIZES = {  # halfcheetah, networks as by default; the plane's
+    "paper": ({}, 17, 6),
+    "small": (dict(hidden_dims=(64, 64, 64), batch_size=32), 2, 2),
+}
+PEAKS = {"NVIDIA H200": 494.5, "NVIDIA H100 80GB HBM3": 494.5, "NVIDIA A100-SXM4-80GB": 156.0}
+KEY = ("script", "size", "way", "agents", "device")
+COLUMNS = (*KEY, "ms_update", "ms_agent_update", "compile_s", "gflop", "peak", "memory_mb", "jax")
+TABLE_1 = dict(updates=1_000_000, tasks=50, seeds=8)  # of the QAM paper, per method
+OUT = Path(__file__).resolve().parent / "results/throughput.csv"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    script: str = "qam"  # module to measure, e.g. qam or baselines.fql
-    sizes: tuple[str, ...] = ("small", "paper")  # of SIZES
+    scripts: tuple[str, ...] = ("qam",)  # modules, e.g. qam or baselines.fql; or all
+    sizes: tuple[str, ...] = ("small", "paper")
     agents: tuple[int, ...] = (1, 2, 4, 8)  # agents trained in one program
     seconds: float = 5.0  # measured time of each row, at least
-    transitions: int = 200_000  # in the random dataset
-    out: str = "benchmarks/results"  # folder of the JSON file
+    transitions: int = 200_000  # in the random data
+    loop: bool = True  # measure the plain loop, too
+    peak: float = 0.0  # TFLOP/s of a device at its default precision (0: those known here)
+    table: bool = False  # measure nothing, print what is committed
+    out: str = str(OUT)
 
 
 def random_dataset(rng, transitions, observation_size, action_size) -> Dataset:
@@ -49,16 +69,94 @@ def random_dataset(rng, transitions, observation_size, action_size) -> Dataset:
     rows = np.arange(transitions) + np.arange(transitions) // 1000
     normal = rng.standard_normal((rows[-1] + 2, observation_size), np.float32)
     masks = (rng.random((1, transitions)) > 0.01).astype(np.float32)
-    return jax.device_put(
-        Dataset(
-            observations=normal,
-            rows=rows.astype(np.int32),
-            actions=rng.uniform(-1, 1, (transitions, action_size)).astype(np.float32),
-            rewards=-masks,
-            masks=masks,
-            terminals=(np.arange(transitions) % 1000 == 999).astype(np.float32),
-        )
+    return Dataset(
+        observations=normal,
+        rows=rows.astype(np.int32),
+        actions=rng.uniform(-1, 1, (transitions, action_size)).astype(np.float32),
+        rewards=-masks,
+        masks=masks,
+        terminals=(np.arange(transitions) % 1000 == 999).astype(np.float32),
     )
+
+
+class Trained:
+    """Agents of a script of either family on random data, ready to make updates."""
+
+    def __init__(self, name, size, agents=1, transitions=200_000, **flags):
+        self.script, rng = importlib.import_module(name), np.random.default_rng(0)
+        self.offline = hasattr(self.script.Args, "tasks")
+        more, S, d = (OFFLINE_SIZES if self.offline else ONLINE_SIZES)[size]
+        flags = dict(action_size=d, replay_size=transitions) | more | flags
+        known = {key: x for key, x in flags.items() if key in self.script.Args.__dataclass_fields__}
+        self.args, self.agents, self.rounds = self.script.Args(**known), agents, 1
+        keys = jax.random.split(jax.random.PRNGKey(0), agents)
+        create = partial(self.script.create, self.args, S)  # one by one, as baselines/ppo.py says
+        self.state = spread(jax.jit(partial(jax.lax.map, create))(keys))
+        self.data = random_dataset(rng, transitions if self.offline else 1000, S, d)
+        if self.offline:
+            self.data = spread(self.data, agents)
+            replay = spread(Replay.create(agents, 0, self.data))
+            self.inputs = self.data, replay, jnp.zeros(agents, jnp.int32)
+            return
+        rollout = getattr(self.args, "rollout_steps", 0)  # PPO learns from rollouts alone
+        length = (1, rollout) if rollout else (transitions,)
+        if rollout:
+            self.rounds = self.args.epochs * (rollout // self.args.batch_size)  # updates of a call
+        widths = dict(observations=(S,), next_observations=(S,), actions=(d,))
+        widths |= dict(rewards=(), masks=(), terminals=())
+        draw = lambda width: rng.uniform(-1, 1, (agents, *length, *width)).astype(np.float32)
+        rows = {name: draw(width) for name, width in widths.items()}
+        rows |= dict(masks=np.ones_like(rows["masks"]), terminals=np.zeros_like(rows["masks"]))
+        if rollout:
+            self.inputs = (spread(rows),)
+            return
+        replay = spread(Replay(**rows, size=np.full(agents, transitions, np.int32)))
+        shapes = jax.eval_shape(partial(self.script.learn, self.args), self.state, None, replay)[1]
+        self.sums = spread(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes))
+        self.inputs = self.sums, replay
+
+    def call(self, updates):
+        """What `train_chunk` is called with."""
+        return self.args, self.state, *self.inputs, *((updates,) if self.rounds == 1 else ())
+
+    def seconds(self, updates) -> float:
+        """Makes so many updates (PPO: the nearest number that is possible) and waits for them."""
+        start = time.perf_counter()
+        for _ in range(1 if self.rounds == 1 else max(1, round(updates / self.rounds))):
+            self.state, metrics = self.script.train_chunk(*self.call(updates))
+        jax.block_until_ready((self.state, metrics))
+        return time.perf_counter() - start
+
+    def flops(self) -> float:
+        """Of the matrix products of one update of one agent."""
+        static = self.script.train_chunk.__wrapped__
+        traced = jax.make_jaxpr(partial(static, self.args))(*self.call(1)[1:])
+        return products(traced.jaxpr) / self.agents / self.rounds
+
+    def memory(self) -> float:
+        """Megabytes of the compiled program: data, agents and what it works with."""
+        used = self.script.train_chunk.lower(*self.call(1)).compile().memory_analysis()
+        total = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
+        return (total - used.alias_size_in_bytes) / 2**20
+
+
+def products(jaxpr) -> float:
+    """Floating-point operations of the matrix products in a jaxpr; a loop without a known number of
+    rounds counts as one round, a branch as the longest."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name, p = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = p["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            size = np.prod([left[i] for i in contracted], initial=1.0)
+            total += 2 * size * np.prod(equation.outvars[0].aval.shape, initial=1.0)
+            continue
+        inner = [x for value in p.values() for x in (value if type(value) is tuple else (value,))]
+        inner = [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in inner]
+        inner = [products(x) for x in inner if isinstance(x, Jaxpr)]
+        total += max(inner, default=0) if name == "cond" else sum(inner) * p.get("length", 1)
+    return float(total)
 
 
 def timed(step, seconds):
@@ -71,34 +169,26 @@ def timed(step, seconds):
     return float(np.median(times))
 
 
-def measure_chunk(script, args, data, agents, seconds):
+def measure_chunk(trained, seconds):
     """(ms per update of all agents, compile seconds) of `train_chunk`."""
-    keys = jax.random.split(jax.random.PRNGKey(0), agents)
-    state = jax.jit(jax.vmap(partial(script.create, args, data.observations.shape[-1])))(keys)
-    replay, task = Replay.create(agents, 0, data), jnp.zeros(agents, jnp.int32)
-    updates = 1
-
-    def step():
-        nonlocal state
-        state, metrics = script.train_chunk(args, state, data, replay, task, updates)
-        jax.block_until_ready(metrics)
-
-    start = time.perf_counter()
-    step()
-    compile_seconds = time.perf_counter() - start
-    one = timed(step, 0)
+    first = trained.seconds(1)
+    one = timed(lambda: trained.seconds(1), 0) / trained.rounds
     updates = max(1, min(1000, int(0.5 / one)))  # chunks of about half a second
-    return 1e3 * timed(step, seconds) / updates, compile_seconds - one
+    made = updates if trained.rounds == 1 else max(1, round(updates / trained.rounds))
+    made *= trained.rounds
+    ms = 1e3 * timed(lambda: trained.seconds(updates), seconds) / made
+    return ms, first - one * trained.rounds
 
 
-def measure_loop(script, args, data, seconds):
+def measure_loop(trained, seconds):
     """ms per update of the plain loop: a batch from NumPy, one dispatch per update."""
-    host, rng = jax.tree.map(np.asarray, data), np.random.default_rng(0)
+    script, args = trained.script, trained.args
+    host, rng = jax.tree.map(np.asarray, trained.data), np.random.default_rng(0)
     B, H = args.batch_size, args.chunk_length
     following = host.observations[host.rows + 1]  # such codebases store the next observations
     observations = host.observations[host.rows]
     discounts = args.discount ** np.arange(H)
-    state = script.create(args, data.observations.shape[-1], jax.random.PRNGKey(0))
+    state = script.create(args, host.observations.shape[-1], jax.random.PRNGKey(0))
     update = jax.jit(script.update, static_argnums=0)
 
     def step():
@@ -121,44 +211,82 @@ def measure_loop(script, args, data, seconds):
     return 1e3 * timed(step, seconds)
 
 
-def main(options: Options) -> dict:
-    script = importlib.import_module(options.script)
-    device = jax.devices()[0].device_kind
-    results = dict(
-        script=options.script,
-        device=f"{device}, {os.cpu_count()} CPU cores",
-        versions={name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
-        command=f"python -m benchmarks.throughput --script {options.script} "
-        f"--agents {' '.join(map(str, options.agents))}",
-        rows=[],
-    )
-    print(f"{options.script} on {results['device']}, jax {results['versions']['jax']}")
-    print("size   agents  ms/update  ms/agent-update  agent-updates/s  compile s  speed-up of loop")
+def describe() -> str:
+    """The devices that a program uses, and the cores."""
+    devices = jax.local_devices()
+    kind = devices[0].device_kind
+    return f"{len(devices)} x {kind}" if len(devices) > 1 else f"{kind}, {os.cpu_count()} CPU cores"
+
+
+def measure(name, options):
+    """Rows of one script."""
+    device, version = describe(), importlib.metadata.version("jax")
+    peak = 1e12 * (options.peak or PEAKS.get(jax.devices()[0].device_kind, 0))
+    peak *= len(jax.local_devices())
     for size in options.sizes:
-        flags, observation_size = SIZES[size]
-        args = dataclasses.replace(script.Args(), **flags)
-        rng = np.random.default_rng(0)
-        data = random_dataset(rng, options.transitions, observation_size, args.action_size)
-        loop = measure_loop(script, args, data, options.seconds)
-        results["rows"].append(dict(size=size, agents=1, way="loop", ms_per_update=loop))
-        print(f"{size:6s} {'loop':>6s} {loop:10.2f} {loop:16.2f} {1e3 / loop:16.1f}")
+        row = dict(script=name.split(".")[-1], size=size, device=device, jax=version)
         for agents in options.agents:
-            ms, compiling = measure_chunk(script, args, data, agents, options.seconds)
-            row = dict(size=size, agents=agents, way="chunk", ms_per_update=ms)
-            row |= dict(ms_per_agent_update=ms / agents, compile_seconds=compiling)
-            results["rows"].append(row)
-            rate = 1e3 * agents / ms
-            print(
-                f"{size:6s} {agents:6d} {ms:10.2f} {ms / agents:16.2f} {rate:16.1f} "
-                f"{compiling:10.1f} {loop * agents / ms:17.2f}",
-                flush=True,
-            )
-    name = f"throughput-{options.script}-{device}".replace(" ", "-").replace(".", "_").lower()
-    path = Path(options.out) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1))
-    print(f"written to {path}")
-    return results
+            trained = Trained(name, size, agents, options.transitions)
+            if options.loop and trained.offline and agents == options.agents[0]:
+                ms = f"{measure_loop(trained, options.seconds):.3f}"
+                yield row | dict(way="loop", agents=1, ms_update=ms, ms_agent_update=ms)
+            ms, compiling = measure_chunk(trained, options.seconds)
+            flops = trained.flops()
+            new = row | dict(way="chunk", agents=agents, ms_update=f"{ms:.3f}")
+            new |= dict(ms_agent_update=f"{ms / agents:.3f}", compile_s=f"{compiling:.1f}")
+            new |= dict(gflop=f"{flops / 1e9:.3f}", memory_mb=f"{trained.memory():.0f}")
+            share = flops * agents / (1e-3 * ms) / peak if peak else 0
+            yield new | (dict(peak=f"{share:.3f}") if peak else {})
+
+
+def table(rows):
+    """Markdown: the rows, with the loop's time over the chunk's."""
+    names = [*COLUMNS, "loop / chunk"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    same = lambda x, y: all(x[name] == y[name] for name in ("script", "size", "device"))
+    for row in rows:
+        loop = [x for x in rows if x["way"] == "loop" and same(x, row) and row["way"] != "loop"]
+        ratio = float(loop[0]["ms_update"]) / float(row["ms_agent_update"]) if loop else ""
+        cells = [row[name] for name in COLUMNS] + [f"{ratio:.2f}" if loop else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def projection(rows):
+    """Markdown: hours of one device for a method's rows of the QAM paper's Table 1, from the most
+    agents measured at paper size, updates alone."""
+    best, count = {}, np.prod([*TABLE_1.values()])
+    for row in rows:
+        if row["way"] == "chunk" and row["size"] == "paper" and row["script"] in OFFLINE:
+            key = row["device"], row["script"]
+            best[key] = max(best.get(key, row), row, key=lambda row: int(row["agents"]))
+    title = "| device | script | agents | hours for 50 tasks x 8 seeds x 1M updates |"
+    lines = [title, "|---" * 4 + "|"]
+    for (device, script), row in sorted(best.items()):
+        hours = float(row["ms_agent_update"]) * count / 3.6e6
+        lines.append(f"| {device} | {script} | {row['agents']} | {hours:,.0f} |")
+    return "\n".join(lines) if best else ""
+
+
+OFFLINE = [name.split("/")[-1] for name in named("offline")]
+EVERY = [name.replace("/", ".") for kind in ("offline", "online") for name in named(kind)]
+
+
+def main(options: Options) -> None:
+    path, rows = Path(options.out), []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    scripts = EVERY if options.scripts == ("all",) else options.scripts
+    for new in (row for name in scripts if not options.table for row in measure(name, options)):
+        new = {name: str(new.get(name, "")) for name in COLUMNS}
+        rows = [row for row in rows if any(row[name] != new[name] for name in KEY)] + [new]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader(), writer.writerows(rows)
+        print(" ".join(f"{name} {x}" for name, x in new.items() if x), flush=True)
+    print(table(rows), projection(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""What the tables of the online methods are made of: the paper's statistic, and the measures on the
-plane, with policies whose answers are known."""
+"""What the tables are made of: the paper's statistic; measures on the plane, with policies whose
+answers are known; operations, times and shares of programs and runs."""
 
+import csv
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from benchmarks import throughput
 from benchmarks.learning import online_table, reported
 from benchmarks.multigoal import grid, measure
+from benchmarks.shares import shares
 from common.envs import GOALS
 
 AGENTS = 2
@@ -99,3 +104,84 @@ def test_grid():
     assert (np.linalg.norm(positions - GOALS[nearest], axis=1) >= 1).all()
     assert (np.abs(np.abs(positions[:, 0]) - np.abs(positions[:, 1])) >= 0.5).all()
     assert len(positions) == 21**2 - (2 * 21 - 1) - 4 * 7  # diagonals; around each goal
+
+
+def test_operations_of_products():
+    """2 m n k for each product of matrices: in batches, in loops of known length, in called
+    functions, in the longer branch; a loop of unknown length counts as one round."""
+    x, w = jnp.ones((7, 5)), jnp.ones((5, 5))
+    one = 2 * 7 * 5 * 5
+    count = lambda f, *inputs: throughput.products(jax.make_jaxpr(f)(*inputs).jaxpr)
+    assert count(lambda x, w: jnp.tanh(x @ w) + 1, x, w) == one
+    assert count(jax.vmap(lambda x: x @ w), jnp.ones((3, 7, 5))) == 3 * one
+    loop = lambda x: jax.lax.scan(lambda x, _: (jax.jit(jnp.dot)(x, w), None), x, None, 4)[0]
+    assert count(loop, x) == 4 * one
+    rounds = lambda x, n: jax.lax.fori_loop(0, n, lambda _, x: loop(x), x)
+    assert count(rounds, x, 9) == 4 * one
+    branch = lambda x, on: jax.lax.cond(on, loop, lambda x: x @ w, x)
+    assert count(branch, x, True) == 4 * one
+    assert count(jax.grad(lambda x: (x @ w).sum()), x) == 2 * one  # the value, and one transposed
+
+
+@pytest.mark.parametrize("name", ["baselines.td3", "baselines.rebrac"])
+def test_speed_of_a_script(quick_compile, tmp_path, name):
+    """Rows of a script of each kind, with the loop for an offline one; measured again, a row
+    replaces the old one; the arithmetic is that of the shapes."""
+    path = tmp_path / "speed.csv"
+    flags = dict(scripts=(name,), sizes=("small",), seconds=0.0, transitions=2000, out=str(path))
+    for _ in range(2):
+        throughput.main(throughput.Options(agents=(1, 2), peak=1.0, **flags))
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    ways = ["loop"] * (name == "baselines.rebrac") + ["chunk"] * 2
+    assert sorted(row["way"] for row in rows) == sorted(ways)
+    chunks = [row for row in rows if row["way"] == "chunk"]
+    assert [row["agents"] for row in chunks] == ["1", "2"]
+    assert chunks[0]["gflop"] == chunks[1]["gflop"] and float(chunks[0]["memory_mb"]) > 0
+    for row in chunks:
+        np.testing.assert_allclose(
+            float(row["ms_agent_update"]) * int(row["agents"]), float(row["ms_update"]), atol=2e-3
+        )
+    assert len(throughput.table(rows).splitlines()) == 2 + len(rows)
+    assert throughput.projection(rows) == ""  # of small sizes nothing is projected
+
+
+def test_updates_of_ppo(quick_compile):
+    """PPO's unit is a rollout: 2 epochs of 64 steps in batches of 32 are four updates. Each further
+    one adds the gradients of the networks 2-64-64-64-2 and 2-64-64-64-1."""
+    flags = dict(rollout_steps=64, batch_size=32)
+    trained = throughput.Trained("baselines.ppo", "small", 2, 100, epochs=2, **flags)
+    assert trained.rounds == 4 and trained.seconds(8) > 0
+    more = throughput.Trained("baselines.ppo", "small", 1, 100, epochs=4, **flags)
+    h = 64
+    of_both = 3 * (2 * h + 2 * h * h + 2 * h) + 3 * (2 * h + 2 * h * h + h) - 2 * 2 * h
+    assert more.rounds == 8 and 8 * more.flops() - 4 * trained.flops() == 4 * 2 * 32 * of_both
+
+
+def test_operations_of_td3():
+    """One update at small size, layer by layer: policy 2-64-64-64-2, two critics 4-64-64-64-1,
+    batch 32. The gradient of a network costs two forward passes, without its inputs' gradient one
+    first layer less; the policy's asks both critics for that of the actions, not of weights."""
+    trained = throughput.Trained("baselines.td3", "small", 1, 100)
+    h = 64
+    mu, q = 2 * h + 2 * h * h + h * 2, 2 * (4 * h + 2 * h * h + h)
+    of_critics = mu + q + (3 * q - 2 * 4 * h)
+    of_policy = (3 * mu - 2 * h) + 2 * q
+    assert trained.flops() == 2 * 32 * (of_critics + of_policy)
+
+
+def test_projected_hours():
+    """The row with the most agents counts: 10 ms x 1M x 50 x 8 are 1,111 hours."""
+    row = dict(script="qam", size="paper", way="chunk", device="x", ms_agent_update="10")
+    rows = [row | dict(agents="8"), row | dict(agents="1", ms_agent_update="20")]
+    assert throughput.projection(rows).splitlines()[-1] == "| x | qam | 8 | 1,111 |"
+
+
+def test_share_of_evaluation(tmp_path):
+    """Evaluations of 5 and 15 of 100 seconds."""
+    head = "task,seed,step,seconds,x\n"
+    (tmp_path / "train.csv").write_text(head + "1,0,5,20,0\n1,0,10,45,0\n1,0,20,85,0\n")
+    (tmp_path / "eval.csv").write_text(head + "1,0,10,50,0\n1,0,20,100,0\n")
+    assert shares(tmp_path) == dict(seconds=100, evaluation=20, share=0.2)
+    with pytest.raises(SystemExit, match="holds no train.csv and eval.csv"):
+        shares(tmp_path / "nothing")

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -354,3 +355,13 @@ def test_copied_out(script, tmp_path):
     variables = clean(tmp_path) | {k: v for k, v in os.environ.items() if k.startswith("JAX_")}
     subprocess.run(line, cwd=tmp_path, env=variables, check=True, capture_output=True)
     assert checkpoint(tmp_path / "runs/ppo/multigoal/default")["step"] == 24
+
+
+def test_several_agents_with_wide_networks(tmp_path):
+    """Several orthogonal matrices of several agents: with `vmap` in place of `lax.map` this program
+    never ends on two cores."""
+    flags = "--num-seeds 2 --hidden-dims 64 64 64 --rollout-steps 64 --batch-size 32 --epochs 1"
+    flags += " --total-steps 64 --log-interval 64 --eval-interval 64 --eval-episodes 1"
+    flags += f" --eval-slots 1 --workers 1 --run-dir {tmp_path}"
+    line = [sys.executable, "-m", "baselines.ppo", *flags.split()]
+    subprocess.run(line, cwd=tmp_path, check=True, timeout=200)

@@ -1,0 +1,39 @@
+"""Where the time of runs went: training or evaluation.
+
+    python -m benchmarks.shares runs/qam/pointmaze-medium/default ...
+
+Evaluation is the time from a row of train.csv to the rows of eval.csv at the same step; the rest,
+compilation and environment steps between updates included, counts as training. A run that was
+continued counts from its start, with the time that was not lost.
+"""
+
+import sys
+from pathlib import Path
+
+from plot import read_csv
+
+
+def shares(folder: Path) -> dict[str, float]:
+    """Seconds in all, seconds of evaluation and their share, of a run folder."""
+    train, evaluation = (read_csv(folder / f"{name}.csv") for name in ("train", "eval"))
+    if not (train and evaluation):
+        raise SystemExit(f"{folder} holds no train.csv and eval.csv with rows")
+    trained = dict(zip(train["step"], train["seconds"]))
+    ended = dict(zip(evaluation["step"], evaluation["seconds"]))
+    spent = sum(end - trained[step] for step, end in ended.items() if step in trained)
+    total = max(ended.values())
+    return dict(seconds=total, evaluation=spent, share=spent / total)
+
+
+def main(*folders: str) -> None:
+    print("| run | seconds | evaluation | share |")
+    print("|---" * 4 + "|")
+    for folder in map(Path, folders):
+        found = shares(folder)
+        name = "/".join(folder.resolve().parts[-3:])
+        print(f"| {name} | {found['seconds']:.0f} | {found['evaluation']:.0f} "
+              f"| {found['share']:.3f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:]) if len(sys.argv) > 1 else sys.exit(__doc__)
