@@ -29,6 +29,7 @@ trace_clip rollout_steps num_envs epochs clip_range normal_clip""".split()
 AT_MOST = dict.fromkeys("discount target_rate rho path_weight expectile beta_scale".split(), 1)
 AT_MOST |= dict(tasks=5, policy_ema=1, gae_lambda=1)
 SIGNED = "target_entropy target_entropy_start target_entropy_end noise_entropy".split()
+# flags that change no result
 FREE = "run_dir dataset_dir collect workers eval_slots eval_only track compile_cache".split()
 
 
@@ -62,26 +63,25 @@ def parse(Args, env_defaults: dict, argv=None):
     if cache or not jax.config.jax_compilation_cache_dir:
         cache = cache or str(Path(args.run_dir, ".compiled"))
         jax.config.update("jax_compilation_cache_dir", None if cache == "none" else cache)
-    connect()
     return args
 
 
-def connect() -> None:
-    """Joins the processes of a run on several hosts, where the environment names them."""
-    names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-    address, *numbers = (os.environ.get(name, "") for name in names)
-    if address and not all(number.isdigit() for number in numbers):
-        raise SystemExit(f"{names[0]} is set: {names[1]} and {names[2]} must be numbers, too")
-    if address and not jax.distributed.is_initialized():
-        jax.distributed.initialize(address, *map(int, numbers))
+def share() -> tuple[int, int]:
+    """(i, n) of the environment variable SHARE_OF_AGENTS=i/n, else (0, 1): one of n processes on as
+    many hosts, each of which trains every n-th agent (docs/scale.md)."""
+    text = os.environ.get("SHARE_OF_AGENTS") or "0/1"
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise SystemExit(f"SHARE_OF_AGENTS={text}: expected 0/2, 1/2, or so: which of how many")
+    return int(i), int(n)
 
 
 def ours(agents: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Of all agents those of this process: all, or every n-th where n processes share them."""
-    mine = agents[jax.process_index() :: jax.process_count()]
-    if not mine:
-        raise SystemExit(f"{len(agents)} agents are too few for {jax.process_count()} processes")
-    return mine
+    """Of all agents those that this process trains."""
+    i, n = share()
+    if n > len(agents):
+        raise SystemExit(f"{len(agents)} agents are too few for {n} processes")
+    return agents[i::n]
 
 
 class Run:
@@ -90,8 +90,8 @@ class Run:
     def __init__(self, script: str, args, agents: list[tuple[int, int]], data: dict):
         """`agents`: (task, seed) of each; `data`: what identifies the dataset."""
         self.agents, self.folder = agents, Path(args.run_dir) / script / args.env / args.name
-        if jax.process_count() > 1:  # on several hosts; none waits for another one's files
-            self.folder /= f"process-{jax.process_index()}-of-{jax.process_count()}"
+        if share() != (0, 1):
+            self.folder /= "share-{}-of-{}".format(*share())
         self.start, self.wandb = time.time(), None
         made_with = dict(
             commit=subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>&-"),

@@ -3,15 +3,13 @@ nothing, and a place for compiled programs."""
 
 import csv
 import os
-import socket
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
-from common.run import connect, ours
+from common.run import ours
 from tests.conftest import ENV, ROOT, TINY
 from tests.test_online_runs import LENGTHS, SIZES
 
@@ -100,15 +98,11 @@ module.main(module.parse(module.Args, module.ENV_DEFAULTS))
 
 def test_agents_on_several_hosts(script, one, tmp_path, dataset_dir):
     """Two processes share the agents and keep folders of their own."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    hosts = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2")
     line = flags(script, dataset_dir=dataset_dir)
-    finish(*(start(tmp_path, line, **hosts, JAX_PROCESS_ID=str(i)) for i in range(2)))
-    folders = [path.name for path in sorted(tmp_path.rglob("process-*"))]
-    assert folders == ["process-0-of-2", "process-1-of-2"]
-    agents = [{key[:2] for key in table(path, "train")} for path in tmp_path.rglob("process-*")]
+    finish(*(start(tmp_path, line, SHARE_OF_AGENTS=f"{i}/2") for i in range(2)))
+    folders = sorted(tmp_path.rglob("share-*"))
+    assert [path.name for path in folders] == ["share-0-of-2", "share-1-of-2"]
+    agents = [{key[:2] for key in table(path, "train")} for path in folders]
     assert not agents[0] & agents[1] and len(agents[0]) == len(agents[1]) > 0
     assert_close(table(one, "train"), table(tmp_path, "train"))
 
@@ -148,24 +142,21 @@ assert spread(jnp.zeros((11, 2))).sharding.num_devices == 1
 
 def test_shares_of_hosts(monkeypatch):
     """All agents, each once, in shares that differ by no more than one; too few are refused."""
-    agents = [(1, seed) for seed in range(5)]
-    assert ours(agents) is not None and ours(agents) == agents
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    shares = []
+    agents, shares = [(1, seed) for seed in range(5)], []
+    assert ours(agents) == agents
     for i in range(3):
-        monkeypatch.setattr(jax, "process_index", lambda: i)
+        monkeypatch.setenv("SHARE_OF_AGENTS", f"{i}/3")
         shares.append(ours(agents))
     assert sorted(sum(shares, [])) == agents and [len(x) for x in shares] == [2, 2, 1]
     with pytest.raises(SystemExit, match="2 agents are too few for 3 processes"):
         ours(agents[:2])
 
 
-def test_a_host_without_a_number(monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    monkeypatch.setenv("JAX_PROCESS_ID", "")
-    with pytest.raises(SystemExit, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers"):
-        connect()
+@pytest.mark.parametrize("text", ["2/2", "1", "1/", "/2", "-1/2", "a/b", "0/0"])
+def test_shares_that_are_none(monkeypatch, text):
+    monkeypatch.setenv("SHARE_OF_AGENTS", text)
+    with pytest.raises(SystemExit, match=f"SHARE_OF_AGENTS={text}: expected 0/2, 1/2"):
+        ours([(1, 0), (1, 1)])
 
 
 def compiled(folder):
