@@ -21,14 +21,18 @@ within the last tenth of the steps, mean (standard deviation) over seeds.
 
 import csv
 import dataclasses
+import importlib
 import json
 import os
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import flax.serialization
+import jax
 import numpy as np
 import tyro
 
@@ -119,6 +123,23 @@ def configuration(folder):
     packages = config["made_with"]["packages"]
     config["made_with"]["packages"] = {name: packages[name] for name in VERSIONS}
     return config
+
+
+def restored(folder, observation_size):
+    """A run's script, arguments, agents at the checkpoint (agents, ...), and its configuration with
+    the seconds that it took."""
+    name, config = folder.resolve().parts[-3], configuration(folder)
+    package = "" if (ROOT / f"{name}.py").exists() else "baselines."
+    script = importlib.import_module(package + name)
+    flags = {k: tuple(x) if isinstance(x, list) else x for k, x in config["flags"].items()}
+    known = {k: x for k, x in flags.items() if k in script.Args.__dataclass_fields__}
+    args = script.Args(**known)
+    raw = flax.serialization.msgpack_restore((folder / "checkpoint.msgpack").read_bytes())
+    create = partial(script.create, args, observation_size)
+    keys = jax.random.split(jax.random.PRNGKey(0), len(raw["tree"]["state"]["key"]))
+    like = jax.eval_shape(jax.vmap(create), keys)
+    state = flax.serialization.from_state_dict(like, raw["tree"]["state"])
+    return script, args, state, config | dict(seconds=raw["seconds"])
 
 
 def run(label, command, options, flags, tasks):

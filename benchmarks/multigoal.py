@@ -14,20 +14,16 @@ Writes benchmarks/results/multigoal.json and, with all methods, docs/images/mult
 """
 
 import dataclasses
-import importlib
 import json
 import shlex
-from functools import partial
 from pathlib import Path
 
-import flax.serialization
-import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import tyro
 
-from benchmarks.learning import ROOT, configuration, interval, launch
+from benchmarks.learning import ROOT, interval, launch, restored
 from common.envs import GOALS, MULTIGOAL_STEPS, multigoal
 from plot import COLOURS  # of the goals
 
@@ -57,15 +53,9 @@ def train(command, options):
     line = [module, *flags, "--num-seeds", str(options.seeds), "--run-dir", options.run_dir]
     launch(line)
     folder = Path(options.run_dir, module.split(".")[-1], "multigoal/default")
-    config = configuration(folder)
-    script, saved = importlib.import_module(module), config["flags"]
-    listed = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    args = script.Args(**{k: listed[k] for k in listed if k in script.Args.__dataclass_fields__})
-    keys = jax.random.split(jax.random.PRNGKey(0), options.seeds)
-    like = jax.eval_shape(jax.vmap(partial(script.create, args, 2)), keys)
-    raw = flax.serialization.msgpack_restore((folder / "checkpoint.msgpack").read_bytes())
-    state = flax.serialization.from_state_dict(like, raw["tree"]["state"])
-    note = dict(command=shlex.join(["python", "-m", *line[:-2]]), seconds=raw["seconds"])
+    script, args, state, config = restored(folder, 2)
+    command = shlex.join(["python", "-m", *line[:-2]])
+    note = dict(command=command, seconds=config["seconds"])
     note |= {name: config["made_with"][name] for name in ("device", "python", "packages")}
     return script, args, state, note
 

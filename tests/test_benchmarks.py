@@ -13,6 +13,7 @@ from benchmarks import throughput
 from benchmarks.learning import online_table, reported
 from benchmarks.multigoal import grid, measure
 from benchmarks.shares import shares
+from benchmarks.values import by_table
 from common.envs import GOALS
 
 AGENTS = 2
@@ -185,3 +186,15 @@ def test_share_of_evaluation(tmp_path):
     assert shares(tmp_path) == dict(seconds=100, evaluation=20, share=0.2)
     with pytest.raises(SystemExit, match="holds no train.csv and eval.csv"):
         shares(tmp_path / "nothing")
+
+
+def test_values_by_table():
+    """A corridor of ten squares, seen one step at a time in two halves, and another one beside it
+    without a goal: the discounted number of steps to the goal, and none at all."""
+    along = lambda y, x: np.stack([x + 0.5, np.full(len(x), y + 0.5)], 1)
+    parts = [along(0, np.arange(6)), along(0, np.arange(5, 10)), along(2, np.arange(10))]
+    ends = np.concatenate([np.arange(len(part)) == len(part) - 1 for part in parts]).astype(int)
+    value = by_table(np.concatenate(parts), ends, np.array([9.5, 0.5]), 0.1, 1, 0.9)
+    left = 9 - np.r_[np.arange(6), np.arange(5, 10)]
+    np.testing.assert_allclose(value[:11], -(1 - 0.9**left) / 0.1)
+    np.testing.assert_allclose(value[11:], -10)
