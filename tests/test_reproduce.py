@@ -37,7 +37,8 @@ def test_every_script_takes_its_flags():
             assert args.tasks == (1, 2, 3, 4, 5) and reproduce.steps(args) == 1_000_000
         if run.experiment == "fmer-table2":
             assert reproduce.steps(args) == 1_000_000
-    scene = {run.name: reproduce.arguments(run) for run in of("qam-sensitivity") if run.env == "scene"}
+    scene = [run for run in of("qam-sensitivity") if run.env == "scene"]
+    scene = {run.name: reproduce.arguments(run) for run in scene}
     assert scene["tau-x3"].inv_temp == pytest.approx(3 * scene["default"].inv_temp)
     assert scene["default"].tasks == (2,)
 
@@ -108,9 +109,10 @@ def test_array_job(tmp_path, capsys):
     job = capsys.readouterr().out
     assert "#SBATCH --array=0-2\n" in job
     shell = 'python() { printf "%s|" "$@"; }\nSLURM_ARRAY_TASK_ID=2\n' + job
-    printed = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
-    assert printed.split("|")[:4] == ["-m", "baselines.dpmd", "--env", "multigoal"]
-    assert printed.split("|")[-2] == f"{tmp_path}/a b"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    words = done.stdout.split("|")
+    assert words[:4] == ["-m", "baselines.dpmd", "--env", "multigoal"]
+    assert words[-2] == f"{tmp_path}/a b"
 
 
 def test_list_and_bad_names(capsys):
