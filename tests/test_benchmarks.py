@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import throughput
+from benchmarks.curves import curves, published
 from benchmarks.learning import online_table, reported
 from benchmarks.multigoal import grid, measure
 from benchmarks.shares import shares
@@ -198,3 +199,20 @@ def test_values_by_table():
     left = 9 - np.r_[np.arange(6), np.arange(5, 10)]
     np.testing.assert_allclose(value[:11], -(1 - 0.9**left) / 0.1)
     np.testing.assert_allclose(value[11:], -10)
+
+
+def test_curves_and_published_numbers(tmp_path):
+    """Means over seeds at every step; what is missing is named; the paper's numbers by method."""
+    path, head = tmp_path / "suite.csv", "label,task,seed,step,seconds,return\n"
+    rows = [f"{label},1,{seed},{step},0,{step + 10 * seed}\n"
+            for label in "AB" for seed in (0, 1, 2) for step in (5, 10)]  # fmt: skip
+    path.write_text(head + "".join(rows))
+    steps, returns = curves(path)["B"]
+    assert steps.tolist() == [5, 10] and returns[:, 0].tolist() == [15, 20]
+    assert (returns[:, 1] < returns[:, 0]).all() and (returns[:, 2] > returns[:, 0]).all()
+    path.write_text(head + "".join(rows[:-1]))
+    with pytest.raises(SystemExit, match="B has no seed 2 at step 10"):
+        curves(path)
+    with pytest.raises(SystemExit, match="python -m benchmarks.learning nothing makes it"):
+        curves(tmp_path / "nothing.csv")
+    assert published("halfcheetah")["SAC"] == 10295.33 and len(published("hopper")) == 9
