@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 import tyro
 
-from benchmarks.learning import ROOT, interval
+from benchmarks.learning import ROOT, by_seed, interval
 from plot import COLOURS
 
 matplotlib.use("Agg")
@@ -32,23 +32,15 @@ class Options:
 
 
 def curves(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """label -> steps (n,), returns (n, 3): mean, and the ends of its interval. Exits where a seed
-    lacks an evaluation that another one has."""
+    """label -> steps (n,), returns (n, 3): mean, and the ends of its interval."""
     if not path.exists():
         raise SystemExit(f"there is no {path}; python -m benchmarks.learning {path.stem} makes it")
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     found = {}
     for label in dict.fromkeys(row["label"] for row in rows):
-        at = {(row["seed"], int(row["step"])): float(row["return"])
-              for row in rows if row["label"] == label}  # fmt: skip
-        seeds, steps = ({key[i] for key in at} for i in (0, 1))
-        for seed, step in ((x, n) for x in sorted(seeds) for n in sorted(steps)):
-            if (seed, step) not in at:
-                raise SystemExit(f"{path}: {label} has no seed {seed} at step {step:,}")
-        steps = np.array(sorted(steps))
-        returns = [interval([at[seed, step] for seed in sorted(seeds)]) for step in steps]
-        found[label] = steps, np.array(returns)
+        steps, returns = by_seed(rows, label)
+        found[label] = steps, np.array([interval(values) for values in returns.T])
     return found
 
 

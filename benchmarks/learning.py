@@ -175,16 +175,25 @@ def reported(steps, returns):
     return float(best.mean()), float(best.std(ddof=1)) if len(best) > 1 else 0.0
 
 
+def by_seed(rows, label):
+    """Of a label: steps (n,) and returns (seeds, n). Exits where a seed lacks an evaluation that
+    another one has."""
+    own = [row for row in rows if row["label"] == label]
+    at = {(row["seed"], int(row["step"])): float(row["return"]) for row in own}
+    seeds = sorted({seed for seed, _ in at}, key=int)
+    steps = sorted({step for _, step in at})
+    for seed, step in ((seed, step) for seed in seeds for step in steps):
+        if (seed, step) not in at:
+            raise SystemExit(f"{label} has no seed {seed} at step {step:,}")
+    return np.array(steps), np.array([[at[seed, step] for step in steps] for seed in seeds])
+
+
 def online_table(rows):
     """Markdown: a row per label; steps, return after each third of them (mean [interval]), and
     `reported`."""
     lines = ["| | steps | return at 1/3 | at 2/3 | at the end | reported |", "|---" * 6 + "|"]
     for label in dict.fromkeys(row["label"] for row in rows):
-        own = [row for row in rows if row["label"] == label]
-        steps = np.array(sorted({int(row["step"]) for row in own}))
-        at = {(row["seed"], int(row["step"])): float(row["return"]) for row in own}
-        seeds = sorted({row["seed"] for row in own}, key=int)
-        returns = np.array([[at[seed, step] for step in steps] for seed in seeds])
+        steps, returns = by_seed(rows, label)
         thirds = [np.argmin(abs(steps - steps[-1] * share)) for share in (1 / 3, 2 / 3, 1)]
         cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*interval(returns[:, i])) for i in thirds]
         cells.append("{:.1f} ({:.1f})".format(*reported(steps, returns)))

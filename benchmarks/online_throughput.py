@@ -11,7 +11,6 @@ spent waiting for environments. Medians of five blocks each, after compilation. 
 configuration replaces an older one in benchmarks/results/online-throughput.csv.
 """
 
-import csv
 import dataclasses
 import importlib
 import importlib.metadata
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from benchmarks.throughput import put_row, read_rows
 from common.data import Replay, spread
 from common.envs import EnvPool, make_env, seed_of
 from common.run import configure
@@ -110,18 +110,11 @@ def measure(options: Options) -> dict:
 
 
 def main(options: Options) -> None:
-    path, rows = Path(options.out), []
-    if path.exists():
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+    path = Path(options.out)
     if not options.table:
-        new = {name: str(x) for name, x in measure(options).items()}
-        rows = [row for row in rows if any(row[name] != new[name] for name in KEY)] + [new]
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader(), writer.writerows(rows)
+        put_row(path, measure(options), KEY, COLUMNS)
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
-    for row in rows:
+    for row in read_rows(path):
         print("| " + " | ".join(row[name] for name in COLUMNS) + " |")
 
 

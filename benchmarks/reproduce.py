@@ -25,7 +25,8 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.envs import ONLINE  # noqa: E402 (this file is also run as a script)
+from benchmarks.learning import METHODS, NINE, labelled  # noqa: E402 (also run as a script)
+from common.envs import ONLINE  # noqa: E402
 from common.run import configure  # noqa: E402
 from plot import read_csv  # noqa: E402
 
@@ -34,26 +35,17 @@ DOMAINS = """antmaze-large antmaze-giant humanoidmaze-medium humanoidmaze-large 
 LARGE = ("puzzle-4x4", "cube-quadruple")
 OTHER_DATA = """antmaze-large-stitch humanoidmaze-medium-stitch scene-noisy puzzle-3x3-noisy
     cube-double-noisy cube-triple-noisy""".split()
-OFFLINE = """meam qam qam_edit qam_fql baselines.bam baselines.fbrac baselines.fql
-    baselines.fawac baselines.dac baselines.qsm baselines.dsrl baselines.fedit baselines.ifql
-    baselines.rebrac""".split()
-NINE = """fmer baselines.ppo baselines.sac baselines.td3 baselines.dipo baselines.dpmd
-    baselines.qvpo baselines.sac_flow baselines.flame""".split()
 EIGHT_TASKS = [env for env in ONLINE if env != "multigoal"]  # the kitchen's four, MuJoCo's four
 TASKS, TWELVE, EIGHT, FIVE = "--tasks 1 2 3 4 5", "--num-seeds 12", "--num-seeds 8", "--num-seeds 5"
 
 Run = namedtuple("Run", "experiment module env name flags")  # flags: of the script, a string
 
 
-def short(module):
-    return module.split(".")[-1]
-
-
 def offline(experiment, seeds, more=""):
     """All methods of the QAM paper's comparison on its ten domains."""
     for env in DOMAINS:
-        for module in OFFLINE[1:]:
-            yield Run(experiment, module, env, short(module), f"{TASKS} {seeds} {more}")
+        for name, module in list(labelled(METHODS).items())[1:]:  # all but ME-AM
+            yield Run(experiment, module, env, name, f"{TASKS} {seeds} {more}")
         for mode in ("plain", "mse", "linex"):
             flags = f"--guidance {mode} {TASKS} {seeds} {more}"
             yield Run(experiment, "baselines.cgql", env, f"cgql-{mode}", flags)
@@ -87,18 +79,17 @@ def qam_sensitivity():
 
 def qam_quality():
     """Li and Levine, data quality: stitch data for locomotion, noisy data for manipulation."""
-    names = "bam qsm fql dsrl fedit rebrac"
+    scripts, flags = labelled(METHODS), f"{TASKS} {TWELVE} --online-steps 500000"
     for env in OTHER_DATA:
-        for module in ["qam_edit", *(f"baselines.{name}" for name in names.split())]:
-            flags = f"{TASKS} {TWELVE} --online-steps 500000"
-            yield Run("qam-quality", module, env, short(module), flags)
+        for name in "qam_edit bam qsm fql dsrl fedit rebrac".split():
+            yield Run("qam-quality", scripts[name], env, name, flags)
 
 
 def meam_table1():
     """Ghanem and Ghogho, Table 1: ME-AM and QAM's variants on two domains."""
     for env in ("puzzle-4x4", "cube-triple"):
-        for module in OFFLINE[:4]:
-            yield Run("meam-table1", module, env, short(module), f"{TASKS} {EIGHT}")
+        for script in ("meam", "qam", "qam_edit", "qam_fql"):
+            yield Run("meam-table1", script, env, script, f"{TASKS} {EIGHT}")
 
 
 def meam_figure2():
@@ -117,16 +108,16 @@ def meam_figure2():
 def meam_figure3():
     """Ghanem and Ghogho, Figure 3: offline, then online, beside QAM and QAM-EDIT."""
     for env in ("puzzle-4x4", "cube-triple"):
-        for module in OFFLINE[:3]:
+        for script in ("meam", "qam", "qam_edit"):
             flags = f"{TASKS} {EIGHT} --online-steps 500000"
-            yield Run("meam-figure3", module, env, short(module), flags)
+            yield Run("meam-figure3", script, env, script, flags)
 
 
 def fmer_table2():
     """Gao et al., Tables 2 and 7 to 9: nine methods in the kitchen and on MuJoCo, with times."""
     for env in EIGHT_TASKS:
-        for module in NINE:
-            yield Run("fmer-table2", module, env, short(module), FIVE)
+        for name, module in labelled(NINE).items():
+            yield Run("fmer-table2", module, env, name, FIVE)
 
 
 def fmer_ablations():
@@ -150,8 +141,8 @@ def fmer_ablations():
 
 def fmer_figure3():
     """Gao et al., Figure 3: the plane with four goals (python -m benchmarks.multigoal draws it)."""
-    for module in ("fmer", "baselines.sac", "baselines.dpmd"):
-        yield Run("fmer-figure3", module, "multigoal", short(module), f"{FIVE} --total-steps 45000")
+    for name, module in labelled("fmer baselines.sac baselines.dpmd").items():
+        yield Run("fmer-figure3", module, "multigoal", name, f"{FIVE} --total-steps 45000")
 
 
 MAKERS = (qam_table1, qam_online, qam_sensitivity, qam_quality, meam_table1, meam_figure2,
@@ -198,7 +189,7 @@ def steps(args):
 def complete(run, options):
     """Whether the run's last evaluation is there."""
     name = f"{run.experiment}-{run.name}"
-    folder = Path(options.run_dir, short(run.module), run.env, name)
+    folder = Path(options.run_dir, run.module.split(".")[-1], run.env, name)
     table = read_csv(folder / "eval.csv")
     rollout = getattr(args := arguments(run), "rollout_steps", 1)  # PPO ends with a whole rollout
     return bool(table) and max(table["step"]) >= steps(args) // rollout * rollout

@@ -272,20 +272,32 @@ OFFLINE = [name.split("/")[-1] for name in named("offline")]
 EVERY = [name.replace("/", ".") for kind in ("offline", "online") for name in named(kind)]
 
 
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a CSV file, none if there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def put_row(path: Path, new: dict, key: tuple, columns: tuple) -> dict:
+    """Writes a row in place of the one with the same key, or at the end. Returns it as read."""
+    new = {name: str(new.get(name, "")) for name in columns}
+    rows = [row for row in read_rows(path) if any(row[name] != new[name] for name in key)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader(), writer.writerows([*rows, new])
+    return new
+
+
 def main(options: Options) -> None:
-    path, rows = Path(options.out), []
-    if path.exists():
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+    path = Path(options.out)
     scripts = EVERY if options.scripts == ("all",) else options.scripts
     for new in (row for name in scripts if not options.table for row in measure(name, options)):
-        new = {name: str(new.get(name, "")) for name in COLUMNS}
-        rows = [row for row in rows if any(row[name] != new[name] for name in KEY)] + [new]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader(), writer.writerows(rows)
+        new = put_row(path, new, KEY, COLUMNS)
         print(" ".join(f"{name} {x}" for name, x in new.items() if x), flush=True)
+    rows = read_rows(path)
     print(table(rows), projection(rows), sep="\n\n")
 
 
