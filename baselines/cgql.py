@@ -90,40 +90,70 @@ class Args:
 # repository, and paper. The point maze is not in it: small networks for a CPU (docs/cgql.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 0.1, 0.1), noisy_coef=(0.0, 0.1, 0.001),
+        inv_temp=10.0,
+        guidance_coef=(0.1, 0.1, 0.1),
+        noisy_coef=(0.0, 0.1, 0.001),
     ),
     "antmaze-giant": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 0.1, 0.1), noisy_coef=(0.0, 0.001, 0.001),
+        inv_temp=10.0,
+        guidance_coef=(0.1, 0.1, 0.1),
+        noisy_coef=(0.0, 0.001, 0.001),
     ),
     "humanoidmaze-medium": dict(
-        inv_temp=10.0, guidance_coef=(0.01, 0.1, 0.1), noisy_coef=(0.0, 0.1, 0.1),
+        inv_temp=10.0,
+        guidance_coef=(0.01, 0.1, 0.1),
+        noisy_coef=(0.0, 0.1, 0.1),
     ),
     "humanoidmaze-large": dict(
-        inv_temp=10.0, guidance_coef=(0.01, 0.1, 0.1), noisy_coef=(0.0, 0.1, 0.1),
+        inv_temp=10.0,
+        guidance_coef=(0.01, 0.1, 0.1),
+        noisy_coef=(0.0, 0.1, 0.1),
     ),
     "scene": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 0.1, 0.1), noisy_coef=(0.0, 0.1, 0.1),
+        inv_temp=10.0,
+        guidance_coef=(0.1, 0.1, 0.1),
+        noisy_coef=(0.0, 0.1, 0.1),
     ),
     "puzzle-3x3": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 0.1, 0.1), noisy_coef=(0.0, 0.1, 0.001),
+        inv_temp=10.0,
+        guidance_coef=(0.1, 0.1, 0.1),
+        noisy_coef=(0.0, 0.1, 0.001),
     ),
     "puzzle-4x4": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 1.0, 1.0), noisy_coef=(0.0, 0.001, 0.001),
+        inv_temp=10.0,
+        guidance_coef=(0.1, 1.0, 1.0),
+        noisy_coef=(0.0, 0.001, 0.001),
     ),
     "cube-double": dict(
-        inv_temp=10.0, guidance_coef=(0.01, 0.01, 0.01), noisy_coef=(0.0, 0.001, 0.001),
+        inv_temp=10.0,
+        guidance_coef=(0.01, 0.01, 0.01),
+        noisy_coef=(0.0, 0.001, 0.001),
     ),
     "cube-triple": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 0.1, 0.1), noisy_coef=(0.0, 0.001, 0.001),
+        inv_temp=10.0,
+        guidance_coef=(0.1, 0.1, 0.1),
+        noisy_coef=(0.0, 0.001, 0.001),
     ),
     "cube-quadruple": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 0.01, 0.01), noisy_coef=(0.0, 0.1, 0.1),
+        inv_temp=10.0,
+        guidance_coef=(0.1, 0.01, 0.01),
+        noisy_coef=(0.0, 0.1, 0.1),
     ),
     "pointmaze-medium": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 0.1, 0.1), noisy_coef=(0.0, 0.1, 0.1),
-        discount=0.995, flow_steps=5, num_critics=2, lr=1e-3,
-        hidden_dims=(128, 128), batch_size=128, target_rate=0.01, offline_steps=15_000,
-        log_interval=1_000, eval_interval=5_000, eval_slots=50,
+        inv_temp=10.0,
+        guidance_coef=(0.1, 0.1, 0.1),
+        noisy_coef=(0.0, 0.1, 0.1),
+        discount=0.995,
+        flow_steps=5,
+        num_critics=2,
+        lr=1e-3,
+        hidden_dims=(128, 128),
+        batch_size=128,
+        target_rate=0.01,
+        offline_steps=15_000,
+        log_interval=1_000,
+        eval_interval=5_000,
+        eval_slots=50,
     ),
 }
 
@@ -345,12 +375,14 @@ def main(args):
     slots = min(args.eval_slots, args.eval_episodes)
     eval_pool = EnvPool([name for name in names for _ in range(slots)], args.workers)
     pool, everyone = EnvPool(names if args.online_steps else [], args.workers), range(N)
-    done, saved = run.restore(dict(state=state, replay=replay, pool=pool.save()))
+    shapes = jax.eval_shape(partial(train_chunk, args), state, data, replay, task, 0)[1]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
+    keep = lambda *means: dict(state=state, replay=replay.filled(), pool=pool.save(), means=means)
+    done, saved = run.restore(keep(zeros, 0))
     state, replay = spread((saved["state"], saved["replay"]))
     pool.load(saved["pool"], np.asarray(replay.actions))
-    if args.eval_only and not done:
-        raise SystemExit(f"{run.folder} holds no checkpoint that could be evaluated")
 
+    @run.saved()
     def report(table):
         result = evaluate(args, policy, eval_pool, agents, done)
         scores = {name: x.mean(1) for name, x in result.items() if name != "path"}
@@ -358,9 +390,13 @@ def main(args):
         bar.write(f"{done:,} updates: success {scores['success'].mean():.2f}")
         return result
 
-    total, result, sums, updates = args.offline_steps + args.online_steps, None, None, 0
+    total, result, (sums, updates) = args.offline_steps + args.online_steps, None, saved["means"]
+    halts = lambda: done == total or done % args.eval_interval == 0
     bar = tqdm(initial=done, total=total, unit="update", dynamic_ncols=True, disable=None)
-    while done < total and not args.eval_only:
+    while run.last["eval"] < total and not args.eval_only:
+        if run.last["eval"] < done and halts():
+            result = report("eval")
+            continue
         if done < args.offline_steps:
             data, stays = shards.at(done + 1)
             limit = min(n - done % n for n in (args.log_interval, args.eval_interval))
@@ -379,24 +415,18 @@ def main(args):
             pool.start(over, [seed_of(agents[i][1], agents[i][0], now) for i in over])
             steps, trained = 1, int(now >= args.start_training)
         state, metrics = train_chunk(args, state, data, replay, task, trained)
-        sums = jax.tree.map(jnp.add, sums, metrics) if sums else metrics
+        sums = jax.tree.map(jnp.add, sums, metrics)
         done, updates = done + steps, updates + trained
         bar.update(steps)
-        halt = done % args.eval_interval == 0 or done == total
-        if updates and (halt or done % args.log_interval == 0):
+        if updates and (halts() or done % args.log_interval == 0):
             run.log("train", done, {name: value / updates for name, value in sums.items()})
-            sums, updates = None, 0
-        if halt:
-            result = report("eval")
-            size = int(replay.size[0])
-            filled = jax.tree.map(lambda x: x[:, :size] if x.ndim > 1 else x, replay)
-            run.save(done, dict(state=state, replay=filled, pool=pool.save()))
+            sums, updates = zeros, 0
+        if halts() or run.stopping:
+            run.save(done, keep(sums, updates))
     if args.eval_only:
         result = report("eval_only")
     bar.close()
-    if result:
-        run.finish(result)
-    print(f"{run.folder} is complete: {done:,} of {total:,} steps")
+    run.finish(done, total, result)
     return result
 
 

@@ -355,12 +355,17 @@ def main(args):
     pool = EnvPool([args.env] * (count * E), args.workers)
     seeds = lambda step, who: [seed_of(*agents[i // E][::-1], step + i % E) for i in who]
     past = np.zeros((count * E, 0, d), np.float32)  # the actions of the running episodes
-    done, saved = run.restore(dict(state=state, pool=pool.save(), past=past))
+    widths = dict(observations=(S,), next_observations=(S,), actions=(d,))
+    widths |= dict.fromkeys(("rewards", "masks", "terminals", "success"), ())
+    empty = {name: np.zeros((count, E, T, *width), np.float32) for name, width in widths.items()}
+    shapes = jax.eval_shape(partial(train_chunk, args), state, empty)[1]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
+    keep = lambda *means: dict(state=state, pool=pool.save(), past=past, means=means)
+    done, saved = run.restore(keep(zeros, 0))
     state, past = spread(saved["state"]), saved["past"]
     pool.load(saved["pool"], past)
-    if args.eval_only and not done:
-        raise SystemExit(f"{run.folder} holds no checkpoint that could be evaluated")
 
+    @run.saved()
     def report(table):
         scores, result = {}, None
         for mode in MODES:
@@ -372,10 +377,13 @@ def main(args):
         return result
 
     steps = args.rollout_steps
-    total, result, sums, rollouts = args.total_steps // steps * steps, None, None, 0
-    due = lambda interval: done // interval > (done - steps) // interval
+    total, result, (sums, rollouts) = args.total_steps // steps * steps, None, saved["means"]
+    due = lambda interval: done == total or done // interval > (done - steps) // interval
     bar = tqdm(initial=done, total=total, unit="step", dynamic_ncols=True, disable=None)
-    while done < total and not args.eval_only:
+    while run.last["eval"] < total and not args.eval_only:
+        if run.last["eval"] < done and due(args.eval_interval):
+            result = report("eval")
+            continue
         rows = []
         if not done:
             pool.start(everyone, seeds(0, everyone))
@@ -392,20 +400,16 @@ def main(args):
         past = past[:, past.shape[1] - pool.ages.max() :]
         rollout = {name: x.reshape(count, E, *x.shape[1:]) for name, x in rollout.items()}
         state, metrics = train_chunk(args, state, rollout)
-        sums = jax.tree.map(jnp.add, sums, metrics) if sums else metrics
-        rollouts, halt = rollouts + 1, due(args.eval_interval) or done == total
-        if halt or due(args.log_interval):
+        sums, rollouts = jax.tree.map(jnp.add, sums, metrics), rollouts + 1
+        if due(args.eval_interval) or due(args.log_interval):
             run.log("train", done, {name: value / rollouts for name, value in sums.items()})
-            sums, rollouts = None, 0
-        if halt:
-            result = report("eval")
-            run.save(done, dict(state=state, pool=pool.save(), past=past))
+            sums, rollouts = zeros, 0
+        if due(args.eval_interval) or run.stopping:
+            run.save(done, keep(sums, rollouts))
     if args.eval_only:
         result = report("eval_only")
     bar.close()
-    if result:
-        run.finish(result)
-    print(f"{run.folder} is complete: {done:,} of {total:,} steps")
+    run.finish(done, total, result)
     return result
 
 

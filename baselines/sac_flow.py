@@ -414,15 +414,19 @@ def main(args):
     pool, everyone = EnvPool([] if plane else [args.env] * count, args.workers), range(count)
     first = [seed_of(seed, task, 0) for task, seed in agents]
     world = np.zeros((count, S), np.float32), np.zeros(count, np.int32), np.array(first, np.uint32)
-    done, saved = run.restore(dict(state=state, replay=replay, pool=pool.save(), world=world))
-    state, world = spread((saved["state"], saved["world"]))
+    shapes = jax.eval_shape(partial(learn, args), state, None, Replay.create(count, 1, sizes))[1]
+    zeros = spread(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes))
+    keep = lambda *means: dict(
+        state=state, replay=replay.filled(), pool=pool.save(), world=world, means=means
+    )
+    done, saved = run.restore(keep(zeros, 0))
+    state, world, sums = spread((saved["state"], saved["world"], saved["means"][0]))
     replay = spread(Replay.create(count, capacity, sizes)).append(vars(saved["replay"]))
     replay = replay.replace(size=spread(saved["replay"].size))
     order = np.arange(max(0, done - capacity), done) % capacity  # from the oldest on
     pool.load(saved["pool"], np.asarray(saved["replay"].actions)[:, order[: done * (not plane)]])
-    if args.eval_only and not done:
-        raise SystemExit(f"{run.folder} holds no checkpoint that could be evaluated")
 
+    @run.saved()
     def report(table):
         scores, result = {}, None
         for mode in MODES:
@@ -433,12 +437,14 @@ def main(args):
         bar.write(f"{done:,} steps: return {scores['return'].mean():.1f}")
         return result
 
-    total, result, updates = args.total_steps, None, 0
-    shapes = jax.eval_shape(partial(learn, args), state, None, replay)[1]
-    zeros = sums = spread(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes))
+    total, result, updates = args.total_steps, None, saved["means"][1]
+    halts = lambda: done == total or done % args.eval_interval == 0
     due = lambda n: max(0, n - args.warmup_steps) // args.env_steps_per_update  # updates until n
     bar = tqdm(initial=done, total=total, unit="step", dynamic_ncols=True, disable=None)
-    while done < total and not args.eval_only:
+    while run.last["eval"] < total and not args.eval_only:
+        if run.last["eval"] < done and halts():
+            result = report("eval")
+            continue
         if plane:
             steps = min(n - done % n for n in (args.log_interval, args.eval_interval, total))
             carry = state, sums, replay, world
@@ -457,21 +463,15 @@ def main(args):
             pool.start(over, [seed_of(agents[i][1], agents[i][0], done + 1) for i in over])
         done, updates = done + steps, updates + due(done + steps) - due(done)
         bar.update(steps)
-        halt = done % args.eval_interval == 0 or done == total
-        if updates and (halt or done % args.log_interval == 0):
+        if updates and (halts() or done % args.log_interval == 0):
             run.log("train", done, {name: value / updates for name, value in sums.items()})
             sums, updates = zeros, 0
-        if halt:
-            result = report("eval")
-            rows = min(done, capacity)
-            filled = jax.tree.map(lambda x: x[:, :rows] if x.ndim > 1 else x, replay)
-            run.save(done, dict(state=state, replay=filled, pool=pool.save(), world=world))
+        if halts() or run.stopping:
+            run.save(done, keep(sums, updates))
     if args.eval_only:
         result = report("eval_only")
     bar.close()
-    if result:
-        run.finish(result)
-    print(f"{run.folder} is complete: {done:,} of {total:,} steps")
+    run.finish(done, total, result)
     return result
 
 

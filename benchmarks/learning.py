@@ -37,6 +37,7 @@ import numpy as np
 import tyro
 
 from common.envs import ONLINE
+from common.run import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = """meam qam qam_edit qam_fql baselines.bam baselines.fbrac baselines.fql baselines.fawac
@@ -134,7 +135,7 @@ def restored(folder, observation_size):
     flags = {k: tuple(x) if isinstance(x, list) else x for k, x in config["flags"].items()}
     known = {k: x for k, x in flags.items() if k in script.Args.__dataclass_fields__}
     args = script.Args(**known)
-    raw = flax.serialization.msgpack_restore((folder / "checkpoint.msgpack").read_bytes())
+    raw = read_checkpoint(folder / "checkpoint.msgpack")
     create = partial(script.create, args, observation_size)
     keys = jax.random.split(jax.random.PRNGKey(0), len(raw["tree"]["state"]["key"]))
     like = jax.eval_shape(jax.vmap(create), keys)

@@ -66,6 +66,7 @@ def read(path: Path, source: Source, tasks, sparse: bool, clip: bool = True) -> 
     """Reads, checks and labels an OGBench file (executing no pickle) -> NumPy arrays. Exits with a
     line that names file, key and expectation. `sparse`: reward -1 until all is solved, instead of
     -(unmet goals). `clip`: actions to +-(1 - 1e-5), officially done for all files but shards."""
+
     def bad(problem):
         raise SystemExit(f"bad dataset {path}: {problem}")
 
@@ -163,6 +164,11 @@ class Replay:
         widths = [data.observations.shape[-1:]] * 2 + [data.actions.shape[-1:]] + [()] * 3
         slots = [jnp.zeros((agents, capacity, *width)) for width in widths]
         return cls(*slots, size=jnp.zeros(agents, jnp.int32))
+
+    def filled(self) -> "Replay":
+        """The slots that hold something, as they lie."""
+        size = min(int(self.size[0]), self.rewards.shape[1])
+        return jax.tree.map(lambda x: x[:, :size] if x.ndim > 1 else x, self)
 
     @partial(jax.jit, donate_argnums=0)
     def append(self, rows: dict) -> "Replay":

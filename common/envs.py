@@ -176,7 +176,9 @@ class EnvPool:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
         for _ in range(min(workers or os.cpu_count(), n)):
             ours, theirs = Pipe()
-            code = f"from common.envs import work; work({theirs.fileno()})"
+            # Signals, which may go to the whole group of processes, are the parent's to answer.
+            code = "import signal; [signal.signal(x, signal.SIG_IGN) for x in (2, 15)]\n"
+            code += f"from common.envs import work; work({theirs.fileno()})"
             pipe = dict(env=env, pass_fds=[theirs.fileno()])
             self._workers.append((ours, subprocess.Popen([sys.executable, "-c", code], **pipe)))
             theirs.close()
@@ -216,6 +218,7 @@ class EnvPool:
         `policy(observations (all, S), episodes' seeds (all,), ages (all,)) -> (all, H, d)`."""
         if not all(len(self.plans[i]) for i in slots):
             actions = policy(np.stack(self.states), self.seeds, self.ages)
+            actions = np.nan_to_num(actions)  # of an agent that has diverged, beside others
             self.plans = [plan if len(plan) else new for plan, new in zip(self.plans, actions)]
         before, actions = [self.states[i] for i in slots], [self.plans[i][0] for i in slots]
         results = self.call("step", {i: (action,) for i, action in zip(slots, actions)})

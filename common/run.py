@@ -4,12 +4,15 @@ checkpoint there; rows that were logged after it are dropped, for they will be w
 import contextlib
 import csv
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import flax.serialization
@@ -29,6 +32,7 @@ trace_clip rollout_steps num_envs epochs clip_range normal_clip""".split()
 AT_MOST = dict.fromkeys("discount target_rate rho path_weight expectile beta_scale".split(), 1)
 AT_MOST |= dict(tasks=5, policy_ema=1, gae_lambda=1)
 SIGNED = "target_entropy target_entropy_start target_entropy_end noise_entropy".split()
+CHECKPOINT, PREVIOUS = "checkpoint.msgpack", "checkpoint-before.msgpack"
 # flags that change no result
 FREE = "run_dir dataset_dir collect workers eval_slots eval_only track compile_cache".split()
 
@@ -84,15 +88,28 @@ def ours(agents: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return agents[i::n]
 
 
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint as nested dicts of arrays. Raises OSError, or ValueError where it is damaged."""
+    content = path.read_bytes()
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:  # the file's last 32 bytes
+        raise ValueError("its checksum is wrong")
+    return flax.serialization.msgpack_restore(content[:-32])
+
+
 class Run:
-    """The folder of a run: refuses another configuration, logs, saves and restores."""
+    """The folder of a run: refuses another configuration, logs, saves and restores. SIGINT and
+    SIGTERM are answered with a checkpoint, a second one as usual."""
+
+    stopping = safe = ""  # of this process: the signal that came; what to say if all is saved
+    handlers = {}  # signal -> what was there before
 
     def __init__(self, script: str, args, agents: list[tuple[int, int]], data: dict):
         """`agents`: (task, seed) of each; `data`: what identifies the dataset."""
         self.agents, self.folder = agents, Path(args.run_dir) / script / args.env / args.name
         if share() != (0, 1):
             self.folder /= "share-{}-of-{}".format(*share())
-        self.start, self.wandb = time.time(), None
+        self.start, self.wandb, self.eval_only = time.time(), None, args.eval_only
+        self.last, self.lost = defaultdict(int), set()  # step of each table's last row; agents
         made_with = dict(
             commit=subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>&-"),
             device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -116,67 +133,135 @@ class Run:
         if not path.exists():
             self.write("config.json", json.dumps(config, indent=1).encode())
         if args.track:
-            wandb = importlib.import_module("wandb")
-            self.wandb = wandb.init(project="flow-policies", name=args.name, config=new)
+            with self._tracking():
+                wandb = importlib.import_module("wandb")
+                self.wandb = wandb.init(project="flow-policies", name=args.name, config=new)
 
     @contextlib.contextmanager
     def _writing(self, name):
         try:
             yield
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError) as error:
             problem = f"cannot use {self.folder} {name}: {error}"
             raise SystemExit(f"{problem}. Mend that and repeat the command to continue.") from None
 
-    def write(self, name: str, content: bytes) -> None:
+    @contextlib.contextmanager
+    def _tracking(self):
+        try:
+            yield
+        except Exception as error:  # of whatever kind: the run is worth more than its mirror
+            self.wandb = None
+            print(f"W&B failed, the run goes on without it: {error}", file=sys.stderr)
+
+    @classmethod
+    def _stop(cls, number, _):
+        signal.signal(number, cls.handlers[number])
+        cls.stopping = signal.Signals(number).name
+        if cls.safe:
+            raise SystemExit(cls.safe)
+        print(f"\n{cls.stopping}: saving after this chunk; again: at once", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def saved(self):
+        """Around what changes nothing that a checkpoint holds, and the last one is of now: here a
+        signal ends the program at once."""
+        try:
+            Run.safe = f"{self.folder} is saved. Repeat the command to continue."
+            if Run.stopping:
+                raise SystemExit(Run.safe)
+            yield
+        finally:
+            Run.safe = ""
+
+    def write(self, name: str, *content: bytes) -> None:
         """Writes a file: at any moment either the old or the new one is there, whole."""
+        path, new = self.folder / name, self.folder / f"{name}.tmp"
         with self._writing(name):
-            with open(self.folder / f"{name}.tmp", "wb") as file:
-                file.write(content)
+            with open(new, "wb") as file:
+                file.writelines(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(self.folder / f"{name}.tmp", self.folder / name)
+            if name == CHECKPOINT and path.exists():
+                os.replace(path, self.folder / PREVIOUS)
+            os.replace(new, path)
 
     def log(self, table: str, step: int, metrics: dict) -> None:
-        """Appends a row per agent to <table>.csv; `metrics`: name -> (agents,) numbers. Exits if
-        one of them is not finite, with the last checkpoint left as it is."""
+        """Appends a row per agent to <table>.csv; `metrics`: name -> (agents,) numbers. Says which
+        agent's are not finite any more, and exits, with the last checkpoint left as it is, when
+        there is no agent left."""
         values, path = np.array([*metrics.values()], float), self.folder / f"{table}.csv"
         for metric, agent in np.argwhere(~np.isfinite(values)):
             who = "{} of task {}, seed {}".format([*metrics][metric], *self.agents[agent])
-            raise SystemExit(f"{who} is not finite at step {step}: {self.folder} stays as it was")
+            who, new = f"{who} is not finite at step {step}", agent not in self.lost
+            self.lost.add(agent)
+            if len(self.lost) == len(self.agents):
+                raise SystemExit(f"{who}: {self.folder} stays as it was")
+            if new:
+                print(f"\n{who}: this agent is lost, the others go on", file=sys.stderr)
         rows = [["task", "seed", "step", "seconds", *metrics]] * (not path.exists())
         for (task, seed), numbers in zip(self.agents, values.T):
             rows.append([task, seed, step, round(time.time() - self.start, 1), *numbers])
             if self.wandb:
                 names = [f"{table}/task{task}-seed{seed}/{name}" for name in metrics]
-                self.wandb.log(dict(zip(names, numbers)), step=step)
+                with self._tracking():
+                    self.wandb.log(dict(zip(names, numbers)), step=step)
         with self._writing(path.name), open(path, "a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
+        self.last[table] = step
 
     def save(self, step: int, tree) -> None:
-        """Writes the checkpoint: the step and any pytree of arrays."""
+        """Writes the checkpoint: the step and any pytree of arrays. The one before it is kept."""
         content = dict(step=step, seconds=time.time() - self.start, tree=tree)
-        self.write("checkpoint.msgpack", flax.serialization.to_bytes(jax.device_get(content)))
+        content = flax.serialization.to_bytes(jax.device_get(content))
+        self.write(CHECKPOINT, content, hashlib.sha256(content).digest())
+        with self.saved():
+            pass  # leaves, if it was asked to
 
     def restore(self, tree):
-        """(step, tree) of the checkpoint, or (0, `tree`) without one. Drops rows after it."""
-        path, content = self.folder / "checkpoint.msgpack", dict(step=0, seconds=0.0, tree=tree)
-        if path.exists():
+        """(step, tree) of the checkpoint, or of the one before if it is damaged; (0, `tree`)
+        without one. Drops rows after it. From here on, signals are answered with a checkpoint."""
+        content, errors = dict(step=0, seconds=0.0, tree=tree), []
+        paths = [self.folder / name for name in (CHECKPOINT, PREVIOUS)]
+        for path in filter(Path.exists, paths):
             try:
-                content = flax.serialization.from_bytes(content, path.read_bytes())
-            except Exception as e:
-                raise SystemExit(f"{path} is damaged ({e}); move it away to start anew") from None
+                content = flax.serialization.from_state_dict(content, read_checkpoint(path))
+                break
+            except Exception as error:  # whatever msgpack and flax make of a damaged file
+                errors.append(f"{path} is damaged ({error})")
+        else:
+            if errors:
+                raise SystemExit(f"{' and '.join(errors)}; move it away to start anew")
+        if errors:
+            print(f"{errors[0]}: going on from the one before, step {content['step']:,}")
+        step = content["step"]
+        if self.eval_only and not step:
+            raise SystemExit(f"{self.folder} holds no checkpoint that could be evaluated")
         for table in self.folder.glob("*.csv"):
             head, *lines = table.read_text().splitlines(keepends=True) or [""]
-            old = [x for x in lines if x[-1:] == "\n" and int(x.split(",")[2]) <= content["step"]]
+            with self._writing(table.name):
+                steps = [int(x.split(",")[2]) if x[-1:] == "\n" else step + 1 for x in lines]
+            whole = len(steps) // len(self.agents) * len(self.agents)  # no step with rows missing
+            old = [x for x, at in zip(lines[:whole], steps) if at <= step]
             self.write(table.name, "".join([head, *old]).encode()) if old else table.unlink()
+            self.last[table.stem] = max(steps[: len(old)], default=0)
         self.start -= content["seconds"]
-        return content["step"], content["tree"]
+        Run.stopping = ""
+        with contextlib.suppress(ValueError):  # not the main thread: signals stay as they are
+            for number in {signal.SIGINT, signal.SIGTERM}:
+                before = signal.signal(number, Run._stop)
+                Run.handlers |= {number: before} if before != Run._stop else {}
+        return step, content["tree"]
 
-    def finish(self, result: dict) -> None:
-        """Keeps the paths of an evaluation (`EnvPool.play`) in rollouts.npz, draws the folder."""
-        paths = {f"path{i}": np.array(path) for i, path in enumerate(result["path"].flat)}
-        info = dict(task=[task for task, _ in self.agents], success=result["success"])
-        with self._writing("rollouts.npz"):
-            np.savez(self.folder / "rollouts.npz", **info, **paths)
-        if (plot := Path(__file__).parent.parent / "plot.py").exists():
-            subprocess.run([sys.executable, plot, self.folder], check=False)
+    def finish(self, step: int, total: int, result: dict | None) -> None:
+        """Keeps the paths of an evaluation (`EnvPool.play`), if there was one, in rollouts.npz, and
+        draws the folder."""
+        for number, before in Run.handlers.items():
+            signal.signal(number, before)
+        if result:
+            paths = {f"path{i}": np.array(path) for i, path in enumerate(result["path"].flat)}
+            info = dict(task=[task for task, _ in self.agents], success=result["success"])
+            with self._writing("rollouts.npz"):
+                np.savez(self.folder / "rollouts.npz", **info, **paths)
+            if (plot := Path(__file__).parent.parent / "plot.py").exists():
+                subprocess.run([sys.executable, plot, self.folder], check=False)
+        print(f"{self.folder} is complete: {step:,} of {total:,} steps")

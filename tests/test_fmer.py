@@ -16,7 +16,7 @@ import scipy.stats
 
 import fmer
 from common.networks import TimedMLP, mish
-from common.run import parse
+from common.run import parse, read_checkpoint
 from tests import online_reference as ref
 from tests.online_reference import S, check_loss, close, gradient, make_batch, make_state, values
 
@@ -860,7 +860,4 @@ def test_nan_stops_the_run(monkeypatch, tmp_path):
     folder = tmp_path / "fmer" / "multigoal" / "default"
     rows = (folder / "train.csv").read_text().splitlines()
     assert [row.split(",")[2] for row in rows[1:]] == ["10", "15", "20", "25"]
-    content = (folder / "checkpoint.msgpack").read_bytes()
-    import flax.serialization
-
-    assert flax.serialization.msgpack_restore(content)["step"] == 20
+    assert read_checkpoint(folder / "checkpoint.msgpack")["step"] == 20

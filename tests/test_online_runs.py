@@ -38,6 +38,7 @@ from tests.test_script_runs import (  # noqa: F401 (tests that run here, too)
     contents,
     here,
     module,
+    poisoned,
     pytest_generate_tests,
     rows,
     run_until_stop,
@@ -265,14 +266,15 @@ def test_repeats_and_continues(script, module, args, reference, here, monkeypatc
 STOPS = dict(  # method, table and step of the stop; step of the checkpoint then
     multigoal=[
         ("log", ("train",), 18, None),
-        ("log", ("eval",), 24, None),
+        ("log", ("train",), 24, None),
         ("save", (), 24, 24),
+        ("log", ("eval",), 24, 24),
         ("save", (), 48, 48),
         ("log", ("train",), 54, 48),
     ],
     hopper=[
         ("save", (), 8, 8),  # in the random phase
-        ("log", ("eval",), 24, 16),
+        ("log", ("train",), 24, 16),
         ("save", (), 24, 24),  # in an episode, after the replay was overwritten
         ("log", ("train",), 28, 24),
     ],
@@ -532,22 +534,40 @@ def test_evaluations_use_their_modes(script, module, here, monkeypatch, env):
 # --- failures ------------------------------------------------------------------------------------
 
 
-def test_nan_stops_the_run(script, module, args, reference, here, monkeypatch):
-    """A NaN of one agent: step, agent and metric are named, and the last checkpoint stays."""
+def test_nan_stops_the_run(script, module, args, reference, here, monkeypatch, capsys):
+    """NaN of one agent after the other: step, agent and metric are named; with the last agent the
+    run ends, and the last checkpoint stays."""
     with monkeypatch.context() as patch:
-        stop_at(patch, "save", (), 24)
+        stop_at(patch, "log", ("eval",), 24)
         run_until_stop(module, args)
     path, original = folder_of(script, args), module.train_on_plane
     before = contents(path)
 
     def broken(*arguments):
         state, sums, *rest = original(*arguments)
-        return state, sums | dict(critic_loss=jnp.array([0.0, jnp.nan])), *rest
+        return state, sums | dict(critic_loss=jnp.array([jnp.nan, jnp.nan])), *rest
 
     monkeypatch.setattr(module, "train_on_plane", broken)
     with pytest.raises(SystemExit, match="critic_loss of task 1, seed 1 is not finite at step 30"):
         module.main(args)
+    assert "critic_loss of task 1, seed 0 is not finite at step 30" in capsys.readouterr().err
     assert contents(path) == before
+
+
+@pytest.mark.parametrize("env, train", [("multigoal", "train_on_plane"), ("hopper", "train_chunk")])
+def test_one_agent_diverges(script, module, references, here, monkeypatch, capsys, env, train):
+    """The other one is the same, bit by bit, and the run says who is lost."""
+    args, folder, _ = references[env]
+    monkeypatch.setattr(module, train, poisoned(getattr(module, train), 1, 5))
+    module.main(args)
+    said = [line for line in capsys.readouterr().err.splitlines() if "not finite" in line]
+    assert len(said) == 1 and f"task 1, seed {args.seed + 1} is" in said[0]
+    mine, others = checkpoint(folder_of(script, args))["tree"], checkpoint(folder)["tree"]
+    for name in ("state", "replay"):
+        for x, y in zip(jax.tree.leaves(mine[name]), jax.tree.leaves(others[name])):
+            np.testing.assert_array_equal(x[0], y[0])
+    mine, others = (rows(path, "eval") for path in (folder_of(script, args), folder))
+    assert mine[0::2] == others[0::2] and len(mine) == len(others)
 
 
 # --- in a fresh interpreter ----------------------------------------------------------------------

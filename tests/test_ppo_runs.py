@@ -40,6 +40,7 @@ from tests.test_script_runs import (  # noqa: F401 (tests that run here, too)
     test_killed_and_continued,
     test_pictures,
     test_repeats_bit_by_bit,
+    traced,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "find_modules")
@@ -110,7 +111,8 @@ def spied(monkeypatch):
     seen, train = [], ppo.train_chunk
 
     def spy(args, state, rollout):
-        seen.append({name: np.array(x) for name, x in rollout.items()})
+        if not traced(rollout):
+            seen.append({name: np.array(x) for name, x in rollout.items()})
         return train(args, state, rollout)
 
     monkeypatch.setattr(ppo, "train_chunk", spy)
@@ -166,7 +168,7 @@ def test_rows_are_means_over_rollouts(here, monkeypatch):
 
     def numbered(*inputs):
         state, metrics = train(*inputs)
-        value = next(count)
+        value = 0 if traced(state) else next(count)
         return state, metrics | dict(kl=jnp.array([value, 10.0 * value]))
 
     monkeypatch.setattr(ppo, "train_chunk", numbered)
@@ -240,12 +242,14 @@ STOPS = dict(  # method, table and step of the stop; step of the checkpoint then
         ("log", ("train",), 48, None),
         ("save", (), 48, 48),
         ("log", ("train",), 72, 48),
-        ("log", ("eval",), 96, 48),
+        ("log", ("train",), 96, 48),
+        ("save", (), 96, 96),
     ],
     hopper=[
         ("log", ("train",), 16, None),
         ("log", ("train",), 48, 32),
-        ("log", ("eval",), 64, 32),
+        ("log", ("train",), 64, 32),
+        ("log", ("eval",), 64, 64),
     ],
 )
 
@@ -329,15 +333,15 @@ def test_other_flags_are_refused(args, reference, here):
 
 
 def test_nan_stops_the_run(args, reference, here, monkeypatch):
-    """A NaN of one agent: step, agent and metric are named, and the last checkpoint stays."""
+    """NaN of all agents: step, agent and metric are named, and the last checkpoint stays."""
     with monkeypatch.context() as patch:
-        stop_at(patch, "save", (), 48)
+        stop_at(patch, "log", ("eval",), 48)
         run_until_stop(ppo, args)
     before, original = contents(folder_of(args)), ppo.train_chunk
 
     def broken(*arguments):
         state, metrics = original(*arguments)
-        return state, metrics | dict(critic_loss=jnp.array([0.0, jnp.nan]))
+        return state, metrics | dict(critic_loss=jnp.array([jnp.nan, jnp.nan]))
 
     monkeypatch.setattr(ppo, "train_chunk", broken)
     with pytest.raises(SystemExit, match="critic_loss of task 1, seed 1 is not finite at step 72"):

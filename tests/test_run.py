@@ -363,14 +363,27 @@ def test_a_row_per_agent_under_one_header(run):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_numbers_that_are_not_finite_stop_the_run(run, bad):
-    """The line names metric, task, seed, step and folder; nothing is logged."""
+def test_numbers_that_are_not_finite_stop_the_run(run, bad, capsys):
+    """An agent that has such numbers is named once and is lost; when all are, the line names
+    metric, task, seed, step and folder, and nothing is logged."""
     first, values = run(), metrics()
     values["q"] = np.array([0, 0, bad])
     first.save(5, dict(x=np.ones(3)))
-    first.log("train", 5, metrics())
+    for step in (5, 10):
+        first.log("train", step, values)
+    (line,) = capsys.readouterr().err.split("\n")[1:-1]
+    assert (
+        line == "q of task 4, seed 0 is not finite at step 5: this agent is lost, the others go on"
+    )
+    assert [row[-1] for row in table(first.folder / "train.csv")[1:]] == [
+        "0.0",
+        "0.0",
+        str(bad),
+    ] * 2
     before = {path: path.read_bytes() for path in first.folder.iterdir()}
-    words = "q of", "task 4", "seed 0", "step 15", first.folder
+    values["loss"] = np.array([bad, 0, 0])
+    values["q"] = np.array([0, bad, 0])  # the last one, in the order of the metrics
+    words = "q of", "task 1", "seed 1", "step 15", first.folder
     stops(*words, call=lambda: first.log("train", 15, values))
     assert before == {path: path.read_bytes() for path in first.folder.iterdir()}
 
@@ -529,6 +542,7 @@ def test_a_write_that_fails_leaves_the_old_file(run, monkeypatch, function, code
     assert step == 10 and tree["x"].tolist() == [0, 1, 2]
     second.save(20, tree)
     assert sorted(path.name for path in second.folder.iterdir() if path.name[0] != ".") == [
+        "checkpoint-before.msgpack",
         "checkpoint.msgpack",
         "config.json",
     ]
@@ -542,16 +556,70 @@ def test_a_full_disk_stops_the_log_in_one_line(run):
     stops("train.csv", first.folder, os.strerror(errno.ENOSPC), call=log)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 10, 100, -1])
-def test_a_damaged_checkpoint(run, kept):
+def damages(content):
+    """The content cut off at several places, and with one bit flipped in many."""
+    yield from (content[:kept] for kept in (0, 1, 10, 31, 32, 100, len(content) // 2, -1))
+    generator = np.random.default_rng(0)
+    for at in generator.integers(len(content), size=100):
+        yield content[:at] + bytes([content[at] ^ 1 << generator.integers(8)]) + content[at + 1 :]
+
+
+def test_a_damaged_checkpoint(run):
     """One line that names the file; it is left as it is."""
     first = run()
     first.save(10, state(2))
     path = first.folder / "checkpoint.msgpack"
-    path.write_bytes(path.read_bytes()[:kept])
-    before = path.read_bytes()
-    stops(path, "damaged", call=lambda: first.restore(state(2)))
-    assert path.read_bytes() == before
+    for content in damages(path.read_bytes()):
+        path.write_bytes(content)
+        stops(path, "damaged", call=lambda: first.restore(state(2)))
+        assert path.read_bytes() == content
+
+
+def test_the_checkpoint_before_a_damaged_one(run, capsys):
+    """Is taken, and a line says so; rows after it are dropped."""
+    first = run()
+    for step in (10, 20):
+        first.log("train", step, metrics(step))
+        first.save(step, state(step // 10))
+    path = first.folder / "checkpoint.msgpack"
+    log = (first.folder / "train.csv").read_bytes()
+    for content in damages(path.read_bytes()):
+        path.write_bytes(content)
+        (first.folder / "train.csv").write_bytes(log)
+        step, tree = first.restore(state(3))
+        assert step == 10 and first.last["train"] == 10
+        same(tree, state(1))
+        assert len(table(first.folder / "train.csv")) == 4
+        said = capsys.readouterr().out
+        assert f"{path} is damaged" in said and "step 10" in said and said.count("\n") == 1
+    path.unlink()  # as if the power had failed between the two renamings
+    assert first.restore(state(3))[0] == 10
+
+
+@pytest.mark.parametrize("bad", ["1,0,x,0.1,0.5,0.5", "1,1"])
+def test_a_damaged_row(run, bad):
+    """A row that is not the last and has no step: one line that names the file, which stays."""
+    folder, contents = logged(run)
+    damaged = contents[1].replace(b"\n1,1,10,", f"\n{bad}\n1,1,10,".encode())
+    (folder / "train.csv").write_bytes(damaged)
+    stops(folder, "train.csv", call=lambda: run().restore(dict(x=np.zeros(3))))
+    assert (folder / "train.csv").read_bytes() == damaged
+
+
+def test_rows_of_some_agents_alone_are_dropped(run):
+    """An evaluation is logged after its checkpoint: stopped within its rows, it is not there."""
+    first = run()
+    first.save(20, dict(x=np.ones(3)))
+    for step in (10, 20):
+        first.log("eval", step, metrics(step))
+    lines = (first.folder / "eval.csv").read_text().splitlines(keepends=True)
+    for rows in range(4, 8):
+        (first.folder / "eval.csv").write_text("".join(lines[:rows]))
+        first.last.clear()
+        first.restore(dict(x=np.zeros(3)))
+        assert first.last["eval"] == (20 if rows == 7 else 10)
+        kept = (first.folder / "eval.csv").read_text().splitlines(keepends=True)
+        assert kept == lines[: 7 if rows == 7 else 4]
 
 
 def test_a_checkpoint_of_something_else(run):

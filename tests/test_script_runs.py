@@ -17,15 +17,15 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from common.run import Run
+from common.run import Run, read_checkpoint
 from tests import shared_blocks
 from tests.conftest import ENV, ROOT, TINY, tiny_args
 
@@ -77,7 +77,7 @@ def reference(script, module, args, tmp_path_factory):
 def here(tmp_path, monkeypatch):
     """An empty working folder, which relative run folders are in, and no pictures."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Run, "finish", lambda run, result: None)
+    monkeypatch.setattr(Run, "finish", lambda *_: None)
     return tmp_path
 
 
@@ -94,8 +94,7 @@ def rows(folder, table):
 
 
 def checkpoint(folder):
-    with open(f"{folder}/checkpoint.msgpack", "rb") as file:
-        content = flax.serialization.msgpack_restore(file.read())
+    content = read_checkpoint(Path(folder) / "checkpoint.msgpack")
     return {name: x for name, x in content.items() if name != "seconds"}
 
 
@@ -244,8 +243,22 @@ def test_continues_in_both_phases(script, module, args, reference, here, monkeyp
 
 @pytest.mark.parametrize(
     "method, table, step",
-    [("log", ("train",), 9), ("log", ("eval",), 16), ("save", (), 16), ("log", ("train",), 18)],
-    ids=["offline", "before a checkpoint", "in an episode", "online"],
+    [
+        ("log", ("train",), 9),
+        ("log", ("train",), 16),
+        ("save", (), 16),
+        ("log", ("eval",), 16),
+        ("log", ("train",), 18),
+        ("save", (), 24),
+    ],
+    ids=[
+        "offline",
+        "before a checkpoint",
+        "before an evaluation",
+        "in an episode",
+        "online",
+        "end",
+    ],
 )
 def test_continues_bit_by_bit(
     script, module, args, reference, here, monkeypatch, method, table, step
@@ -254,7 +267,8 @@ def test_continues_bit_by_bit(
     with monkeypatch.context() as patch:
         stop_at(patch, method, table, step)
         run_until_stop(module, args)
-    assert checkpoint(run_folder(script))["step"] == (16 if (method, step) > ("log", 16) else 8)
+    left = step // 8 * 8 if (method, table) != ("log", ("train",)) or step == 18 else 8
+    assert checkpoint(run_folder(script))["step"] == left
     module.main(args)
     assert_same(run_folder(script), reference[0])
 
@@ -314,13 +328,32 @@ def test_other_flags_are_refused(script, module, args, reference, here):
 
 def test_divergence_stops_the_run(script, module, args, here):
     """A learning rate of 1e30: the run ends with a message, without a checkpoint of infinities."""
-    with pytest.raises(SystemExit, match=r"\w+ of task 1, seed 0 is not finite at step \d+"):
+    with pytest.raises(SystemExit, match=r"\w+ of task 2, seed 0 is not finite at step \d+"):
         module.main(dataclasses.replace(args, lr=1e30))
     assert not os.path.exists(f"{run_folder(script)}/checkpoint.msgpack")
 
 
-def test_nan_stops_the_run(script, module, args, here, monkeypatch):
-    """A NaN of one agent: step, agent and metric are named, and the last checkpoint stays."""
+def traced(tree):
+    """Whether a call is one for the shapes of its results only."""
+    return isinstance(jax.tree.leaves(tree)[0], jax.core.Tracer)
+
+
+def poisoned(train, agent, calls):
+    """`train_chunk` after whose `calls`-th call an agent's numbers are NaN."""
+    count = []
+
+    def train_chunk(*arguments):
+        state, *rest = train(*arguments)
+        count.extend([0] * (not traced(state)))
+        spoil = lambda x: x.at[agent].set(jnp.nan) if x.dtype == jnp.float32 else x
+        return (jax.tree.map(spoil, state) if len(count) == calls else state), *rest
+
+    return train_chunk
+
+
+def test_nan_stops_the_run(script, module, args, here, monkeypatch, capsys):
+    """NaN of one agent after the other: step, agent and metric are named; with the last agent the
+    run ends, and the last checkpoint stays."""
     with monkeypatch.context() as patch:
         stop_at(patch, "save", (), 8)
         run_until_stop(module, args)
@@ -328,13 +361,30 @@ def test_nan_stops_the_run(script, module, args, here, monkeypatch):
 
     def broken(*arguments):
         state, metrics = original(*arguments)
-        return state, metrics | dict(critic_loss=jnp.array([0.0, jnp.nan]))
+        return state, metrics | dict(critic_loss=jnp.array([jnp.nan, jnp.nan]))
 
     monkeypatch.setattr(module, "train_chunk", broken)
     with pytest.raises(SystemExit, match="critic_loss of task 2, seed 0 is not finite at step 9"):
         module.main(args)
+    assert "critic_loss of task 1, seed 0 is not finite at step 9" in capsys.readouterr().err
     assert contents(run_folder(script))["checkpoint.msgpack"] == before
     assert rows(run_folder(script), "train")[-1]["step"] == "8"
+
+
+def test_one_agent_diverges(script, module, args, reference, here, monkeypatch, capsys):
+    """The other one is the same, bit by bit, offline and online, and the run says who is lost."""
+    monkeypatch.setattr(module, "train_chunk", poisoned(module.train_chunk, 1, 3))
+    module.main(args)
+    said = [line for line in capsys.readouterr().err.splitlines() if "not finite" in line]
+    assert len(said) == 1 and "of task 2, seed 0" in said[0] and "this agent is lost" in said[0]
+    for table in ("train", "eval"):
+        mine, others = (rows(folder, table) for folder in (run_folder(script), reference[0]))
+        assert mine[0::2] == others[0::2] and len(mine) == len(others)
+    mine, others = (checkpoint(folder)["tree"] for folder in (run_folder(script), reference[0]))
+    assert all(np.isnan(x[1]).all() for x in jax.tree.leaves(mine["state"]["params"]))
+    for name in ("state", "replay"):
+        for x, y in zip(jax.tree.leaves(mine[name]), jax.tree.leaves(others[name])):
+            np.testing.assert_array_equal(x[0], y[0])
 
 
 # --- in a fresh interpreter ----------------------------------------------------------------------

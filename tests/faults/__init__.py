@@ -1,0 +1,1 @@
+"""What goes wrong on purpose, and what is left of a run then. Counts: docs/reliability.md."""

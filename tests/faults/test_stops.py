@@ -1,0 +1,172 @@
+# ruff: noqa: F811 (fixtures are imported, and are names of parameters)
+"""Runs that are interrupted by signals and kills, and continued: what they leave equals what an
+uninterrupted run leaves, bit by bit (but for the columns `seconds`).
+
+`FAULTS=9 pytest -s tests/faults/test_stops.py -k kills` kills every script so many times, at random
+moments. (Two kills of most are part of CI: test_killed_and_continued of tests/test_script_runs.py.)
+"""
+
+import gc
+import importlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from common.envs import EnvPool
+from common.run import CHECKPOINT, Run
+from tests import shared_blocks, test_online_runs, test_ppo_runs
+from tests.conftest import ROOT, tiny_args
+from tests.test_script_runs import (  # noqa: F401 (fixtures)
+    assert_same,
+    checkpoint,
+    command,
+    here,
+    module,
+    script,
+    start,
+    traced,
+)
+
+KILLS = int(os.environ.get("FAULTS", 0))  # of every script
+SCRIPTS = ["qam", "meam", "fmer", "baselines/rlpd", "baselines/ppo", "baselines/sac"]
+pytestmark = pytest.mark.usefixtures("quick_compile", "find_modules")
+
+
+def pytest_generate_tests(metafunc):
+    if "script" in metafunc.fixturenames:
+        metafunc.parametrize("script", SCRIPTS, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def args(script, module, dataset_dir):
+    """Of a run of seconds: offline and online, on the plane, or in worker processes."""
+    if script == "baselines/ppo":
+        return test_ppo_runs.tiny("hopper")
+    if script in shared_blocks.named("online"):
+        return test_online_runs.tiny(module, "hopper" if script == "baselines/sac" else "multigoal")
+    apart = dict(online_steps=24, start_training=10) if script == "baselines/rlpd" else {}
+    return tiny_args(module, dataset_dir, **apart)
+
+
+def folder_of(script, args):
+    return os.path.abspath(f"runs/{os.path.basename(script)}/{args.env}/{args.name}")
+
+
+@pytest.fixture(scope="module")
+def reference(script, module, args, tmp_path_factory):
+    """Folder of an uninterrupted run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("reference"))
+        module.main(args)
+        return folder_of(script, args)
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+# Per start of the run: after so many calls of a function a signal comes (then the run is repeated).
+MOMENTS = [("chunk", 1), ("play", 2), ("chunk", 2), ("play", 3), ("save", 1), ("play", 9)]
+
+
+def interrupted(monkeypatch, module, script, args, kind, calls, number):
+    """Runs until a signal comes, in a call of the given kind. -> what SystemExit said, or "" where
+    the run is complete before."""
+    count = []
+
+    def wrap(original):
+        def function(*arguments, **more):
+            own = kind != "save" or str(arguments[1]).endswith(CHECKPOINT)
+            if own and not (kind == "chunk" and traced(arguments[1])):
+                count.append(0)
+                if len(count) == calls:
+                    os.kill(os.getpid(), number)
+            return original(*arguments, **more)
+
+        return function
+
+    names = [name for name in ("train_chunk", "train_on_plane") if hasattr(module, name)]
+    owners = dict(chunk=[(module, name) for name in names])
+    owners |= dict(play=[(EnvPool, "step")], save=[(os, "replace")])
+    with monkeypatch.context() as patch:
+        for owner, name in owners[kind]:
+            patch.setattr(owner, name, wrap(getattr(owner, name)))
+        try:
+            module.main(args)
+            return ""
+        except SystemExit as error:
+            assert len(count) >= calls and signal.getsignal(number) != Run._stop
+            return str(error)
+
+
+def test_signals(script, module, args, reference, here, monkeypatch):
+    """SIGTERM and SIGINT while a chunk is trained, environments are stepped, a file is written:
+    the run saves first, says how to continue, and the same command does."""
+    steps = []
+    for i, (kind, calls) in enumerate(MOMENTS):
+        number = (signal.SIGTERM, signal.SIGINT)[i % 2]
+        gc.collect()  # the folder's lock and the workers
+        said = interrupted(monkeypatch, module, script, args, kind, calls, number)
+        if not said:
+            break
+        assert said.endswith("is saved. Repeat the command to continue.") and "\n" not in said
+        steps.append(checkpoint(folder_of(script, args))["step"])
+    assert len(steps) >= 4 and steps == sorted(steps) and 0 < steps[0], steps
+    gc.collect()
+    module.main(args)
+    assert_same(folder_of(script, args), reference)
+
+
+def test_ctrl_c(here, dataset_dir):
+    """Ctrl-C reaches the whole group of processes, the workers of environments as well: the run
+    saves all the same, and ends with one line."""
+    script, module = "qam", importlib.import_module("qam")
+    args = tiny_args(module, dataset_dir, online_steps=3000, log_interval=500, eval_interval=3008)
+    line = command(script, args)
+    how = dict(stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # a shell that runs the tests in the background has its children ignore Ctrl-C
+    how |= dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    process = subprocess.Popen(line, **how)
+    while not os.path.exists(f"{folder_of(script, args)}/train.csv"):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=120)[1].strip().splitlines()
+    assert process.returncode == 1 and "Traceback" not in "\n".join(said)
+    assert "is saved. Repeat the command to continue." in said[-1]
+    assert 8 < checkpoint(folder_of(script, args))["step"] < 3008
+
+
+# --- kills ---------------------------------------------------------------------------------------
+
+MORTAL = """
+import os, runpy, sys, threading
+from common.run import Run
+delay, restore = float(sys.argv.pop(1)), Run.restore
+def then_die(run, tree):
+    result = restore(run, tree)
+    timer = threading.Timer(delay, os.kill, (os.getpid(), 9))
+    timer.daemon = True
+    timer.start()
+    return result
+Run.restore = then_die
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.skipif(not KILLS, reason="FAULTS=8 for 8 kills of each script; others are in CI")
+def test_kills(script, args, reference, here):
+    """SIGKILL at random moments after the run's start or continuation, and the same command
+    again."""
+    generator = random.Random(script)
+    flags = command(script, args)[1 + len(start(script, ROOT)) :]
+    for kill in range(KILLS + 1):
+        delay = generator.uniform(0, 3) if kill < KILLS else 1e6
+        line = [sys.executable, "-c", MORTAL, f"{delay}", script.replace("/", "."), *flags]
+        process = subprocess.run(line, capture_output=True, text=True)
+        print(f"{script}: exit code {process.returncode}, at most {delay:.2f} s after its start")
+    assert process.returncode == 0, process.stderr
+    assert_same(folder_of(script, args), reference)
