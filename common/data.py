@@ -27,25 +27,21 @@ def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path
     for folder in [here] if dataset_dir else [CACHE, here]:
         if (folder / file).is_file():
             return [folder / file]
-    shards = sorted(here.glob(f"**/{source.dataset}-*.npz")) if dataset_dir else []
-    if shards := [path for path in shards if not path.stem.endswith("-val")]:
+    found = sorted(here.glob(f"**/{source.dataset}-*.npz")) if dataset_dir else []
+    if shards := [path for path in found if not path.stem.endswith("-val")]:
         return shards
-    if collect or source.dataset.startswith("pointmaze"):
-        try:
-            return [common.collect.collect(source.dataset, collect or 200_000, str(here))]
-        except common.collect.CollectError as error:
-            raise SystemExit(f"collecting {source.dataset} failed: {error}") from None
     try:
+        if collect or source.dataset.startswith("pointmaze"):
+            return [common.collect.collect(source.dataset, collect or 200_000, str(here))]
         if dataset_dir:
-            raise FileNotFoundError("OGBench downloads into its own cache only")
+            raise OSError("only -val files" if found else "OGBench fills its own cache alone")
         ogbench.utils.download_datasets([f"{source.dataset}-v0"], CACHE)
         return [CACHE / file]
     except Exception as e:
         raise SystemExit(
-            f"no {file} in {here} ({e}). Four ways to provide it: (1) --dataset-dir FOLDER with "
-            f"OGBench's file or 100M shards; (2) put it into {CACHE}; (3) let OGBench download it: "
-            "with a network, without --dataset-dir; (4) make it with OGBench's scripted experts "
-            f"(no ants): python -m common.collect {source.dataset}, or here --collect 1000000"
+            f"no {file} in {here} ({e}). Provide it: (1) --dataset-dir FOLDER with OGBench's file "
+            f"or 100M shards; (2) put it into {CACHE}; (3) download it: have a network, no folder; "
+            f"(4) make it: python -m common.collect {source.dataset} or --collect 1000000 (no ants)"
         ) from None
 
 
@@ -66,26 +62,34 @@ def read(path: Path, source: Source, tasks, sparse: bool, clip: bool = True) -> 
     """Reads, checks and labels an OGBench file (executing no pickle) -> NumPy arrays. Exits with a
     line that names file, key and expectation. `sparse`: reward -1 until all is solved, instead of
     -(unmet goals). `clip`: actions to +-(1 - 1e-5), officially done for all files but shards."""
+    raw, key = {}, "it"
 
     def bad(problem):
-        raise SystemExit(f"bad dataset {path}: {problem}")
+        raise SystemExit(f"bad dataset {path}: {' '.join(problem.split())[:500]}")
 
     try:
         with np.load(path, allow_pickle=False) as file:
-            raw = {key: file[key] for key in file.files}
+            if sum(part.file_size for part in file.zip.filelist) > 100 * Path(path).stat().st_size:
+                bad("unpacked it is more than 100 times as large, which no simulator's data are")
+            for part in file.zip.filelist:
+                key, stream = part.filename.removesuffix(".npy"), file.zip.open(part)
+                raw[key] = np.lib.format.read_array(stream, allow_pickle=False)
+                if stream.read(1):  # else all was read, and zip has compared the checksum
+                    raise ValueError("it is longer than its array")
     except Exception as error:  # a cut-off zip, pickled objects, no zip at all, ...
-        bad(f"not readable as an .npz file without pickles ({error})")
+        bad(f"{key} is not readable as an .npz file without pickles ({error})")
     keys = ["observations", "actions", "qpos", "button_states"]
+    limits = dict(actions=(-1, 1), terminals=(0, 1), button_states=(0, 1))
     if missing := {"terminals", *keys[:3]} - set(raw):
         bad(f"keys {sorted(missing)} are missing, found {sorted(raw)}")
     for key in ["terminals", *keys[: 3 + ("button_states" in raw)]]:
         x, axes, rows = raw[key], 1 if key == "terminals" else 2, raw["terminals"].size
         if x.dtype.kind not in "fiub" or x.ndim != axes or len(x) != rows:
             bad(f"'{key}' is {x.dtype} {x.shape}, expected {rows} rows of numbers in {axes} axes")
-        if not (np.abs(x) < 1e30).all():
-            bad(f"'{key}' contains NaN or infinity, expected finite numbers below 1e30")
-    if np.abs(raw["actions"]).max(initial=0) > 1 + 1e-4:
-        bad(f"'actions' reach {np.abs(raw['actions']).max():.4g}, expected [-1, 1]")
+        low, top = np.float64(limits.get(key, (-1e30, 1e30)))  # also where x is of few bits
+        if not ((x > low - 1e-4) & (x < top + 1e-4)).all() or low == 0 and (x % 1).any():
+            found, kind = f"[{x.min():.4g}, {x.max():.4g}]", "integers" if low == 0 else "numbers"
+            bad(f"'{key}' is in {found}, expected finite {kind} in [{low:g}, {top:g}]")
     last = raw["terminals"].astype(bool)
     rows = np.flatnonzero(~last)  # the last state of a trajectory has no transition of its own
     if not len(rows) or not last[-1]:
@@ -101,8 +105,7 @@ def read(path: Path, source: Source, tasks, sparse: bool, clip: bool = True) -> 
         relabel_dataset(source.env, env, info)
         rewards.append(np.where(info["rewards"] != 0, -1, 0) if sparse else info["rewards"])
         masks.append(info["masks"])
-    limit = 1 - 1e-5 if clip else np.inf
-    actions = np.clip(np.float32(raw["actions"][rows]), -limit, limit)
+    actions = np.clip(np.float32(raw["actions"][rows]), -1 + 1e-5 * clip, 1 - 1e-5 * clip)
     arrays = raw["observations"], rows, actions, rewards, masks, last[rows + 1]
     return Dataset(*(np.asarray(x, np.int32 if x is rows else np.float32) for x in arrays))
 
@@ -190,6 +193,8 @@ def sample(key, data: Dataset, replay: Replay, task, batch_size, chunk_length, d
     the last step; valid (B,), 0 if the trajectory ends before the last step. Then the actions run
     on into the following trajectory, while everything else stops at the end of its own."""
     N, slots = len(data.rows), len(replay.rewards)
+    if chunk_length > N + slots:
+        raise SystemExit(f"--chunk-length {chunk_length}: the data have {N + slots} transitions")
     start = jax.random.randint(key, (batch_size,), 0, N + replay.size - chunk_length + 1)
     k = start[:, None] + jnp.arange(chunk_length)  # (B, H)
 

@@ -30,7 +30,8 @@ policy_width diffusion_steps beta_scale noise_scale alpha_init alpha_period targ
 eval_candidates max_grad_norm target_policy_delay num_proposals time_min time_max entropy_steps
 trace_clip rollout_steps num_envs epochs clip_range normal_clip""".split()
 AT_MOST = dict.fromkeys("discount target_rate rho path_weight expectile beta_scale".split(), 1)
-AT_MOST |= dict(tasks=5, policy_ema=1, gae_lambda=1)
+AT_MOST |= dict(tasks=5, policy_ema=1, gae_lambda=1, target_ess=1, q_rate=1)
+AT_MOST |= dict(warmup_steps="total_steps", start_training="online_steps")  # if not 0
 SIGNED = "target_entropy target_entropy_start target_entropy_end noise_entropy".split()
 CHECKPOINT, PREVIOUS = "checkpoint.msgpack", "checkpoint-before.msgpack"
 # flags that change no result
@@ -54,15 +55,18 @@ def parse(Args, env_defaults: dict, argv=None):
         env = value if flag == "--env" else flag[6:] if flag.startswith("--env=") else env
     args = tyro.cli(Args, args=argv, default=configure(Args, env_defaults, env))
     for name, value in vars(args).items():
-        top, flag = AT_MOST.get(name, 2**31 - 1), "--" + name.replace("_", "-")
-        low = -top if name in SIGNED else 0
-        least = "more than 0" if name in POSITIVE else low if low else "at least 0"
-        for x in value if isinstance(value, tuple) else (value,):
-            if type(x) in (int, float) and not low <= x <= top or x == 0 and name in POSITIVE:
-                raise SystemExit(f"{flag} {x} is out of range: expected {least}, at most {top}")
-    tasks = getattr(args, "tasks", (1,))
-    if not 0 < len(tasks) == len(set(tasks)):
-        raise SystemExit("--tasks must name at least one task, and none twice")
+        top = vars(args).get(limit := AT_MOST.get(name, 2**31 - 1), limit) or 2**31 - 1
+        low, least = -top if name in SIGNED else 0, "more than" if name in POSITIVE else "at least"
+        for x in value if isinstance(value, tuple) and value else (value,):
+            if type(x) in (int, float) and not low <= x <= top or x in (0, ()) and name in POSITIVE:
+                why = f"--{name} {x} is out of range: expected {least} {low}, at most {top}"
+                why += f" (--{limit})" * (limit != top < 2**31 - 1)
+                raise SystemExit(why.replace("_", "-"))
+    if len(tasks := getattr(args, "tasks", ())) > len(set(tasks)):
+        raise SystemExit("--tasks must name no task twice")
+    less = "out of memory: lower --num-seeds, --tasks (agents trained at once) or --batch-size\n"
+    full = lambda error: isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    sys.excepthook = lambda *e: sys.stderr.write(less) if full(e[1]) else sys.__excepthook__(*e)
     cache = getattr(args, "compile_cache", "")
     if cache or not jax.config.jax_compilation_cache_dir:
         cache = cache or str(Path(args.run_dir, ".compiled"))
@@ -75,7 +79,7 @@ def share() -> tuple[int, int]:
     many hosts, each of which trains every n-th agent (docs/scale.md)."""
     text = os.environ.get("SHARE_OF_AGENTS") or "0/1"
     i, _, n = text.partition("/")
-    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
         raise SystemExit(f"SHARE_OF_AGENTS={text}: expected 0/2, 1/2, or so: which of how many")
     return int(i), int(n)
 

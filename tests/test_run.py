@@ -142,7 +142,7 @@ MAY_BE_0 = {
         target_rate="targets that stay",
     ),
 }
-AT_MOST = dict(tasks=5, discount=1, target_rate=1, policy_ema=1)
+AT_MOST = dict(tasks=5, discount=1, target_rate=1, policy_ema=1, target_ess=1)
 SIGNED = ["target_entropy_start", "target_entropy_end"]
 
 
@@ -155,9 +155,20 @@ def numbers(script):
     }
 
 
+FITTING = dict(  # values of other flags that neither 1 nor a huge number contradicts
+    total_steps=("warmup_steps", 1),
+    online_steps=("start_training", 1),
+    warmup_steps=("total_steps", 2**31 - 1),
+)
+
+
 def flag(script, name, value):
     """The script's value of a flag, or SystemExit."""
-    value = getattr(parse(script.Args, {}, [f"--{name.replace('_', '-')}", value]), name)
+    flags = [(name, value)]
+    if name in FITTING and hasattr(script.Args, FITTING[name][0]):
+        flags.append(FITTING[name])
+    argv = [f"--{key.replace('_', '-')}={x}" for key, x in flags]
+    value = getattr(parse(script.Args, {}, argv), name)
     return value[0] if isinstance(value, tuple) else value
 
 

@@ -1,0 +1,318 @@
+"""Faults in flags: every numeric flag of every script at 0, -1, huge, NaN and no number at all,
+contradictions, unknown environments, a machine without enough memory. Whatever a user types ends in
+a line that names the flag, never in a traceback."""
+
+import dataclasses
+import functools
+import importlib
+import os
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tyro
+
+import fmer
+import meam
+import qam
+from baselines import cgql, dpmd, flame, ppo, rlpd, sac
+from common import run
+from common.envs import ONLINE, resolve
+from common.run import parse
+from tests import shared_blocks
+
+SCRIPTS = shared_blocks.named("offline") + shared_blocks.named("online")
+CHANGES = int(os.environ.get("FAULTS", 300))  # misspelt environments
+MAY_BE_0 = dict(
+    # all methods
+    seed="a seed like any other",
+    workers="one per core",
+    discount="only the next reward counts",
+    target_rate="targets that stay",
+    # offline methods
+    collect="off",
+    offline_steps="online from the start",
+    online_steps="offline only",
+    pessimism="the mean of the critics",
+    rho="no expansion",
+    entropy_scale="no entropy",
+    path_weight="the policy's average is the anchor",
+    inv_temp="behaviour cloning",
+    edit_scale="no edits",
+    fql_alpha="no one-step policy, or no cloning",
+    guidance_coef="no guidance",
+    noisy_coef="no guidance",
+    bc_coef="no cloning",
+    rebrac_alpha="no cloning",
+    rlpd_alpha="no cloning",
+    expectile="the least of the values",
+    actor_noise="none",
+    noise_clip="no noise",
+    # online methods
+    reward_scale="no reward counts",
+    act_candidates="as many as in the update",
+    eta_fixed="it is tuned",
+    eta_rate="it stays",
+    target_ess="eta grows for ever",
+    lambda_rate="lambda stays",
+    entropy_until="no entropy from the start",
+    policy_ema="no average",
+    actor_lr_end="the policy stops at last",
+    start_scale="the chain starts at the mean",
+    eval_noise="none",
+    move_steps="actions stay",
+    move_lr="actions stay",
+    move_clip="actions stay",
+    q_clip="all weights are the same",
+    q_rate="the statistics stay",
+    q_gradient="none",
+    gae_lambda="one step of TD",
+    value_weight="the value is not learnt",
+    entropy_weight="no bonus",
+    entropy_actions="no bonus",
+    entropy_start="no bonus",
+    entropy_end="no bonus at last",
+    renorm_after="from the start",
+    explore_noise="the policy itself",
+    target_noise="no smoothing",
+    target_noise_clip="no smoothing",
+)
+SIGNED = "target_entropy target_entropy_start target_entropy_end noise_entropy".split()
+
+
+def module(name):
+    return importlib.import_module(name.replace("/", "."))
+
+
+def numbers(script):
+    """flag -> a number of its type; of tuples the first one."""
+    found = {}
+    for name, value in vars(script.Args()).items():
+        x = value[0] if isinstance(value, tuple) else value
+        if type(x) in (int, float) and name != "action_size":
+            found[name] = x
+    return found
+
+
+def stops(script, argv, *words):
+    """The flags are refused in one line with these words."""
+    with pytest.raises(SystemExit) as error:
+        parse(script.Args, script.ENV_DEFAULTS, argv)
+    line = str(error.value)
+    assert "\n" not in line and len(line) < 500, line
+    for word in words:
+        assert word in line, f"{word!r} is not in {line!r}"
+    return line
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_numbers_of_every_flag(name, monkeypatch):
+    """At 0, -1, 2**40, 1e30, NaN and infinity, of floats also just below 0: accepted at 0 where the
+    table says why, below 0 where the sign means something, else refused in a line with the flag
+    (by `parse` or the script's own checks; tyro, which refuses other types, comes next)."""
+    script = module(name)
+    for flag, x in numbers(script).items():
+        dashes = "--" + flag.replace("_", "-")
+        values = [0, -1, 2**40] + [-1e-300, 1e30, np.nan, np.inf, -np.inf] * isinstance(x, float)
+        for value in map(type(x), values):
+
+            def typed(Args, args, default, flag=flag, value=value):
+                tuples = isinstance(getattr(default, flag), tuple)
+                return dataclasses.replace(default, **{flag: (value,) if tuples else value})
+
+            monkeypatch.setattr(tyro, "cli", typed)
+            allowed = value == 0 and flag in MAY_BE_0 or flag in SIGNED and abs(value) <= 1
+            try:
+                taken = getattr(parse(script.Args, script.ENV_DEFAULTS, []), flag)
+                assert allowed and taken in (value, (value,)), f"{dashes} {value} is accepted"
+            except SystemExit as error:
+                line = str(error)
+                assert not allowed, line
+                assert dashes in line and "\n" not in line, line
+
+
+def test_the_table_knows_every_flag():
+    """Of no script's flags is one left that may be 0 and is not explained; none is explained twice
+    or in vain."""
+    known = {flag for name in SCRIPTS for flag in numbers(module(name))}
+    assert known - {*run.POSITIVE, *SIGNED, *MAY_BE_0} == {"sigma_max"}  # at least sigma_min
+    assert not {*MAY_BE_0} - known and not {*run.POSITIVE} - known
+    assert not {*MAY_BE_0} & {*run.POSITIVE}
+
+
+def distinct():
+    """(script, flag) once for each type that a flag has: what tyro does depends on nothing else."""
+    seen = {}
+    for name in SCRIPTS:
+        for flag, x in numbers(module(name)).items():
+            seen.setdefault((flag, type(getattr(module(name).Args, flag)), type(x)), (name, flag))
+    return list(seen.values())
+
+
+@pytest.mark.parametrize("value", ["-1", "1e30", str(2**40), "nan", "x", ""])
+def test_numbers_as_they_are_typed(value, capsys):
+    """The same through the command line, where tyro refuses what is no number."""
+    for name, flag in distinct():
+        script, dashes = module(name), "--" + flag.replace("_", "-")
+        if value == "-1" and flag in SIGNED:
+            continue
+        with pytest.raises(SystemExit) as error:
+            parse(script.Args, script.ENV_DEFAULTS, [dashes, value])
+        text = str(error.value) if isinstance(error.value.code, str) else capsys.readouterr().err
+        assert dashes in text and "Traceback" not in text, text
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_lists_of_numbers(name, monkeypatch):
+    """None, or a bad one behind good ones."""
+    script = module(name)
+    lists = [flag for flag, x in vars(script.Args()).items() if isinstance(x, tuple)]
+    assert "hidden_dims" in lists
+    for flag in lists:
+        dashes = "--" + flag.replace("_", "-")
+        stops(script, [dashes], dashes)
+        stops(script, [dashes, "1", "1", "-3"], dashes)
+
+
+# --- contradictions ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script, argv, words",
+    [
+        (fmer, "--warmup-steps 20001 --total-steps 20000", ("--warmup-steps", "--total-steps")),
+        (sac, "--total-steps 500 --env halfcheetah", ("--warmup-steps 10000", "500")),
+        (qam, "--online-steps 100", ("--start-training 5000", "100 (--online-steps)")),
+        (rlpd, "--online-steps 100", ("--start-training", "--online-steps")),
+        (rlpd, "--batch-size 3", ("--batch-size",)),
+        (rlpd, "--chunk-length 9 --start-training 8", ("--start-training", "--chunk-length")),
+        (meam, "--sigma-min 2", ("--sigma-min", "--sigma-max")),
+        (meam, "--sigma-max 0", ("--sigma-min", "--sigma-max")),
+        (flame, "--time-min 0.999", ("--time-min", "--time-max")),
+        (flame, "--time-max 1", ("--time-min", "--time-max")),
+        (ppo, "--batch-size 100", ("--rollout-steps", "--batch-size")),
+        (ppo, "--num-envs 3", ("--rollout-steps", "--num-envs")),
+        (ppo, "--total-steps 10", ("--rollout-steps", "--total-steps")),
+        (cgql, "--guidance-coef 1 2", ("--guidance-coef",)),
+        (fmer, "--actor-states next --policy-ema 0.1", ("--actor-states", "--policy-ema")),
+        (fmer, "--target-ess 1.01", ("--target-ess", "at most 1")),
+        (dpmd, "--q-rate 1.01", ("--q-rate", "at most 1")),
+        (qam, "--tasks 1 2 1", ("--tasks", "twice")),
+        (qam, "--tasks 6", ("--tasks", "at most 5")),
+        (qam, "--discount 1.01", ("--discount", "at most 1")),
+    ],
+)
+def test_flags_that_contradict_each_other(script, argv, words):
+    stops(script, argv.split(), *words)
+
+
+@pytest.mark.parametrize(
+    "script, argv",
+    [
+        (fmer, "--eval-slots 50 --eval-episodes 3"),
+        (fmer, "--log-interval 1000000 --eval-interval 7"),
+        (fmer, "--warmup-steps 500 --total-steps 500"),
+        (fmer, "--replay-size 1 --act-candidates 100"),
+        (qam, "--start-training 2000000000"),
+        (qam, "--online-steps 5000"),
+        (qam, "--offline-steps 0 --online-steps 0 --eval-only"),
+        (qam, "--tasks 5 4 3 2 1 --num-seeds 3"),
+    ],
+)
+def test_flags_that_only_seem_to(script, argv):
+    """More slots than episodes, intervals that do not fit, phases that are left out."""
+    parse(script.Args, script.ENV_DEFAULTS, argv.split())
+
+
+# --- environments --------------------------------------------------------------------------------
+
+
+@functools.cache
+def known():
+    with pytest.raises(SystemExit) as error:
+        resolve("~")
+    return str(error.value).split("mean ")[1].rstrip("?").split(", ")
+
+
+def misspelt(name, rng):
+    """A letter more, less, other, or two exchanged."""
+    at, letter = rng.integers(len(name)), chr(97 + rng.integers(26))
+    changes = [name[:at] + letter + name[at:], name[:at] + name[at + 1 :]]
+    changes += [name[:at] + letter + name[at + 1 :]]
+    changes += [name[:at] + name[at + 1 : at + 2] + name[at] + name[at + 2 :]]
+    return changes[rng.integers(4)]
+
+
+def test_misspelt_environments():
+    """The nearest names are offered, and what was meant is among them, or its like: `kitchen1-` is
+    as near to kitchen-2 as to kitchen-1."""
+    assert len(known()) > 25 and set(ONLINE) <= set(known())
+    for i in range(CHANGES):
+        rng = np.random.default_rng(i)
+        meant = known()[rng.integers(len(known()))]
+        script, name = fmer if meant in ONLINE else qam, misspelt(meant, rng)
+        try:
+            resolve(name)  # another one's name
+        except SystemExit:
+            like = meant.rpartition("-")[0] or meant
+            line = stops(script, ["--env", name], f"'{name}'", "did you mean", like)
+            assert line == stops(script, [f"--env={name}"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "-", "~", "cube", "CUBE-DOUBLE", "cube-double-play-singletask-task6-v0", "ünïcode"]
+    + ["cube-double/../scene", "a" * 20_000, "-play" * 4000, "cube\ndouble", "%s{0}", "kitchen-3"],
+)
+def test_strange_environments(name):
+    """No traceback, no search of minutes."""
+    begin = time.perf_counter()
+    with pytest.raises(SystemExit) as error:
+        resolve(name)
+    assert "did you mean" in str(error.value) and "\n" not in str(error.value)
+    assert time.perf_counter() - begin < 5
+
+
+# --- memory, and whole programs ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["device", "host"])
+def test_a_lack_of_memory(kind, capsys, monkeypatch):
+    """Of a device or the host: one line with the flags that would help. Everything else is shown
+    as ever."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    parse(qam.Args, qam.ENV_DEFAULTS, [])
+    for call in (lambda: (jnp if kind == "device" else np).zeros(2**55), lambda: [][1]):
+        try:
+            call()
+        except Exception as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+    line, *rest = capsys.readouterr().err.splitlines()
+    assert line.startswith("out of memory") and "--num-seeds" in line and "--batch-size" in line
+    assert rest[0].startswith("Traceback") and rest[-1].startswith("IndexError")
+
+
+MANY = "--num-seeds 50 --hidden-dims 8 --eval-slots 1 --eval-episodes 1 --workers 1"
+
+
+@pytest.mark.parametrize(
+    "command, word",
+    [
+        ("qam.py --env cube-tripel", "cube-triple"),
+        ("-m baselines.sac --discount 2", "--discount"),
+        (f"fmer.py {MANY} --replay-size {2**31 - 1} --total-steps {2**31 - 1}", "--num-seeds"),
+    ],
+)
+def test_programs_end_in_a_line(command, word, tmp_path):
+    """As a user sees it: nothing on stderr but the line, and not the exit status of success. The
+    last one asks for terabytes, which no machine grants."""
+    line = [sys.executable, *command.split(), "--run-dir", str(tmp_path)]
+    done = subprocess.run(line, cwd=shared_blocks.ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert word in done.stderr
