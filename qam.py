@@ -94,18 +94,9 @@ ENV_DEFAULTS = {
     "cube-triple": dict(inv_temp=3.0),
     "cube-quadruple": dict(inv_temp=1.0),
     "pointmaze-medium": dict(
-        inv_temp=0.3,
-        discount=0.995,
-        flow_steps=5,
-        num_critics=2,
-        lr=1e-3,
-        hidden_dims=(128, 128),
-        batch_size=128,
-        target_rate=0.05,
-        offline_steps=15_000,
-        log_interval=1_000,
-        eval_interval=5_000,
-        eval_slots=50,
+        inv_temp=0.3, discount=0.995, flow_steps=5, num_critics=2, lr=1e-3,
+        hidden_dims=(128, 128), batch_size=128, target_rate=0.05, offline_steps=15_000,
+        log_interval=1_000, eval_interval=5_000, eval_slots=50,
     ),
 }
 

@@ -94,18 +94,9 @@ ENV_DEFAULTS = {
     "cube-triple": dict(noise_scale=1.4),
     "cube-quadruple": dict(noise_scale=1.4),
     "pointmaze-medium": dict(
-        noise_scale=1.0,
-        discount=0.995,
-        flow_steps=5,
-        num_critics=2,
-        lr=1e-3,
-        hidden_dims=(128, 128),
-        batch_size=128,
-        target_rate=0.01,
-        offline_steps=15_000,
-        log_interval=1_000,
-        eval_interval=5_000,
-        eval_slots=50,
+        noise_scale=1.0, discount=0.995, flow_steps=5, num_critics=2, lr=1e-3,
+        hidden_dims=(128, 128), batch_size=128, target_rate=0.01, offline_steps=15_000,
+        log_interval=1_000, eval_interval=5_000, eval_slots=50,
     ),
 }
 

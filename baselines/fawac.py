@@ -93,18 +93,9 @@ ENV_DEFAULTS = {
     "cube-triple": dict(inv_temp=0.8),
     "cube-quadruple": dict(inv_temp=0.8),
     "pointmaze-medium": dict(
-        inv_temp=1.0,
-        discount=0.995,
-        flow_steps=5,
-        num_critics=2,
-        lr=1e-3,
-        hidden_dims=(128, 128),
-        batch_size=128,
-        target_rate=0.01,
-        offline_steps=15_000,
-        log_interval=1_000,
-        eval_interval=5_000,
-        eval_slots=50,
+        inv_temp=1.0, discount=0.995, flow_steps=5, num_critics=2, lr=1e-3,
+        hidden_dims=(128, 128), batch_size=128, target_rate=0.01, offline_steps=15_000,
+        log_interval=1_000, eval_interval=5_000, eval_slots=50,
     ),
 }
 

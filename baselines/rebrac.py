@@ -95,18 +95,9 @@ ENV_DEFAULTS = {
     "cube-triple": dict(rebrac_alpha=0.01, actor_noise=0.2),
     "cube-quadruple": dict(rebrac_alpha=0.01, actor_noise=0.2),
     "pointmaze-medium": dict(
-        rebrac_alpha=0.003,
-        actor_noise=0.0,
-        discount=0.995,
-        num_critics=2,
-        lr=1e-3,
-        hidden_dims=(128, 128),
-        batch_size=128,
-        target_rate=0.01,
-        offline_steps=15_000,
-        log_interval=1_000,
-        eval_interval=5_000,
-        eval_slots=50,
+        rebrac_alpha=0.003, actor_noise=0.0, discount=0.995, num_critics=2, lr=1e-3,
+        hidden_dims=(128, 128), batch_size=128, target_rate=0.01, offline_steps=15_000,
+        log_interval=1_000, eval_interval=5_000, eval_slots=50,
     ),
 }
 

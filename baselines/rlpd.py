@@ -97,18 +97,9 @@ ENV_DEFAULTS = {
     "cube-triple": dict(rlpd_alpha=0.0),
     "cube-quadruple": dict(rlpd_alpha=0.0),
     "pointmaze-medium": dict(
-        rlpd_alpha=0.1,
-        discount=0.995,
-        num_critics=2,
-        lr=1e-3,
-        hidden_dims=(128, 128),
-        batch_size=128,
-        target_rate=0.01,
-        online_steps=20_000,
-        start_training=1_000,
-        log_interval=1_000,
-        eval_interval=5_000,
-        eval_slots=50,
+        rlpd_alpha=0.1, discount=0.995, num_critics=2, lr=1e-3,
+        hidden_dims=(128, 128), batch_size=128, target_rate=0.01, online_steps=20_000,
+        start_training=1_000, log_interval=1_000, eval_interval=5_000, eval_slots=50,
     ),
 }
 
