@@ -247,12 +247,15 @@ def read_results(path: Path) -> list[dict]:
     rows, notes = read_rows(path), path.with_suffix(".json")
     if not rows or not {"task", "seed", "step"} <= rows[0].keys():
         raise SystemExit(f"{path} has no evaluations: columns task, seed, step and metrics")
-    notes = json.loads(notes.read_text()) if notes.exists() else {}
+    try:
+        notes = json.loads(notes.read_text())
+        of = lambda note: note.get("config", note).get("flags", {}).get("env")
+        envs = {label: of(notes.get(label, notes)) for label in {x.get("label") for x in rows}}
+    except (OSError, ValueError, AttributeError):  # there is none, or it is about something else
+        envs = {}
     for row in rows:
-        row.setdefault("label", path.stem)
-        note = notes.get(row["label"], notes)
-        env = note.get("config", note).get("flags", {}).get("env")
-        row["env"] = domain_of(env) if env else path.stem
+        env = envs.get(row.get("label"))
+        row |= dict(label=row.get("label", path.stem), env=domain_of(env) if env else path.stem)
     return rows
 
 
@@ -331,9 +334,9 @@ def panels(found: dict, by: str, metric: str) -> dict[str, list[tuple[str, int]]
     titles = {}
     for domain in domains if by == "domain" else ():
         pairs = [pair for pair in every if pair[0] == domain]
-        tasks = ", ".join(str(task) for _, task in pairs)
-        whole = len(pairs) == 5 or domain in ONLINE or len(domains) == 1 < len(pairs)
-        titles[short(domain) if whole else f"{short(domain)}, task {tasks}"] = pairs
+        tasks = f", task{'s' * (len(pairs) > 1)} " + ", ".join(str(task) for _, task in pairs)
+        whole = len(pairs) == 5 or domain in ONLINE
+        titles[short(domain) + tasks * (not whole)] = pairs
     for domain, task in every if by == "task" else ():
         words = [short(domain)] * (len(domains) > 1) + [f"task {task}"] * (domain not in ONLINE)
         titles[", ".join(words) or domain] = [(domain, task)]
@@ -364,8 +367,8 @@ def curve(own: dict, pairs, iqm: bool = False):
 
 
 def plain(name: str) -> str:
-    """qam_edit, QAM-EDIT -> qamedit."""
-    return "".join(c for c in name.lower() if c.isalnum())
+    """qam_edit, QAM-EDIT -> qamedit; cgql plain -> cgql."""
+    return "".join(c for c in name.lower().removesuffix(" plain") if c.isalnum())
 
 
 def read_published(metric: str) -> dict[tuple, dict]:
@@ -409,8 +412,9 @@ def published_curve(published: dict, method: str, pairs):
 
 
 def choose_published(published: dict, names, labels) -> list[str]:
-    """Methods: `own` are those that there are labels of, `all` are all."""
+    """Methods: `own` are those that there are labels of, with whatever flags, `all` are all."""
     known = {plain(name): name for own in published.values() for name in own}
+    labels = [label.split(",")[0] for label in labels]
     chosen = []
     for name in names:
         if name in ("own", ALL):
@@ -486,7 +490,7 @@ def markdown_table(table: dict, metric: str, iqm: bool = False) -> str:
             steps[label] = " and ".join(f"{x:,}" for x in sorted({entry[0] for entry in ours}))
             seeds[label] = str(min(entry[2] for entry in ours))
         digits = 2 if metric == "success" else 1
-        lines.append([label, *(cell(x[1], digits, x[2] or 2) if x else "" for x in row.values())])
+        lines.append([label, *(cell(x[1], digits, x[2] or 2) if x else "-" for x in row.values())])
     what = "interquartile mean" if iqm else "mean"
     text = f"{metric.capitalize()}, {what} [95 % bootstrap interval]. "
     return text + f"Steps: {most(steps)}. Seeds: {most(seeds)}.\n\n{markdown(lines)}\n"
@@ -627,7 +631,7 @@ def draw_curves(found: dict, titles: dict, metric: str, *, iqm=False, published=
     if not panels:
         raise SystemExit("no method has all tasks of a panel; try --by task")
     count = len(panels)
-    columns = count if count <= 3 else 3 if count <= 6 else 4
+    columns = count if count <= 3 else 2 if count == 4 else 3 if count <= 6 else 4
     lines = -(-count // columns)
     entries = max(len(ours) + len(theirs) for ours, theirs in panels.values())
     size = (3 * columns, 2.5 * lines + 0.6)
@@ -668,7 +672,7 @@ class Options:
     metric: str = ""  # column of eval.csv (default: success, of online methods return)
     by: Literal["domain", "task", "all"] = "domain"  # what a panel, or a column, is
     iqm: bool = False  # interquartile mean instead of the mean
-    published: tuple[str, ...] | None = None  # papers' curves of our methods (own), all, or names
+    published: tuple[str, ...] | None = None  # papers' means of our methods (own), all, or names
     only: tuple[str, ...] = ()  # methods, in this order (default: all)
     step: int = 0  # of the table (default: the last one)
     dark: bool = False  # light on dark
@@ -704,7 +708,8 @@ def compare(options: Options) -> None:
         table = summaries(found, titles, options.step, options.iqm)
         last = [entry[0] for row in table.values() for entry in row.values() if entry]
         if not last:
-            raise SystemExit(f"no method has all tasks of a column at step {options.step:,}")
+            when = f" at step {options.step:,}" * bool(options.step)
+            raise SystemExit(f"no method has all tasks of a column{when}; try --by task")
         table |= published_summaries(published, papers, titles, max(last))
     for name in options.table:
         with writing(name) as file:

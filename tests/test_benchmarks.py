@@ -33,7 +33,8 @@ def test_reported_statistic():
 def test_table_of_returns():
     """A row per label, whatever its steps: returns after each third, and the statistic."""
     rows = [
-        dict(label=label, seed=seed, step=str(step), **{"return": str(step / 10 + int(seed))})
+        {"label": label, "task": "1", "seed": seed, "step": str(step),
+         "return": str(step / 10 + int(seed))}
         for label, end in (("one", 90), ("two", 30)) for seed in "01"
         for step in range(10, end + 1, 10)
     ]  # fmt: skip
@@ -48,13 +49,13 @@ def test_table_of_returns():
 def test_table_of_success():
     """A row per label: each task, all of them with the seeds drawn per task, episode length."""
     rows = [dict(label=label, task=task, seed=seed, step=step, length="30",
-                 success=str(int(task) / 4 + int(seed) / 10 * (label == "b")))
+                 success=str(int(task) / 4 + int(seed) / 5 * (label == "b")))
             for label in "ab" for task in "12" for seed in "01" for step in "12"]  # fmt: skip
     assert table(rows).splitlines() == [
         "| | task 1 | task 2 | all | episode length |",
         "|---|---|---|---|---|",
         "| a | 0.25 [0.25, 0.25] | 0.50 [0.50, 0.50] | 0.38 [0.38, 0.38] | 30 |",
-        "| b | 0.30 [0.25, 0.35] | 0.55 [0.50, 0.60] | 0.42 [0.38, 0.47] | 30 |",
+        "| b | 0.35 [0.25, 0.45] | 0.60 [0.50, 0.70] | 0.47 [0.38, 0.57] | 30 |",
     ]
 
 

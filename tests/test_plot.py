@@ -217,9 +217,10 @@ def test_published_returns():
 
 def test_methods_of_published_curves():
     published = plot.read_published("success")
-    choose = lambda *names: plot.choose_published(published, names, ["meam", "qam_edit", "QAM"])
-    assert choose("own") == ["QAM", "QAM-EDIT"] and choose("dsrl", "own", "QAM")[0] == "DSRL"
-    assert len(choose("dsrl", "own", "QAM")) == 3 and len(choose("all")) == 17
+    labels = ["meam", "qam_edit", "QAM, tau 3", "cgql plain"]
+    choose = lambda *names: plot.choose_published(published, names, labels)
+    assert sorted(choose("own")) == ["CGQL", "QAM", "QAM-EDIT"] and len(choose("all")) == 17
+    assert sorted(choose("dsrl", "own", "QAM")) == ["CGQL", "DSRL", "QAM", "QAM-EDIT"]
     stops("nothing is published of meam", "QAM-EDIT", call=lambda: choose("meam"))
 
 
@@ -236,7 +237,7 @@ def runs(tmp_path):
 
 
 def test_table_of_domains(tmp_path, runs, capsys):
-    """Rows are methods, columns domains in the paper's order; what is not there is blank, and one
+    """Rows are methods, columns domains in the paper's order; what is not there is a dash, and one
     seed has no interval. The CSV has each number for itself."""
     names = tuple(str(tmp_path / f"new/table.{end}") for end in ("md", "csv"))
     main(Options(paths=runs, table=names))
@@ -252,7 +253,7 @@ def test_table_of_domains(tmp_path, runs, capsys):
         "| | scene, task 2 | cube-double | all |",
         "|---|---|---|---|",
         f"| qam | 0.28 [0.25, 0.30] | {cells[0]} | {cells[1]} |",
-        "| qam_edit | 0.60 | | |".replace("| |", "|  |").replace("| |", "|  |"),
+        "| qam_edit | 0.60 | - | - |",
         "",
     ])  # fmt: skip
     with open(names[1], newline="") as file:
@@ -473,7 +474,7 @@ def test_committed_pictures(tmp_path, capsys):
     assert [name in capsys.readouterr().err for name in missing] == [True] * len(missing)
     for name in drawn:
         old, new = (plt.imread(folder / name) for folder in (ROOT / "docs/images", tmp_path))
-        assert old.shape == new.shape and (abs(old - new).max(-1) > 0.2).mean() < 0.02, name
+        assert old.shape == new.shape and (abs(old - new).max(-1) > 0.2).mean() < 0.03, name
 
 
 def test_the_planes_picture_from_its_file(tmp_path):
