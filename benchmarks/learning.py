@@ -38,6 +38,7 @@ import tyro
 
 from common.envs import ONLINE
 from common.run import read_checkpoint
+from plot import cell, interval, markdown, organise, panels, summaries
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = """meam qam qam_edit qam_fql baselines.bam baselines.fbrac baselines.fql baselines.fawac
@@ -163,12 +164,6 @@ def run(label, command, options, flags, tasks):
     return dict(command=shown, config=config), [dict(label=label, **row) for row in rows]
 
 
-def interval(values):
-    """Mean and 95 % percentile bootstrap of it: (n,) -> three floats."""
-    draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
-    return float(np.mean(values)), *np.percentile(draws.mean(1), (2.5, 97.5))
-
-
 def reported(steps, returns):
     """The FMER paper's number: per seed, the maximum of the evaluations in the last tenth of the
     steps. steps (n,), returns (seeds, n) -> mean and deviation (n - 1) over seeds."""
@@ -176,51 +171,32 @@ def reported(steps, returns):
     return float(best.mean()), float(best.std(ddof=1)) if len(best) > 1 else 0.0
 
 
-def by_seed(rows, label):
-    """Of a label: steps (n,) and returns (seeds, n). Exits where a seed lacks an evaluation that
-    another one has."""
-    own = [row for row in rows if row["label"] == label]
-    at = {(row["seed"], int(row["step"])): float(row["return"]) for row in own}
-    seeds = sorted({seed for seed, _ in at}, key=int)
-    steps = sorted({step for _, step in at})
-    for seed, step in ((seed, step) for seed in seeds for step in steps):
-        if (seed, step) not in at:
-            raise SystemExit(f"{label} has no seed {seed} at step {step:,}")
-    return np.array(steps), np.array([[at[seed, step] for step in steps] for seed in seeds])
-
-
 def online_table(rows):
     """Markdown: a row per label; steps, return after each third of them (mean [interval]), and
     `reported`."""
-    lines = ["| | steps | return at 1/3 | at 2/3 | at the end | reported |", "|---" * 6 + "|"]
-    for label in dict.fromkeys(row["label"] for row in rows):
-        steps, returns = by_seed(rows, label)
+    lines = [["", "steps", "return at 1/3", "at 2/3", "at the end", "reported"]]
+    for label, (own,) in ((label, x.values()) for label, x in organise(rows, "return").items()):
+        steps, returns = own[0], np.concatenate([*own[1].values()])  # (seeds, n)
         thirds = [np.argmin(abs(steps - steps[-1] * share)) for share in (1 / 3, 2 / 3, 1)]
-        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*interval(returns[:, i])) for i in thirds]
-        cells.append("{:.1f} ({:.1f})".format(*reported(steps, returns)))
-        lines.append("| " + " | ".join([label, f"{steps[-1]:,}", *cells]) + " |")
-    return "\n".join(lines)
+        cells = [cell(interval([returns[:, i]]), 1, len(returns)) for i in thirds]
+        best, deviation = reported(steps, returns)
+        cells.append(f"{best:.1f}" + f" ({deviation:.1f})" * (len(returns) > 1))
+        lines.append([label, f"{steps[-1]:,}", *cells])
+    return markdown(lines)
 
 
 def table(rows):
     """Markdown: a row per label; success per task and over all, mean [interval]; length."""
     if "success" not in rows[0]:
         return online_table(rows)
-    tasks = sorted({row["task"] for row in rows})
-    columns = [f"task {task}" for task in tasks] + ["mean"] * (len(tasks) > 1) + ["episode length"]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for label in dict.fromkeys(row["label"] for row in rows):
-        own = [row for row in rows if row["label"] == label]
-        last = max(int(row["step"]) for row in own)
-        own = [row for row in own if int(row["step"]) == last]
-        seeds = sorted({row["seed"] for row in own}, key=int)
-        at = {(row["task"], row["seed"]): float(row["success"]) for row in own}
-        success = np.array([[at[task, seed] for seed in seeds] for task in tasks])
-        groups = [*success] + [success.mean(0)] * (len(tasks) > 1)
-        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*interval(group)) for group in groups]
-        length = np.mean([float(row["length"]) for row in own])
-        lines.append("| " + " | ".join([label, *cells, f"{length:.0f}"]) + " |")
-    return "\n".join(lines)
+    success, length = organise(rows, "success"), organise(rows, "length")
+    columns = panels(success, "task", "success")
+    lines = [["", *columns, "episode length"]]
+    for label, row in summaries(success, columns).items():
+        cells = [cell(x[1], seeds=x[2]) if x else "" for x in row.values()]
+        last = np.concatenate([x[:, -1] for x in length[label][""][1].values()])
+        lines.append([label, *cells, f"{last.mean():.0f}"])
+    return markdown(lines)
 
 
 def main(options):

@@ -10,7 +10,8 @@ Measures of docs/fmer.md, each with its mean over seeds and 95 % bootstrap inter
     to the nearest goal (positions within 1 of a goal or nearly as far from two are left out);
 (c) directions: 400 unselected samples at the origin, share within 45 degrees of each goal.
 
-Writes benchmarks/results/multigoal.json and, with all methods, docs/images/multigoal.png.
+Writes benchmarks/results/multigoal.json and, with all methods, docs/images/multigoal.png; also
+multigoal-picture.json, from which `python plot.py --committed` draws that picture again.
 """
 
 import dataclasses
@@ -23,9 +24,9 @@ import matplotlib
 import numpy as np
 import tyro
 
-from benchmarks.learning import ROOT, interval, launch, restored
+from benchmarks.learning import ROOT, launch, restored
 from common.envs import GOALS, MULTIGOAL_STEPS, multigoal
-from plot import COLOURS  # of the goals
+from plot import COLOURS, interval  # COLOURS: of the goals
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -116,7 +117,8 @@ def measure(script, args, state, episodes):
     numbers = dict(coverage=entropy, reached=(goal >= 0).mean(1), goals=(counts > 0).sum(1))
     numbers |= dict(agreement=agreement, largest_direction=directions.max(1))
     numbers |= dict(directions=directions, counts=counts)
-    return numbers, (positions, nearest, action[0], sample[0], path[0], goal[0])
+    drawn = dict(action=action[0], sample=sample[0], path=path[0, :100], goal=goal[0, :100])
+    return numbers, drawn
 
 
 def draw(shown, picture):
@@ -124,15 +126,17 @@ def draw(shown, picture):
     size = dict(figsize=(9, 3 * len(shown)), layout="constrained", squeeze=False)
     figure, axes = plt.subplots(len(shown), 3, **size)
     circle = np.linspace(0, 2 * np.pi, 100)
-    for row, (label, values) in zip(axes, shown.items()):
-        positions, nearest, action, sample, path, goal = values
+    positions, nearest = grid()
+    for row, (label, drawn) in zip(axes, shown.items()):
+        names = ("action", "sample", "path")
+        action, sample, path = (np.array(drawn[name], float) for name in names)
         right = cosine(action, GOALS[nearest] - positions) > np.cos(np.pi / 6)
         color = np.where(right, np.array(COLOURS)[nearest], "0.6")
         row[0].quiver(*positions.T, *action.T, color=color, angles="xy", width=4e-3)
         row[1].scatter(*sample.T, s=5, alpha=0.5, color="0.3")
         row[1].plot(np.cos(circle), np.sin(circle), lw=0.5, color="0.7")
-        for one, end in zip(path[:100], goal):
-            row[2].plot(*one.T, lw=0.7, alpha=0.6, color=COLOURS[end] if end >= 0 else "0.5")
+        for one, end in zip(path, drawn["goal"]):
+            row[2].plot(*one.T, lw=0.7, alpha=0.6, color=COLOURS[int(end)] if end >= 0 else "0.5")
         for axis in (row[0], row[2]):
             axis.scatter(*GOALS.T, marker="*", s=90, color=COLOURS, edgecolor="black", zorder=3)
             axis.set(xlim=(-7, 7), ylim=(-7, 7))
@@ -145,6 +149,13 @@ def draw(shown, picture):
         axis.set_title(title, fontsize=11)
     figure.savefig(picture, dpi=110)
     plt.close(figure)
+
+
+def kept(shown) -> str:
+    """What the picture is drawn from, as JSON: three decimals, null after an episode's end."""
+    numbers = lambda x: np.where(np.isnan(x), None, np.round(np.float64(x), 3)).tolist()
+    drawn = {label: {name: numbers(x) for name, x in own.items()} for label, own in shown.items()}
+    return json.dumps(drawn) + "\n"
 
 
 def main(options: Options) -> None:
@@ -160,10 +171,11 @@ def main(options: Options) -> None:
         results[label] = note | {name: np.round(x, 4).tolist() for name, x in numbers.items()}
         path.write_text(json.dumps(results, indent=1) + "\n")
         names = ("coverage", "reached", "agreement", "largest_direction")
-        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*interval(numbers[name])) for name in names]
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*interval([numbers[name]])) for name in names]
         goals = " ".join(map(str, numbers["goals"]))
         print("| " + " | ".join([label, goals, *cells]) + " |", flush=True)
     if set(shown) == set(METHODS):
+        Path(options.out, "multigoal-picture.json").write_text(kept(shown))
         draw(shown, options.picture)
 
 

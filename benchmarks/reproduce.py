@@ -28,10 +28,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.learning import METHODS, NINE, labelled  # noqa: E402 (also run as a script)
 from common.envs import ONLINE  # noqa: E402
 from common.run import configure  # noqa: E402
-from plot import read_csv  # noqa: E402
+from plot import DOMAINS, read_csv  # noqa: E402
 
-DOMAINS = """antmaze-large antmaze-giant humanoidmaze-medium humanoidmaze-large scene puzzle-3x3
-    puzzle-4x4 cube-double cube-triple cube-quadruple""".split()
 LARGE = ("puzzle-4x4", "cube-quadruple")
 OTHER_DATA = """antmaze-large-stitch humanoidmaze-medium-stitch scene-noisy puzzle-3x3-noisy
     cube-double-noisy cube-triple-noisy""".split()

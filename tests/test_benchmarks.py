@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import throughput
-from benchmarks.curves import curves, published
-from benchmarks.learning import online_table, reported
+from benchmarks.learning import online_table, reported, table
 from benchmarks.multigoal import grid, measure
 from benchmarks.shares import shares
 from benchmarks.values import by_table
@@ -34,7 +33,8 @@ def test_reported_statistic():
 def test_table_of_returns():
     """A row per label, whatever its steps: returns after each third, and the statistic."""
     rows = [
-        dict(label=label, seed=seed, step=str(step), **{"return": str(step / 10 + int(seed))})
+        {"label": label, "task": "1", "seed": seed, "step": str(step),
+         "return": str(step / 10 + int(seed))}
         for label, end in (("one", 90), ("two", 30)) for seed in "01"
         for step in range(10, end + 1, 10)
     ]  # fmt: skip
@@ -42,6 +42,21 @@ def test_table_of_returns():
     assert head == "| | steps | return at 1/3 | at 2/3 | at the end | reported |"
     assert first == "| one | 90 | 3.5 [3.0, 4.0] | 6.5 [6.0, 7.0] | 9.5 [9.0, 10.0] | 9.5 (0.7) |"
     assert second == "| two | 30 | 1.5 [1.0, 2.0] | 2.5 [2.0, 3.0] | 3.5 [3.0, 4.0] | 3.5 (0.7) |"
+    alone = online_table([row for row in rows if row["seed"] == "0"]).splitlines()[-1]
+    assert alone == "| two | 30 | 1.0 | 2.0 | 3.0 | 3.0 |"  # no interval over one seed
+
+
+def test_table_of_success():
+    """A row per label: each task, all of them with the seeds drawn per task, episode length."""
+    rows = [dict(label=label, task=task, seed=seed, step=step, length="30",
+                 success=str(int(task) / 4 + int(seed) / 5 * (label == "b")))
+            for label in "ab" for task in "12" for seed in "01" for step in "12"]  # fmt: skip
+    assert table(rows).splitlines() == [
+        "| | task 1 | task 2 | all | episode length |",
+        "|---|---|---|---|---|",
+        "| a | 0.25 [0.25, 0.25] | 0.50 [0.50, 0.50] | 0.38 [0.38, 0.38] | 30 |",
+        "| b | 0.35 [0.25, 0.45] | 0.60 [0.50, 0.70] | 0.47 [0.38, 0.57] | 30 |",
+    ]
 
 
 def fake(choose):
@@ -78,7 +93,7 @@ def test_measures_of_the_nearest_goal():
     np.testing.assert_array_equal(numbers["reached"], 1)
     assert (numbers["coverage"] > 0.98).all() and (numbers["goals"] == 4).all()
     assert numbers["counts"].sum(1).tolist() == [400] * AGENTS
-    path, goal = shown[4], shown[5]
+    path, goal = shown["path"], shown["goal"]
     ends = [one[np.isfinite(one[:, 0])][-1] for one in path]
     assert (np.linalg.norm(np.array(ends) - GOALS[goal], axis=-1) < 1).all()
 
@@ -199,20 +214,3 @@ def test_values_by_table():
     left = 9 - np.r_[np.arange(6), np.arange(5, 10)]
     np.testing.assert_allclose(value[:11], -(1 - 0.9**left) / 0.1)
     np.testing.assert_allclose(value[11:], -10)
-
-
-def test_curves_and_published_numbers(tmp_path):
-    """Means over seeds at every step; what is missing is named; the paper's numbers by method."""
-    path, head = tmp_path / "suite.csv", "label,task,seed,step,seconds,return\n"
-    rows = [f"{label},1,{seed},{step},0,{step + 10 * seed}\n"
-            for label in "AB" for seed in (0, 1, 2) for step in (5, 10)]  # fmt: skip
-    path.write_text(head + "".join(rows))
-    steps, returns = curves(path)["B"]
-    assert steps.tolist() == [5, 10] and returns[:, 0].tolist() == [15, 20]
-    assert (returns[:, 1] < returns[:, 0]).all() and (returns[:, 2] > returns[:, 0]).all()
-    path.write_text(head + "".join(rows[:-1]))
-    with pytest.raises(SystemExit, match="B has no seed 2 at step 10"):
-        curves(path)
-    with pytest.raises(SystemExit, match="python -m benchmarks.learning nothing makes it"):
-        curves(tmp_path / "nothing.csv")
-    assert published("halfcheetah")["SAC"] == 10295.33 and len(published("hopper")) == 9
