@@ -3,7 +3,7 @@ transitions, S observation size, d action size, H chunk length, A = H d, B batch
 
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import flax.struct
@@ -18,6 +18,7 @@ import common.collect
 from common.envs import Source, make_env
 
 CACHE = Path(ogbench.utils.DEFAULT_DATASET_DIR).expanduser()
+labelling_env = cache(make_env)  # making one takes as long as labelling a million states
 
 
 def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path]:
@@ -87,25 +88,28 @@ def read(path: Path, source: Source, tasks, sparse: bool, clip: bool = True) -> 
         if x.dtype.kind not in "fiub" or x.ndim != axes or len(x) != rows:
             bad(f"'{key}' is {x.dtype} {x.shape}, expected {rows} rows of numbers in {axes} axes")
         low, top = np.float64(limits.get(key, (-1e30, 1e30)))  # also where x is of few bits
-        if not ((x > low - 1e-4) & (x < top + 1e-4)).all() or low == 0 and (x % 1).any():
-            found, kind = f"[{x.min():.4g}, {x.max():.4g}]", "integers" if low == 0 else "numbers"
-            bad(f"'{key}' is in {found}, expected finite {kind} in [{low:g}, {top:g}]")
+        least, most = x.min(initial=0), x.max(initial=0)  # without a copy of x
+        if not low - 1e-4 < least <= most < top + 1e-4 or low == 0 and (x % 1).any():
+            kind = "integers" if low == 0 else "numbers"
+            expected = f"finite {kind} in [{low:g}, {top:g}]"
+            bad(f"'{key}' is in [{least:.4g}, {most:.4g}], expected {expected}")
     last = raw["terminals"].astype(bool)
     rows = np.flatnonzero(~last)  # the last state of a trajectory has no transition of its own
     if not len(rows) or not last[-1]:
         bad("'terminals' must be 1 in the last row and 0 elsewhere but at the ends of trajectories")
-    info = {key: raw[key][rows] for key in ("qpos", "button_states") if key in raw}
     rewards, masks, widths = [], [], [raw[k].shape[1] if k in raw else 0 for k in keys]
     for task in tasks:
-        env = make_env(f"{source.env}-singletask-task{task}-v0")
+        env = labelling_env(f"{source.env}-singletask-task{task}-v0")
         expected = [env.observation_space.shape[0], env.action_space.shape[0]]
         expected += [env.unwrapped.model.nq, getattr(env.unwrapped, "_num_buttons", 0)]
         if widths != expected:
             bad(f"{keys} have widths {widths}, expected {expected} for {source.env}")
-        relabel_dataset(source.env, env, info)
-        rewards.append(np.where(info["rewards"] != 0, -1, 0) if sparse else info["rewards"])
-        masks.append(info["masks"])
-    actions = np.clip(np.float32(raw["actions"][rows]), -1 + 1e-5 * clip, 1 - 1e-5 * clip)
+        relabel_dataset(source.env, env, raw)  # adds the labels of all M states
+        reward = raw["rewards"][rows]
+        rewards.append(np.where(reward != 0, -1, 0) if sparse else reward)
+        masks.append(raw["masks"][rows])
+    limit = 1 - 1e-5 if clip else np.inf
+    actions = np.clip(np.float32(raw["actions"][rows]), -limit, limit)
     arrays = raw["observations"], rows, actions, rewards, masks, last[rows + 1]
     return Dataset(*(np.asarray(x, np.int32 if x is rows else np.float32) for x in arrays))
 
@@ -140,7 +144,10 @@ class Shards:
             return self._data, 2**31
         index = (swaps + step // self.interval) % self._count
         if index != self._index:
-            fresh = self._next[1].result() if self._next[0] == index else self._load(index)
+            if self._next[0] != index:  # a jump: read by the thread too, one after the other
+                self._next = index, self._thread.submit(self._load, index)
+            jax.block_until_ready(jax.live_arrays())  # a loop ahead of its device piles up shards
+            fresh = self._next[1].result()
             if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, self._data):
                 raise SystemExit(f"bad dataset: shards 0 and {index} have different shapes")
             self._index, self._data = index, fresh

@@ -2,6 +2,7 @@
 files are looked for, the schedule of the shards, the replay."""
 
 import os
+import tracemalloc
 from types import SimpleNamespace
 
 import gymnasium
@@ -178,6 +179,33 @@ def test_the_key_decides():
     assert (first == same).all() and (first != other).any()
 
 
+def test_more_than_2_to_the_31_numbers(tmp_path):
+    """Rows are int32, and there may be 2^31 of them: that their numbers lie beyond 2^31, as in a
+    100M set in one array, is no matter, in one program for several agents too. The states are a
+    file of 8 GB that has content in a few rows only and is used in place."""
+    S = 83
+    border = 2**31 // S  # the row that number 2^31 is in
+    rng, M = np.random.default_rng(0), border + 10_000
+    states = np.memmap(tmp_path / "states", np.float32, "w+", shape=(M, S))
+    drawn = np.arange(-100, 100) + border, np.arange(M - 200, M - 1), rng.integers(0, M - 1, 600)
+    rows = np.unique(np.concatenate(drawn))
+    for k in (rows, rows + 1):
+        states[k] = np.float32(1 + k[:, None] % 9973 + np.arange(S) / S)
+    N = len(rows)
+    numbers = np.arange(N)[:, None], np.zeros((1, N)), np.ones((1, N)), np.zeros(N)
+    observations = jax.dlpack.from_dlpack(states, copy=False)
+    assert observations.size > 2**31 and observations.dtype == jnp.float32
+    actions, *others = map(jnp.float32, numbers)
+    data = d.Dataset(observations, jnp.int32(rows), actions, *others)
+    replay, keys = empty(data), jax.random.split(jax.random.key(0))
+    one = lambda key, data: d.sample(key, data, replay, 0, 2000, 1, 0.9)
+    batch = jax.device_get(jax.jit(jax.vmap(one, (0, None)))(keys, data))
+    k = rows[batch.actions[..., 0].astype(int)]  # (2, 2000)
+    assert (k * S > 2**31).any() and (k * S < 2**31).any()
+    assert np.array_equal(batch.observations, states[k])
+    assert np.array_equal(batch.next_observations, states[k + 1])
+
+
 # --- reading -------------------------------------------------------------------------------------
 
 
@@ -238,6 +266,22 @@ def test_actions_are_clipped_but_for_shards(tmp_path):
     clipped, raw = (d.read(path, MAZE, (1,), False, clip).actions for clip in (True, False))
     assert clipped.tolist() == np.clip(actions[:3], -limit, limit).tolist()
     assert raw.tolist() == actions[:3].tolist()
+
+
+def test_reading_needs_little_more_memory_than_the_file(tmp_path):
+    """At its peak NumPy holds the file's arrays and less than a third of them besides."""
+    rows, rng = 50_000, np.random.default_rng(0)
+    arrays = {k: rng.uniform(-1, 1, (rows, n)) for k, n in (("observations", 55), ("actions", 5))}
+    arrays |= dict(qpos=np.zeros((rows, 23)), button_states=np.zeros((rows, 9)))
+    arrays = {key: np.float32(x) for key, x in arrays.items()}
+    path = write(tmp_path, PUZZLE.dataset + ".npz", rows, **arrays)
+    d.read(path, PUZZLE, (1, 2), True)  # modules and environments
+    tracemalloc.start()
+    d.read(path, PUZZLE, (1, 2), True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    whole = sum(x.nbytes for x in arrays.values())
+    assert whole < peak < 4 / 3 * whole
 
 
 # --- files that are refused ----------------------------------------------------------------------
@@ -561,6 +605,19 @@ def test_shards_of_different_length_are_refused(three, tmp_path):
     shards.at(1)
     with pytest.raises(SystemExit, match="shard-2.npz"):
         shards.at(4)
+
+
+def test_a_swap_waits_for_the_training_on_the_shard_before(three):
+    """The loop that calls is ahead of its device. Else as many shards as it is ahead are held."""
+    shards = d.Shards(three, MAZE, (1,), False, interval=4)
+    data, _ = shards.at(3)
+    step = lambda i, x: x @ x / 2 + data.observations[0, 0]
+    train = jax.jit(lambda n: jax.lax.fori_loop(0, n, step, jnp.zeros((200, 200))))
+    train(1)  # compiles
+    result = train(1000)
+    assert not result.is_ready()
+    shards.at(4)
+    assert result.is_ready()
 
 
 # --- replay --------------------------------------------------------------------------------------

@@ -1,0 +1,214 @@
+"""What the swapping of shards costs: time of QAM's training, memory of the host.
+
+    python -m benchmarks.shards                 5 shards of 1M transitions, the official schedule
+
+Makes a set of shards of OGBench's format and size in --folder, once: trajectories of a small
+collection (`python -m common.collect`), in another order in every shard, so that labels are valid
+and files are as hard to inflate as real ones. Then, in one process:
+
+- read: seconds of a shard (wall, and of the processor), alone, for one task and for five; the peak
+  of NumPy's and Python's memory meanwhile (tracemalloc). The unit of all memory is a shard: the
+  bytes of those of the file's arrays that are used;
+- resident: peak of the process's resident memory while small networks are trained on a single file
+  and on shards, above that before the data were read (Linux; 0 elsewhere). On a CPU this has the
+  device's copies as well: of shards the one that is trained on and the next one;
+- train: rounds of an interval of qam.train_chunk on the next shard, begun by `Shards.at` as in a
+  script, and of as many updates on a single file, in turn. A round of shards ends when the load
+  that it began is done, so that it has one. Medians over the rounds; ratio and excess (what the
+  swap adds to its interval) are those of a round; `wait` is the time in `Shards.at`.
+
+On a CPU reading takes the time of its threads from the training; seconds of the processor do not
+depend on what else the machine does. Another device waits only where reading (one thread) takes
+longer than an interval. Writes benchmarks/results/shards.json.
+"""
+
+import dataclasses
+import gc
+import importlib.metadata
+import json
+import time
+import tracemalloc
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import qam
+from benchmarks.learning import VERSIONS
+from benchmarks.throughput import describe
+from common.collect import collect
+from common.data import Replay, Shards, read, spread
+from common.envs import resolve
+
+USED = ("observations", "actions", "terminals", "qpos", "button_states")
+OUT = Path(__file__).resolve().parent / "results/shards.json"
+
+
+SIZES = {  # networks and batches of QAM; `medium` has those of a larger run, for a CPU
+    "small": dict(hidden_dims=(128, 128), num_critics=2, flow_steps=5, batch_size=128),
+    "medium": dict(hidden_dims=(256, 256, 256, 256), num_critics=4, batch_size=64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    env: str = "puzzle-4x4"  # of which shards are made: any that common.collect makes
+    shards: int = 5  # files
+    transitions: int = 1_000_000  # in each of them, as in the official 100M sets
+    trajectories: int = 20  # that are collected and repeated
+    sizes: tuple[str, ...] = ("small", "medium")  # that are trained, one agent each
+    interval: int = 1000  # updates on a shard; 1000 is the official schedule
+    rounds: int = 3  # of each size, on shards and on a single file
+    folder: str = "runs/shards"  # where the set is made
+    out: str = str(OUT)
+
+
+def make(options: Options, source) -> list[Path]:
+    """The files of the set: made, unless they are there."""
+    folder = Path(options.folder)
+    paths = [folder / f"{source.dataset}-v0-{i:03d}.npz" for i in range(options.shards)]
+    if missing := [path for path in paths if not path.exists()]:
+        steps = 1000 * options.trajectories
+        with np.load(collect(source.dataset, steps, str(folder / "collected"))) as file:
+            arrays = {key: file[key] for key in file.files}
+        arrays = {key: x.reshape(-1, 1001, *x.shape[1:]) for key, x in arrays.items()}
+        for path in missing:
+            rng = np.random.default_rng(paths.index(path))
+            order = rng.integers(0, len(arrays["terminals"]), options.transitions // 1000)
+            drawn = {key: x[order].reshape(-1, *x.shape[2:]) for key, x in arrays.items()}
+            part = path.with_suffix(".part")
+            with open(part, "wb") as file:
+                np.savez_compressed(file, **drawn)
+            part.rename(path)
+            print(f"made {path}", flush=True)
+    return paths
+
+
+def resident(peak=False) -> int:
+    """Resident bytes of this process, or their peak since `reset_peak`; 0 where unknown."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    name = "VmHWM:" if peak else "VmRSS:"
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def reset_peak():
+    if (clear := Path("/proc/self/clear_refs")).exists():
+        clear.write_text("5")
+
+
+class Training:
+    """An agent of QAM, trained as main() of qam.py does it."""
+
+    def __init__(self, size, data):
+        self.args = qam.Args(**SIZES[size], action_size=data.actions.shape[-1])
+        create = partial(qam.create, self.args, data.observations.shape[-1])
+        self.state = spread(jax.jit(jax.vmap(create))(jax.random.split(jax.random.PRNGKey(0), 1)))
+        self.inputs = spread(Replay.create(1, 0, data)), jnp.zeros(1, jnp.int32)
+
+    def updates(self, shards, done, count):
+        """Makes `count` updates after `done` -> seconds in all, of these in `Shards.at`, and of the
+        processor, by all threads."""
+        start, used, waited, end = time.perf_counter(), time.process_time(), 0.0, done + count
+        while done < end:
+            called = time.perf_counter()
+            data, stays = shards.at(done + 1)
+            waited += time.perf_counter() - called
+            steps = min(stays, end - done)
+            out = qam.train_chunk(self.args, self.state, data, *self.inputs, steps)
+            self.state, _ = jax.block_until_ready(out)
+            done += steps
+        if shards._next[1]:
+            shards._next[1].result()
+        return time.perf_counter() - start, waited, time.process_time() - used
+
+
+def reading(path, source, unit, tasks) -> dict:
+    """Seconds and peak memory of `read`."""
+    load = partial(read, path, source, tasks, sparse=True, clip=False)
+    load()  # the file is in the page cache, environments are made
+    start, used = time.perf_counter(), time.thread_time()
+    data = load()
+    row = dict(seconds=time.perf_counter() - start, cpu_seconds=time.thread_time() - used)
+    kept = sum(x.nbytes for x in jax.tree.leaves(data))
+    del data
+    tracemalloc.start()
+    load()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return row | dict(tasks=len(tasks), peak_shards=peak / unit, dataset_shards=kept / unit)
+
+
+def memory(training, load, sets, unit, options) -> dict:
+    """Peak of resident memory above what it is before, in shards, for each of `sets` of files."""
+    peaks = {}
+    for name, paths in sets.items():
+        gc.collect()
+        before = resident()
+        reset_peak()
+        training.updates(load(paths), 0, 2 * options.interval)
+        peaks[name] = (resident(peak=True) - before) / unit
+    return peaks
+
+
+def train(training, single, many, options, first) -> dict:
+    """Rounds on shards, of which the first is number `first` of the schedule, and on a file."""
+    n, times = options.interval, []
+    for i in range(options.rounds):
+        pair = training.updates(many, (first + i) * n - 1, n), training.updates(single, 0, n)
+        times.append(pair)
+        print(f"shards, file: seconds, wait, CPU seconds {np.round(pair, 2).tolist()}", flush=True)
+    (swapped, waited, used), (alone, _, used_alone) = np.transpose(times, (1, 2, 0))
+    return dict(
+        ms_shards=1e3 * np.median(swapped) / n,
+        ms_single=1e3 * np.median(alone) / n,
+        cpu_ms_single=1e3 * np.median(used_alone) / n,
+        ratio=np.median(swapped / alone),
+        cpu_ratio=np.median(used / used_alone),
+        excess_seconds=np.median(swapped - alone),
+        excess_cpu_seconds=np.median(used - used_alone),
+        wait_seconds=np.median(waited),
+        rounds=np.round(times, 3).tolist(),
+    )
+
+
+def main(options: Options) -> dict:
+    source = resolve(options.env)
+    paths = make(options, source)
+    with np.load(paths[0]) as file:
+        unit = sum(file[key].nbytes for key in USED if key in file.files)
+    results = dict(
+        device=describe(),
+        versions={name: importlib.metadata.version(name) for name in VERSIONS},
+        options={k: v for k, v in vars(options).items() if k not in ("folder", "out")},
+        shard_megabytes=unit / 2**20,
+        read=[reading(paths[0], source, unit, tasks) for tasks in ((1,), (1, 2, 3, 4, 5))],
+        train={},
+    )
+    print(results["read"], flush=True)
+    load = lambda paths: Shards(paths, source, (1,), True, interval=options.interval)
+    single = load(paths[:1])
+    trained = {size: Training(size, single.at(1)[0]) for size in options.sizes}
+    for training in trained.values():
+        training.updates(single, 0, 1)  # compiles
+    del single
+    sets = dict(single=paths[:1], shards=paths)
+    results["resident_peak_shards"] = memory(trained[options.sizes[0]], load, sets, unit, options)
+    print(results["resident_peak_shards"], flush=True)
+    single, many = load(paths[:1]), load(paths)
+    many.at(1), many._next[1].result()
+    for i, (size, training) in enumerate(trained.items()):
+        first = 1 + i * options.rounds
+        results["train"][size] = train(training, single, many, options, first)
+        path = Path(options.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(size, json.dumps(results["train"][size]), flush=True)
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
