@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax.struct
 import jax
@@ -397,6 +398,35 @@ def test_numbers_that_are_not_finite_stop_the_run(run, bad, capsys):
     words = "q of", "task 1", "seed 1", "step 15", first.folder
     stops(*words, call=lambda: first.log("train", 15, values))
     assert before == {path: path.read_bytes() for path in first.folder.iterdir()}
+
+
+@pytest.mark.parametrize("fails", ["init", "log", ""])
+def test_weights_and_biases(run, monkeypatch, capsys, fails):
+    """Gets every number of every agent; when it fails, one line says so, and the run goes on."""
+    seen = []
+
+    def log(numbers, step):
+        if fails == "log" and step == 20:
+            raise OSError("no route to host")
+        seen.append((step, numbers))
+
+    def init(**arguments):
+        if fails == "init":
+            raise RuntimeError("not logged in")
+        return SimpleNamespace(log=log)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    first = run(track=True)
+    for step in (10, 20, 30):
+        first.log("train", step, metrics(step))
+    steps = dict(init=[], log=[10])[fails] if fails else [10, 20, 30]
+    assert [step for step, _ in seen] == [step for step in steps for _ in AGENTS]
+    if seen:
+        expected = {"train/task1-seed1/loss": 10 + 1 / 3, "train/task1-seed1/q": 11.0}
+        assert seen[1][1] == pytest.approx(expected)
+    said = capsys.readouterr().err
+    assert said.count("W&B failed, the run goes on without it: no") == bool(fails)
+    assert len(table(first.folder / "train.csv")) == 10
 
 
 def logged(run, name="train"):
