@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from common.envs import ONLINE, resolve
-from tests import diffs, shared_blocks
+from tests import diffs, pages, shared_blocks
 
 ROOT, SCRIPTS = shared_blocks.ROOT, shared_blocks.scripts()
 NAMES = [str(path.relative_to(ROOT).with_suffix("")).replace("/", ".") for path in SCRIPTS]
@@ -65,12 +65,6 @@ def flags(path):
         )
         for node in fields
     }
-
-
-def equations(text):
-    """The numbers in every "Eq. (n)" or "Eq. (n), (m)" of a text."""
-    groups = re.findall(r"Eqs?\. ((?:\([\w.]+\)(?:, )?)+)", text)
-    return {number for group in groups for number in re.findall(r"\(([\w.]+)\)", group)}
 
 
 def test_shared_blocks_are_the_same():
@@ -128,7 +122,7 @@ def test_the_optimisers_step_is_the_same():
     assert len(set(text.values())) == 1 and text["fmer"].count("\n") == 6
 
 
-@pytest.mark.parametrize("module", ["tests.shared_blocks", "tests.diffs"])
+@pytest.mark.parametrize("module", ["tests.shared_blocks", "tests.diffs", "tests.pages"])
 def test_check_command_succeeds(module):
     """`check` ends with status 0 where there is nothing to say."""
     line = [sys.executable, "-m", module, "check"]
@@ -204,12 +198,8 @@ def test_importing_does_nothing(path):
 
 @each_script
 def test_equations_are_tagged_and_listed(path):
-    text = (ROOT / "docs/equations.md").read_text()
-    name = str(path.relative_to(ROOT))
-    section = re.search(rf"^## {re.escape(name)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-    assert section, f"docs/equations.md has no section '## {name}'"
-    listed = {row for row in re.findall(r"^\| \(([\w.]+)\) \|", section[1], re.M)}
-    assert equations(path.read_text()) == listed
+    listed = pages.listed(str(path.relative_to(ROOT).with_suffix("")))
+    assert set(pages.equations(path.read_text())) == listed.keys()
 
 
 @each_script

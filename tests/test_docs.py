@@ -18,7 +18,9 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
 
 def anchors(path):
-    """GitHub's names of a page's headings."""
+    """GitHub's names of a page's headings, or of a script's lines."""
+    if path.suffix == ".py":
+        return {f"L{i}" for i, _ in enumerate(path.read_text().splitlines(), 1)}
     headings = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
     plain = [re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", x)) for x in headings]
     return {x.strip().lower().replace(" ", "-") for x in plain}
@@ -97,6 +99,7 @@ def test_commands_are_found():
 @pytest.mark.parametrize("check, text", [
     (test_links, "[a](nothing.md)"),
     (test_links, "# Here\n[a](#there)"),
+    (test_links, f"[a]({ROOT}/qam.py#L9999)"),
     (test_result_files, "`results/nothing.csv`"),
     (test_commands, "    python qam.py --no-such-flag 3   a comment"),
     (test_commands, "```bash\npython -m baselines.sac --num-seeds five\n```"),
