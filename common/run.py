@@ -251,9 +251,10 @@ class Run:
         self.start -= content["seconds"]
         Run.stopping = ""
         with contextlib.suppress(ValueError):  # not the main thread: signals stay as they are
-            for number in {signal.SIGINT, signal.SIGTERM}:
-                before = signal.signal(number, Run._stop)
-                Run.handlers |= {number: before} if before != Run._stop else {}
+            for number in signal.SIGINT, signal.SIGTERM:
+                if (before := signal.getsignal(number)) not in (signal.SIG_IGN, Run._stop):
+                    Run.handlers[number] = before
+                    signal.signal(number, Run._stop)
         return step, content["tree"]
 
     def finish(self, step: int, total: int, result: dict | None) -> None:

@@ -68,6 +68,18 @@ def reference(script, module, args, tmp_path_factory):
 
 # --- signals -------------------------------------------------------------------------------------
 
+
+@pytest.fixture(autouse=True)
+def heeded():
+    """Signals as in a terminal: a shell that runs the tests in the background has them ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 # Per start of the run: after so many calls of a function a signal comes (then the run is repeated).
 MOMENTS = [("chunk", 1), ("play", 2), ("chunk", 2), ("play", 3), ("save", 1), ("play", 9)]
 
@@ -120,6 +132,15 @@ def test_signals(script, module, args, reference, here, monkeypatch):
     assert_same(folder_of(script, args), reference)
 
 
+def test_ignored_signals_stay_ignored(here, dataset_dir):
+    """As in a shell's background, where Ctrl-C is meant for others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run = Run("script", tiny_args(importlib.import_module("qam"), dataset_dir), [(1, 0)], {})
+    run.restore({})
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) == Run._stop
+
+
 def test_ctrl_c(here, dataset_dir):
     """Ctrl-C reaches the whole group of processes, the workers of environments as well: the run
     saves all the same, and ends with one line."""
@@ -127,8 +148,6 @@ def test_ctrl_c(here, dataset_dir):
     args = tiny_args(module, dataset_dir, online_steps=3000, log_interval=500, eval_interval=3008)
     line = command(script, args)
     how = dict(stderr=subprocess.PIPE, text=True, start_new_session=True)
-    # a shell that runs the tests in the background has its children ignore Ctrl-C
-    how |= dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     process = subprocess.Popen(line, **how)
     while not os.path.exists(f"{folder_of(script, args)}/train.csv"):
         assert process.poll() is None, process.stderr.read()
@@ -143,9 +162,10 @@ def test_ctrl_c(here, dataset_dir):
 # --- kills ---------------------------------------------------------------------------------------
 
 MORTAL = """
-import os, runpy, sys, threading
+import os, runpy, sys, threading, time
 from common.run import Run
-delay, restore = float(sys.argv.pop(1)), Run.restore
+delay, slow, restore, fsync = float(sys.argv.pop(1)), float(sys.argv.pop(1)), Run.restore, os.fsync
+os.fsync = lambda file: (time.sleep(slow), fsync(file))  # as over a network
 def then_die(run, tree):
     result = restore(run, tree)
     timer = threading.Timer(delay, os.kill, (os.getpid(), 9))
@@ -159,13 +179,14 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 
 @pytest.mark.skipif(not KILLS, reason="FAULTS=8 for 8 kills of each script; others are in CI")
 def test_kills(script, args, reference, here):
-    """SIGKILL at random moments after the run's start or continuation, and the same command
-    again."""
+    """SIGKILL at random moments after the run's start or continuation, half of them while writing
+    takes long, and the same command again."""
     generator = random.Random(script)
     flags = command(script, args)[1 + len(start(script, ROOT)) :]
     for kill in range(KILLS + 1):
         delay = generator.uniform(0, 3) if kill < KILLS else 1e6
-        line = [sys.executable, "-c", MORTAL, f"{delay}", script.replace("/", "."), *flags]
+        slow = f"{0.4 * (kill % 2)}"
+        line = [sys.executable, "-c", MORTAL, f"{delay}", slow, script.replace("/", "."), *flags]
         process = subprocess.run(line, capture_output=True, text=True)
         print(f"{script}: exit code {process.returncode}, at most {delay:.2f} s after its start")
     assert process.returncode == 0, process.stderr
