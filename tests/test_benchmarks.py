@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import throughput
+from benchmarks import parts, throughput
 from benchmarks.learning import online_table, reported, table
 from benchmarks.multigoal import grid, measure
 from benchmarks.shares import shares
@@ -214,3 +214,15 @@ def test_values_by_table():
     left = 9 - np.r_[np.arange(6), np.arange(5, 10)]
     np.testing.assert_allclose(value[:11], -(1 - 0.9**left) / 0.1)
     np.testing.assert_allclose(value[11:], -10)
+
+
+def test_parts_of_an_update(tmp_path, quick_compile):
+    """The losses and nothing else are what an update computes: their products add up to its."""
+    path = tmp_path / "parts.csv"
+    options = dict(sizes=("small",), seconds=0, transitions=2000, out=str(path))
+    parts.main(parts.Options(scripts=("meam",), **options))
+    gflop = {row["part"]: float(row["gflop"]) for row in throughput.read_rows(path)}
+    update, losses = gflop.pop("update"), "critic behavior adjoint_matching score expansion"
+    assert gflop.pop("sample") == 0
+    assert gflop.keys() == {f"{name}_loss" for name in losses.split()}
+    assert sum(gflop.values()) == pytest.approx(update, rel=1e-3) and min(gflop.values()) > 0
