@@ -292,10 +292,11 @@ def test_tables_of_committed_results(tmp_path, capsys):
     """Those of the benchmarks' page are drawn from the same rows."""
     page = (ROOT / "benchmarks/README.md").read_text()
     name = str(tmp_path / "table.md")
-    for suite, by, lines in (("methods", "domain", 19), ("pointmaze", "task", 3)):
-        main(Options(paths=(str(ROOT / f"benchmarks/results/{suite}.csv"),), table=(name,), by=by))
+    for suite, by in (("methods", "domain"), ("pointmaze", "task")):
+        file = ROOT / f"benchmarks/results/{suite}.csv"
+        main(Options(paths=(str(file),), table=(name,), by=by))
         rows = (tmp_path / "table.md").read_text().splitlines()[4:]
-        assert len(rows) == lines
+        assert len(rows) == len(json.loads(file.with_suffix(".json").read_text())) >= 5
         for row in rows:
             assert row.removesuffix(" |") + " | " in page, row
     assert capsys.readouterr().err == ""
