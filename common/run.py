@@ -225,8 +225,7 @@ class Run:
         """(step, tree) of the checkpoint, or of the one before if it is damaged; (0, `tree`)
         without one. Drops rows after it. From here on, signals are answered with a checkpoint."""
         content, errors = dict(step=0, seconds=0.0, tree=tree), []
-        paths = [self.folder / name for name in (CHECKPOINT, PREVIOUS)]
-        for path in filter(Path.exists, paths):
+        for path in filter(Path.exists, (self.folder / CHECKPOINT, self.folder / PREVIOUS)):
             try:
                 content = flax.serialization.from_state_dict(content, read_checkpoint(path))
                 break
@@ -258,8 +257,7 @@ class Run:
         return step, content["tree"]
 
     def finish(self, step: int, total: int, result: dict | None) -> None:
-        """Keeps the paths of an evaluation (`EnvPool.play`), if there was one, in rollouts.npz, and
-        draws the folder."""
+        """Keeps the paths of an evaluation (`EnvPool.play`) in rollouts.npz, draws the folder."""
         for number, before in Run.handlers.items():
             signal.signal(number, before)
         if result:
