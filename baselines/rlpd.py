@@ -318,8 +318,8 @@ def main(args):
     slots = min(args.eval_slots, args.eval_episodes)
     eval_pool = EnvPool([name for name in names for _ in range(slots)], args.workers)
     pool, everyone = EnvPool(names if args.online_steps else [], args.workers), range(N)
-    some = Replay.create(N, args.chunk_length, data)  # a batch cannot be drawn from nothing
-    shapes = jax.eval_shape(partial(train_chunk, args), state, data, some, task, 0)[1]
+    full = jax.eval_shape(lambda: Replay.create(N, args.online_steps, data))
+    shapes = jax.eval_shape(partial(train_chunk, args), state, data, full, task, 0)[1]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
     keep = lambda *means: dict(state=state, replay=replay.filled(), pool=pool.save(), means=means)
     done, saved = run.restore(keep(zeros, 0))
