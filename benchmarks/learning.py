@@ -38,7 +38,7 @@ import tyro
 
 from common.envs import ONLINE
 from common.run import read_checkpoint
-from plot import cell, interval, markdown, organise, panels, summaries
+from plot import cell, interval, markdown, organise, panels, read_rows, summaries
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = """meam qam qam_edit qam_fql baselines.bam baselines.fbrac baselines.fql baselines.fawac
@@ -154,8 +154,7 @@ def run(label, command, options, flags, tasks):
     line += ["--dataset-dir", options.dataset_dir] if options.dataset_dir and tasks else []
     launch(line)
     (folder,) = Path(options.run_dir, module.split(".")[-1]).glob(f"*/{name}")
-    with open(folder / "eval.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(folder / "eval.csv")
     config = configuration(folder)
     for flag in ("name", "run_dir", "dataset_dir"):  # of this machine
         config["flags"].pop(flag, None)
@@ -208,8 +207,7 @@ def main(options):
     results, notes = (Path(options.out, f"{options.suite}.{end}") for end in ("csv", "json"))
     rows, runs = [], {}
     if results.exists():  # of other labels, or of an earlier call
-        with open(results, newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(results)
         runs = json.loads(notes.read_text())
     for label in () if options.table else options.only or commands:
         runs[label], new = run(label, commands[label], options, flags, tasks)

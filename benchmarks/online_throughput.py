@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks.throughput import put_row, read_rows
+from benchmarks.throughput import put_row
 from common.data import Replay, spread
 from common.envs import EnvPool, make_env, seed_of
 from common.run import configure
+from plot import read_rows
 
 KEY = ("script", "env", "agents", "hidden_dims", "batch_size", "device")
 COLUMNS = (

@@ -29,6 +29,7 @@ import tyro
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from common.data import Batch, Dataset, Replay, spread
+from plot import read_rows
 from tests.shared_blocks import named
 
 # name -> flags, observation and action size; flags that a script does not have are left out
@@ -270,14 +271,6 @@ def projection(rows):
 
 OFFLINE = [name.split("/")[-1] for name in named("offline")]
 EVERY = [name.replace("/", ".") for kind in ("offline", "online") for name in named(kind)]
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Rows of a CSV file, none if there is no file."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def put_row(path: Path, new: dict, key: tuple, columns: tuple) -> dict:
