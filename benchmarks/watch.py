@@ -5,9 +5,10 @@
 
 Every minute a row: seconds, resident memory [MiB] of the process and of the processes that it has
 started, numbers of open files and of processes. The report has the slopes of the second half, by
-least squares. Linux only.
+least squares. Linux; psutil is in requirements-dev.txt.
 """
 
+import contextlib
 import csv
 import time
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import psutil
 import tyro
+
+from plot import read_csv
 
 
 @dataclass(frozen=True)
@@ -26,42 +30,22 @@ class Options:
     report: str = ""  # print the slopes of these rows instead
 
 
-def family(pid: int) -> list[int]:
-    """The process and all that descend from it."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # has just ended
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found = [pid]
-    for one in found:
-        found += parents.get(one, [])
-    return found
-
-
-def measure(pid: int) -> dict[str, float]:
-    """A row; raises OSError when the process has ended."""
-    size = lambda one: int(Path(f"/proc/{one}/statm").read_text().split()[1]) * 4096 / 2**20
-    files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-    own, others = size(pid), 0.0
-    for one in (descendants := family(pid)[1:]):
-        try:
-            others += size(one)
-        except OSError:
-            pass
+def measure(process: psutil.Process) -> dict[str, float]:
+    """A row; raises psutil.NoSuchProcess when the process has ended."""
+    own, files = process.memory_info().rss / 2**20, process.num_fds()
+    others = 0.0
+    for one in (descendants := process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # has just ended
+            others += one.memory_info().rss / 2**20
     return dict(memory=own, workers_memory=others, files=files, processes=1 + len(descendants))
 
 
 def slopes(path: Path) -> dict[str, float]:
     """Growth per hour in the second half of the rows."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    rows = rows[len(rows) // 2 :]
-    hours = np.array([float(row["seconds"]) for row in rows]) / 3600
-    values = lambda name: np.array([float(row[name]) for row in rows])
-    return {name: float(np.polyfit(hours, values(name), 1)[0]) for name in list(rows[0])[1:]}
+    columns = read_csv(path)
+    hours = columns.pop("seconds") / 3600
+    half = len(hours) // 2
+    return {name: float(np.polyfit(hours[half:], x[half:], 1)[0]) for name, x in columns.items()}
 
 
 def main(options: Options) -> None:
@@ -71,13 +55,17 @@ def main(options: Options) -> None:
         return
     if Path(options.out).exists():
         raise SystemExit(f"{options.out} is there already: choose another --out")
+    try:
+        process = psutil.Process(options.pid)
+    except psutil.NoSuchProcess:
+        raise SystemExit(f"there is no process {options.pid}") from None
     start = time.time()
     with open(options.out, "x", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         while True:
             try:
-                row = measure(options.pid)
-            except OSError:
+                row = measure(process)
+            except psutil.NoSuchProcess:
                 return
             if not file.tell():
                 writer.writerow(["seconds", *row])

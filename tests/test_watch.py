@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+import threading
 
+import psutil
 import pytest
 
-from benchmarks.watch import Options, family, main, measure, slopes
+from benchmarks.watch import Options, main, measure, slopes
+from plot import read_csv
 
 GROWING = """
 import subprocess, sys, time
@@ -18,22 +21,37 @@ child.kill(), child.wait()
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts file descriptors")
 def test_a_process_and_its_children(tmp_path):
     """Memory, files and processes as they are; rows until the process ends."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process = subprocess.Popen([sys.executable, "-c", GROWING], **pipes)
     assert process.stdout.readline() == "ready\n"
-    row = measure(process.pid)
+    watched = psutil.Process(process.pid)
+    row = measure(watched)
     assert 64 < row["memory"] < 120 and 1 < row["workers_memory"] < 60
     assert row["processes"] == 2 and row["files"] >= 8  # the five, and those of any process
-    assert family(process.pid)[0] == process.pid and len(family(process.pid)) == 2
     process.communicate("\n")
-    with pytest.raises(OSError):
-        measure(process.pid)
-    main(Options(pid=process.pid, out=str(tmp_path / "rows.csv")))
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(psutil.NoSuchProcess):
+        measure(watched)
+    with pytest.raises(SystemExit, match=f"no process {process.pid}"):
         main(Options(pid=process.pid, out=str(tmp_path / "rows.csv")))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts file descriptors")
+def test_until_the_process_ends(tmp_path):
+    """A row per interval; a file that is there is not overwritten."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
+    reaper = threading.Thread(target=process.wait)
+    reaper.start()
+    options = Options(pid=process.pid, out=str(tmp_path / "rows.csv"), interval=0.1)
+    main(options)
+    reaper.join()
+    rows = read_csv(tmp_path / "rows.csv")
+    assert [*rows] == ["seconds", "memory", "workers_memory", "files", "processes"]
+    assert len(rows["seconds"]) >= 2 and (rows["processes"] == 1).all()
+    with pytest.raises(SystemExit, match="is there already"):
+        main(options)
 
 
 def test_slopes(tmp_path):
