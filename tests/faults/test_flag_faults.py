@@ -23,88 +23,20 @@ from common import run
 from common.envs import ONLINE, resolve
 from common.run import parse
 from tests import shared_blocks
+from tests.test_run import MAY_BE_0, SIGNED, numbers, stops
 
 SCRIPTS = shared_blocks.named("offline") + shared_blocks.named("online")
 CHANGES = int(os.environ.get("FAULTS", 300))  # misspelt environments
-MAY_BE_0 = dict(
-    # all methods
-    seed="a seed like any other",
-    workers="one per core",
-    discount="only the next reward counts",
-    target_rate="targets that stay",
-    # offline methods
-    collect="off",
-    offline_steps="online from the start",
-    online_steps="offline only",
-    pessimism="the mean of the critics",
-    rho="no expansion",
-    entropy_scale="no entropy",
-    path_weight="the policy's average is the anchor",
-    inv_temp="behaviour cloning",
-    edit_scale="no edits",
-    fql_alpha="no one-step policy, or no cloning",
-    guidance_coef="no guidance",
-    noisy_coef="no guidance",
-    bc_coef="no cloning",
-    rebrac_alpha="no cloning",
-    rlpd_alpha="no cloning",
-    expectile="the least of the values",
-    actor_noise="none",
-    noise_clip="no noise",
-    # online methods
-    reward_scale="no reward counts",
-    act_candidates="as many as in the update",
-    eta_fixed="it is tuned",
-    eta_rate="it stays",
-    target_ess="eta grows for ever",
-    lambda_rate="lambda stays",
-    entropy_until="no entropy from the start",
-    policy_ema="no average",
-    actor_lr_end="the policy stops at last",
-    start_scale="the chain starts at the mean",
-    eval_noise="none",
-    move_steps="actions stay",
-    move_lr="actions stay",
-    move_clip="actions stay",
-    q_clip="all weights are the same",
-    q_rate="the statistics stay",
-    q_gradient="none",
-    gae_lambda="one step of TD",
-    value_weight="the value is not learnt",
-    entropy_weight="no bonus",
-    entropy_actions="no bonus",
-    entropy_start="no bonus",
-    entropy_end="no bonus at last",
-    renorm_after="from the start",
-    explore_noise="the policy itself",
-    target_noise="no smoothing",
-    target_noise_clip="no smoothing",
-)
-SIGNED = "target_entropy target_entropy_start target_entropy_end noise_entropy".split()
 
 
 def module(name):
     return importlib.import_module(name.replace("/", "."))
 
 
-def numbers(script):
-    """flag -> a number of its type; of tuples the first one."""
-    found = {}
-    for name, value in vars(script.Args()).items():
-        x = value[0] if isinstance(value, tuple) else value
-        if type(x) in (int, float) and name != "action_size":
-            found[name] = x
-    return found
-
-
-def stops(script, argv, *words):
-    """The flags are refused in one line with these words."""
-    with pytest.raises(SystemExit) as error:
-        parse(script.Args, script.ENV_DEFAULTS, argv)
-    line = str(error.value)
-    assert "\n" not in line and len(line) < 500, line
-    for word in words:
-        assert word in line, f"{word!r} is not in {line!r}"
+def refused(script, argv, *words):
+    """The flags are refused in one short line with these words. Returns it."""
+    line = stops(*words, call=lambda: parse(script.Args, script.ENV_DEFAULTS, argv))
+    assert len(line) < 500, line
     return line
 
 
@@ -176,8 +108,8 @@ def test_lists_of_numbers(name, monkeypatch):
     assert "hidden_dims" in lists
     for flag in lists:
         dashes = "--" + flag.replace("_", "-")
-        stops(script, [dashes], dashes)
-        stops(script, [dashes, "1", "1", "-3"], dashes)
+        refused(script, [dashes], dashes)
+        refused(script, [dashes, "1", "1", "-3"], dashes)
 
 
 # --- contradictions ------------------------------------------------------------------------------
@@ -209,7 +141,7 @@ def test_lists_of_numbers(name, monkeypatch):
     ],
 )
 def test_flags_that_contradict_each_other(script, argv, words):
-    stops(script, argv.split(), *words)
+    refused(script, argv.split(), *words)
 
 
 @pytest.mark.parametrize(
@@ -261,8 +193,8 @@ def test_misspelt_environments():
             resolve(name)  # another one's name
         except SystemExit:
             like = meant.rpartition("-")[0] or meant
-            line = stops(script, ["--env", name], f"'{name}'", "did you mean", like)
-            assert line == stops(script, [f"--env={name}"])
+            line = refused(script, ["--env", name], f"'{name}'", "did you mean", like)
+            assert line == refused(script, [f"--env={name}"])
 
 
 @pytest.mark.parametrize(
