@@ -54,7 +54,7 @@ class Args:
     log_interval: int = 5_000  # updates between two rows of train.csv (means over them)
     eval_interval: int = 50_000  # updates between two evaluations, each with a checkpoint
     eval_episodes: int = 50  # episodes per evaluation and agent
-    eval_slots: int = 10  # environments that share them, per agent
+    eval_slots: int = 10  # environments that share them, per agent; at most 100 in all
     workers: int = 0  # processes that step environments (0: one per core)
     eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
     track: bool = False  # log to Weights & Biases, too
@@ -308,8 +308,7 @@ def main(args):
         inputs = [x.reshape(N, -1, *x.shape[1:]) for x in inputs]
         return np.concatenate(act(args, state, *inputs))
 
-    slots = min(args.eval_slots, args.eval_episodes)
-    eval_pool = EnvPool([name for name in names for _ in range(slots)], args.workers)
+    eval_pool = EnvPool(names, args.workers, min(args.eval_slots, args.eval_episodes))
     pool, everyone = EnvPool(names if args.online_steps else [], args.workers), range(N)
     shapes = jax.eval_shape(partial(train_chunk, args), state, data, replay, task, 0)[1]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)

@@ -57,7 +57,7 @@ class Args:
     log_interval: int = 1_000  # steps between two rows of train.csv (means over their updates)
     eval_interval: int = 10_000  # steps between two evaluations, each with a checkpoint
     eval_episodes: int = 10  # episodes per evaluation and agent
-    eval_slots: int = 10  # environments that share them, per agent
+    eval_slots: int = 10  # environments that share them, per agent; at most 100 in all
     workers: int = 0  # processes that step environments (0: one per core)
     eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
     track: bool = False  # log to Weights & Biases, too
@@ -409,9 +409,9 @@ def main(args):
         draw = lambda at: np.random.default_rng((*at, 1)).uniform(-1, 1, (1, d))
         return np.float32([draw(at) for at in zip(seeds, ages)])
 
-    plane, slots = args.env == "multigoal", min(args.eval_slots, args.eval_episodes)
-    eval_pool = EnvPool([args.env] * (slots * count), args.workers)
-    pool, everyone = EnvPool([] if plane else [args.env] * count, args.workers), range(count)
+    plane, names, everyone = args.env == "multigoal", [args.env] * count, range(count)
+    eval_pool = EnvPool(names, args.workers, min(args.eval_slots, args.eval_episodes))
+    pool = EnvPool([] if plane else names, args.workers)
     first = [seed_of(seed, task, 0) for task, seed in agents]
     world = np.zeros((count, S), np.float32), np.zeros(count, np.int32), np.array(first, np.uint32)
     shapes = jax.eval_shape(partial(learn, args), state, None, Replay.create(count, 1, sizes))[1]

@@ -53,7 +53,7 @@ class Args:
     log_interval: int = 1_000  # steps between two rows of train.csv (means over their updates)
     eval_interval: int = 10_000  # steps between two evaluations, each with a checkpoint
     eval_episodes: int = 10  # episodes per evaluation and agent
-    eval_slots: int = 10  # environments that share them, per agent
+    eval_slots: int = 10  # environments that share them, per agent; at most 100 in all
     workers: int = 0  # processes that step environments (0: one per core)
     eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
     track: bool = False  # log to Weights & Biases, too
@@ -350,9 +350,9 @@ def main(args):
         inputs = [x.reshape(count, -1, *x.shape[1:]) for x in inputs]
         return np.concatenate(act(args, state, *inputs, mode))
 
-    slots, everyone = min(args.eval_slots, args.eval_episodes), range(count * E)
-    eval_pool = EnvPool([args.env] * (slots * count), args.workers)
-    pool = EnvPool([args.env] * (count * E), args.workers)
+    names, everyone = [args.env] * count, range(count * E)
+    eval_pool = EnvPool(names, args.workers, min(args.eval_slots, args.eval_episodes))
+    pool = EnvPool(names * E, args.workers)
     seeds = lambda step, who: [seed_of(*agents[i // E][::-1], step + i % E) for i in who]
     past = np.zeros((count * E, 0, d), np.float32)  # the actions of the running episodes
     widths = dict(observations=(S,), next_observations=(S,), actions=(d,))

@@ -53,7 +53,7 @@ class Args:
     log_interval: int = 5_000  # updates between two rows of train.csv (means over them)
     eval_interval: int = 50_000  # updates between two evaluations, each with a checkpoint
     eval_episodes: int = 50  # episodes per evaluation and agent
-    eval_slots: int = 10  # environments that share them, per agent
+    eval_slots: int = 10  # environments that share them, per agent; at most 100 in all
     workers: int = 0  # processes that step environments (0: one per core)
     eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
     track: bool = False  # log to Weights & Biases, too
@@ -315,8 +315,7 @@ def main(args):
         draw = lambda at: np.random.default_rng(at).uniform(-1, 1, (1, args.action_size))
         return np.float32([draw(at) for at in zip(seeds, ages)])
 
-    slots = min(args.eval_slots, args.eval_episodes)
-    eval_pool = EnvPool([name for name in names for _ in range(slots)], args.workers)
+    eval_pool = EnvPool(names, args.workers, min(args.eval_slots, args.eval_episodes))
     pool, everyone = EnvPool(names if args.online_steps else [], args.workers), range(N)
     full = jax.eval_shape(lambda: Replay.create(N, args.online_steps, data))
     shapes = jax.eval_shape(partial(train_chunk, args), state, data, full, task, 0)[1]

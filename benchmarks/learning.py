@@ -54,7 +54,8 @@ ABLATIONS = {  # label -> command line
 }
 VERSIONS = "jax jaxlib flax optax numpy ogbench mujoco gymnasium".split()
 CUBE = """--env cube-single-play-singletask-v0 --hidden-dims 256 256 --num-critics 2 --flow-steps 5
-    --batch-size 128 --lr 5e-4 --offline-steps 20000 --log-interval 1000 --eval-interval 5000"""
+    --batch-size 128 --lr 5e-4 --offline-steps 16000 --log-interval 1000 --eval-interval 16000
+    --eval-slots 1"""
 SWEEP = {"QAM": "qam"} | {f"ME-AM, rho = {rho}": f"meam --rho {rho}" for rho in (0, 0.1, 0.3, 0.5)}
 SWEEP |= {
     "ME-AM, rho = 0.3, lambda x 0.3": "meam --rho 0.3 --entropy-scale {low}",

@@ -165,15 +165,16 @@ def work(pipe: int) -> None:
 
 
 class EnvPool:
-    """Environments in worker processes, slot i of `names` in worker i % workers (0: one per core).
-    Workers are fresh interpreters that import this module alone: jax does not survive a fork."""
+    """Environments in worker processes: of each name `each` in turn, fewer where that makes more
+    than 100 (some take 165 MiB). Slot i is in worker i % workers (0: one per core), a fresh
+    interpreter that imports this module alone: jax does not survive a fork."""
 
-    def __init__(self, names: list[str], workers: int = 0):
+    def __init__(self, names: list[str], workers: int = 0, each: int = 1):
+        names = [x for x in names for _ in range(min(each, 100 // len(names) or 1))]
         self.names, self._workers, n = names, [], len(names)
         self.states, self.plans = [np.zeros(())] * n, [()] * n  # the actions still to be played
         self.seeds, self.ages = np.zeros(n, np.uint32), np.zeros(n, np.int32)
-        root = str(Path(__file__).resolve().parent.parent)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
         for _ in range(min(workers or os.cpu_count(), n)):
             ours, theirs = Pipe()
             # Signals, which may go to the whole group of processes, are the parent's to answer.
@@ -197,7 +198,7 @@ class EnvPool:
             try:
                 answer = connection.recv()
             except (EOFError, OSError):
-                answer = f"process {process.pid} died with exit code {process.wait()}"
+                answer = f"process {process.pid} died: exit code {process.wait()} (-9: no memory?)"
             if isinstance(answer, str):
                 names = {self.names[slot] for slot, *_ in batch}
                 raise RuntimeError(f"environment worker with {sorted(names)}: {answer}")

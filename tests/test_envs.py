@@ -192,6 +192,15 @@ def test_play_counts_exactly(new_pool, workers, slots):
             assert np.array_equal(path[:, 2:4], np.concatenate(chunks)[: len(path)])
 
 
+def test_no_more_environments_than_a_hundred(new_pool):
+    """One of each name at least. They are made when they are started."""
+    for agents, each, n in ((1, 10, 10), (40, 10, 80), (60, 2, 60), (200, 3, 200), (0, 5, 0)):
+        names = [f"{TOY}{agent}" for agent in range(agents)]
+        pool = new_pool(names, 1, each)
+        assert len(pool.names) == len(pool.states) == len(pool.ages) == n
+        assert pool.names == [name for name in names for _ in range(n // agents)]
+
+
 @pytest.mark.parametrize("name, H", [("pointmaze-medium", 5), ("cube-single", 1)])
 def test_workers_and_slots_do_not_change_an_episode(new_pool, name, H):
     """Bit by bit; without success an episode lasts until the time limit."""
