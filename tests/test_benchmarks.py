@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import parts, throughput
+from benchmarks import environments, parts, throughput
 from benchmarks.learning import online_table, reported, table
 from benchmarks.multigoal import grid, measure
 from benchmarks.shares import shares
 from benchmarks.values import by_table
 from common.envs import GOALS
+from plot import read_rows
 
 AGENTS = 2
 
@@ -221,8 +222,24 @@ def test_parts_of_an_update(tmp_path, quick_compile):
     path = tmp_path / "parts.csv"
     options = dict(sizes=("small",), seconds=0, transitions=2000, out=str(path))
     parts.main(parts.Options(scripts=("meam",), **options))
-    gflop = {row["part"]: float(row["gflop"]) for row in throughput.read_rows(path)}
+    gflop = {row["part"]: float(row["gflop"]) for row in read_rows(path)}
     update, losses = gflop.pop("update"), "critic behavior adjoint_matching score expansion"
     assert gflop.pop("sample") == 0
     assert gflop.keys() == {f"{name}_loss" for name in losses.split()}
     assert sum(gflop.values()) == pytest.approx(update, rel=1e-3) and min(gflop.values()) > 0
+
+
+def test_what_environments_cost(tmp_path):
+    """A row each, in the order asked for; one whose model is large takes more memory."""
+    path = tmp_path / "environments.csv"
+    environments.main(environments.Options(envs=("multigoal", "humanoid"), out=str(path)))
+    plane, humanoid = read_rows(path)
+    assert (plane["env"], plane["observation"], plane["action"]) == ("multigoal", "2", "2")
+    assert (humanoid["env"], humanoid["observation"], humanoid["action"]) == (
+        "humanoid",
+        "348",
+        "17",
+    )
+    assert float(humanoid["memory_mib"]) > max(0.5, abs(float(plane["memory_mib"])))
+    assert float(humanoid["ms_step"]) > float(plane["ms_step"]) > 0 < float(humanoid["make_s"])
+    assert "mujoco " in plane["made_with"]
