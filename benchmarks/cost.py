@@ -2,11 +2,13 @@
 
     python -m benchmarks.cost --scripts qam meam qam_edit qam_fql
     python -m benchmarks.cost --scripts qam meam --sizes small paper --rounds 30
+    python -m benchmarks.cost --scripts qam --sizes small paper --loop --out benchmarks/results/loop
 
 In every round each script makes its updates once, one after the other, so that a slower or busier
 machine slows all of them; reported are the medians over the rounds of the seconds and of the ratio
 to the first script in the same round. Random data, one agent. Writes
-benchmarks/results/cost-<device>.json.
+benchmarks/results/cost-<device>.json. With --loop there is one more: the first script's update in
+the loop that most codebases have, a batch from NumPy and a dispatch per update.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ import jax
 import numpy as np
 import tyro
 
-from benchmarks.throughput import Trained
+from benchmarks.throughput import Loop, Trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Options:
     sizes: tuple[str, ...] = ("paper",)  # or small, see benchmarks/throughput.py
     rounds: int = 15  # measurements of each script, interleaved
     seconds: float = 0.3  # of updates in a measurement, about
+    loop: bool = False  # the first script's plain loop, too
     transitions: int = 50_000  # in the random dataset
     out: str = "benchmarks/results"  # folder of the JSON file
 
@@ -43,13 +46,15 @@ def main(options: Options) -> dict:
     for size in options.sizes:
         transitions = options.transitions
         measured = [Trained(name, size, transitions=transitions) for name in options.scripts]
+        names = [*options.scripts, *["plain loop"] * options.loop]
+        measured += [Loop(measured[0])] * options.loop
         for one in measured:
             one.seconds(1)  # compiles
         updates = max(1, round(options.seconds / measured[0].seconds(1)))
         times = np.array([[m.seconds(updates) for m in measured] for _ in range(options.rounds)])
         ratios = np.median(times / times[:, :1], axis=0)
         print(f"{size}: {'script':18s} ms/update  times {options.scripts[0]}")
-        for i, name in enumerate(options.scripts):
+        for i, name in enumerate(names):
             row = dict(size=size, script=name, ms=1e3 * np.median(times[:, i]) / updates)
             results["rows"].append(row | dict(ratio=ratios[i]))
             print(f"{'':{len(size) + 2}s}{name:18s} {row['ms']:9.2f}  {ratios[i]:9.2f}")

@@ -39,16 +39,16 @@ def measure(env: str) -> dict:
     name, process = env if env in ONLINE else f"{env}-singletask-task1-v0", psutil.Process()
     made, memory, start = [], [], 0.0
     for i in range(3):
-        start = time.perf_counter() if i == 1 else start
+        start = time.process_time() if i == 1 else start
         made.append(make_env(name))
         made[i].action_space.seed(0)
         made[i].reset(seed=0)
         memory.append(process.memory_info().rss / 2**20)
-    seconds, times = (time.perf_counter() - start) / 2, []
+    seconds, times = (time.process_time() - start) / 2, []
     for _ in range(300):
-        action, start = made[0].action_space.sample(), time.perf_counter()
+        action, start = made[0].action_space.sample(), time.process_time()
         over = made[0].step(action)[2:4]
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
         if any(over):
             made[0].reset()
     spaces = made[0].observation_space, made[0].action_space

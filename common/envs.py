@@ -166,7 +166,7 @@ def work(pipe: int) -> None:
 
 class EnvPool:
     """Environments in worker processes: of each name `each` in turn, fewer where that makes more
-    than 100 (some take 165 MiB). Slot i is in worker i % workers (0: one per core), a fresh
+    than 100 (some take 170 MiB). Slot i is in worker i % workers (0: one per core), a fresh
     interpreter that imports this module alone: jax does not survive a fork."""
 
     def __init__(self, names: list[str], workers: int = 0, each: int = 1):

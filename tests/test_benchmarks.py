@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import environments, parts, throughput
+from benchmarks import cost, environments, parts, throughput
 from benchmarks.learning import online_table, reported, table
 from benchmarks.multigoal import grid, measure
 from benchmarks.shares import shares
@@ -162,6 +162,23 @@ def test_speed_of_a_script(quick_compile, tmp_path, name):
         )
     assert len(throughput.table(rows).splitlines()) == 2 + len(rows)
     assert throughput.projection(rows) == ""  # of small sizes nothing is projected
+
+
+def test_cost_beside_the_plain_loop(quick_compile, tmp_path):
+    """A row for the script and one for its loop, whose batches are the sampler's: of trajectories
+    of 1000 transitions with rewards of -1, H = 5 discounted ones, but for chunks across an end."""
+    flags = dict(scripts=("baselines.rebrac",), sizes=("small",), rounds=2, seconds=0.0, loop=True)
+    rows = cost.main(cost.Options(transitions=3000, out=str(tmp_path), **flags))["rows"]
+    assert [row["script"] for row in rows] == ["baselines.rebrac", "plain loop"]
+    assert rows[0]["ratio"] == 1 and min(row["ms"] for row in rows) > 0
+    loop = throughput.Loop(throughput.Trained("baselines.rebrac", "small", 1, 3000))
+    loop.data = loop.data.replace(rewards=np.full((1, 3000), -1, np.float32))
+    batch = loop.draw()
+    assert batch.observations.shape == batch.next_observations.shape == (128, 2)
+    assert batch.actions.shape == (128, 10)
+    full = -(0.99 ** np.arange(5)).sum()
+    np.testing.assert_allclose(batch.rewards[batch.valid == 1], full, rtol=1e-6)
+    assert (batch.rewards[batch.valid == 0] > full).all()
 
 
 def test_updates_of_ppo(quick_compile):
