@@ -3,6 +3,7 @@
     python -m benchmarks.learning methods            every offline method, point maze, task 1
     python -m benchmarks.learning pointmaze          ME-AM, its ablations and QAM, tasks 1 to 5
     python -m benchmarks.learning cube               the same on cube-single (needs its dataset)
+    python -m benchmarks.learning cube-task-1        the same on its task 1 alone
     python -m benchmarks.learning puzzle-4x4         paper size, rho, lambda, sigma_min: for a GPU
     python -m benchmarks.learning cube-double        the same
     python -m benchmarks.learning plane              every online method on multigoal
@@ -88,6 +89,7 @@ SUITES = {  # suite -> (label -> command line, flags of all, tasks)
     ),
     "pointmaze": (ABLATIONS, "--offline-steps 10000 --eval-interval 10000", (1, 2, 3, 4, 5)),
     "cube": (ABLATIONS, CUBE, (1, 2, 3, 4, 5)),
+    "cube-task-1": (ABLATIONS, CUBE, (1,)),
     "puzzle-4x4": (sweep(0.3), f"--env puzzle-4x4 {LARGE}", (1, 2, 3, 4, 5)),
     "cube-double": (sweep(0.01), f"--env cube-double {LARGE}", (1, 2, 3, 4, 5)),
     "plane": (labelled(NINE), "--env multigoal", ()),
