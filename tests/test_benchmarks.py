@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cost, environments, parts, throughput
+from benchmarks import cost, environments, failures, parts, throughput
 from benchmarks.learning import online_table, reported, table
 from benchmarks.multigoal import grid, measure
 from benchmarks.shares import shares
@@ -260,3 +260,24 @@ def test_what_environments_cost(tmp_path):
     assert float(humanoid["memory_mib"]) > max(0.5, abs(float(plane["memory_mib"])))
     assert float(humanoid["ms_step"]) > float(plane["ms_step"]) > 0 < float(humanoid["make_s"])
     assert "mujoco " in plane["made_with"]
+
+
+def test_where_failed_episodes_go(tmp_path):
+    """Two tasks of two agents with two episodes: one of task 1 stays in its cell, one visits two,
+    the others succeed; of task 2 none fails. Gradients are those of the last row."""
+    start, step = np.zeros(2), np.array([[0.0, 0], [4, 0], [4, 1]])  # cells are 4 wide
+    paths = [start[None], step, step, step, *[step] * 4]
+    success = np.array([[0, 0], [1, 1], [1, 1], [1, 1]])
+    (tmp_path / "config.json").write_text('{"flags": {"env": "pointmaze-medium"}}')
+    lines = ["task,seed,step,tilt_norm", "1,0,5,9", "1,1,5,9", "2,0,5,9", "2,1,5,9"]
+    lines += ["1,0,10,1", "1,1,10,2", "2,0,10,3", "2,1,10,4"]
+    (tmp_path / "train.csv").write_text("\n".join(lines) + "\n")
+    paths = {f"path{i}": path for i, path in enumerate(paths)}
+    np.savez(tmp_path / "rollouts.npz", task=[1, 1, 2, 2], success=success, **paths)
+    out = tmp_path / "failures.csv"
+    failures.main(failures.Options((tmp_path,), out=str(out)))
+    first, second = read_rows(out)
+    expected = dict(task="1", success="0.500", failed="2", never_left="0.500", cells="1.50")
+    assert first == dict(run=tmp_path.name, tilt_norm="1.500") | expected
+    expected = dict(task="2", success="1.000", failed="0", never_left="", cells="")
+    assert second == dict(run=tmp_path.name, tilt_norm="3.500") | expected

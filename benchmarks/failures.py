@@ -1,0 +1,66 @@
+"""Where the failed episodes of point-maze runs go.
+
+    python -m benchmarks.failures runs/learning/*/pointmaze-medium/*
+
+Per run and task, of the evaluation that the run's rollouts.npz holds: success, number of failed
+episodes, share of them that never leave the start's cell, mean number of cells that they visit; and
+tilt_norm of the task's agents in the last row of train.csv, what tau times the critic's gradient
+amounts to. Prints all and writes benchmarks/results/pointmaze-failures.csv.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from common.envs import make_env
+from plot import flags_of, read_csv
+
+COLUMNS = "run task success failed never_left cells tilt_norm".split()
+
+
+@dataclass(frozen=True)
+class Options:
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]  # of complete runs
+    out: str = str(Path(__file__).resolve().parent / "results/pointmaze-failures.csv")
+
+
+def cells(path: np.ndarray, cell_of) -> int:
+    """Number of the maze's cells on a path (steps, 2)."""
+    return len({tuple(cell_of(state)) for state in path})
+
+
+def rows_of(folder: Path, cell_of) -> list[dict]:
+    """A row per task."""
+    train, rows = read_csv(folder / "train.csv"), []
+    with np.load(folder / "rollouts.npz") as file:
+        task, success = file["task"], file["success"]  # (agents,), (agents, episodes)
+        visited = [cells(file[f"path{i}"], cell_of) for i in range(success.size)]
+    visited, last = np.reshape(visited, success.shape), train["step"] == train["step"].max()
+    for one in np.unique(task):
+        failed = visited[task == one][success[task == one] == 0]
+        row = dict(run=folder.name, task=one, success=f"{success[task == one].mean():.3f}")
+        row |= dict(failed=len(failed), never_left="", cells="")
+        if len(failed):
+            row |= dict(never_left=f"{(failed == 1).mean():.3f}", cells=f"{failed.mean():.2f}")
+        tilt = train["tilt_norm"][last & (train["task"] == one)]
+        rows.append(row | dict(tilt_norm=f"{tilt.mean():.3f}"))
+    return rows
+
+
+def main(options: Options) -> None:
+    rows = []
+    for folder in options.folders:
+        env = make_env(f"{flags_of(folder)['env']}-singletask-task1-v0").unwrapped
+        rows += rows_of(folder, env.xy_to_ij)
+    with open(options.out, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader(), writer.writerows(rows)
+    print(Path(options.out).read_text(), end="")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
