@@ -53,7 +53,7 @@ def measure(env: str) -> dict:
             made[0].reset()
     spaces = made[0].observation_space, made[0].action_space
     row = dict(zip(("observation", "action"), (space.shape[0] for space in spaces)), env=env)
-    row |= dict(memory_mib=round((memory[2] - memory[0]) / 2, 1), make_s=round(seconds, 2))
+    row |= dict(memory_mib=round((memory[2] - memory[0]) / 2, 1), make_s=round(seconds, 3))
     return row | dict(ms_step=round(1e3 * float(np.median(times)), 3))
 
 

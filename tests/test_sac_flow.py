@@ -117,7 +117,7 @@ def path(args, tree, moments, s, key, mode, noisy=1.0):
         mean = x + v / T
         x = mean + sigma * noise[k]
         log_prob, after = log_prob + logpdf(x, mean, sigma), [*after, own]
-    log_prob = (log_prob - jnp.log(1 - jnp.tanh(x) ** 2)).sum(1)
+    log_prob = (log_prob + 2 * jnp.log(jnp.cosh(x))).sum(1)  # -log(1 - tanh^2 x), exactly
     return jnp.tanh(x), log_prob, jax.tree.map(lambda *x: jnp.stack(x), *after)
 
 
