@@ -5,6 +5,7 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from threading import Lock
 
 import flax.struct
 import jax
@@ -19,6 +20,7 @@ from common.envs import Source, make_env
 
 CACHE = Path(ogbench.utils.DEFAULT_DATASET_DIR).expanduser()
 labelling_env = cache(make_env)  # making one takes as long as labelling a million states
+labelling = Lock()  # one thread at a time: they share these environments
 
 
 def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path]:
@@ -104,7 +106,8 @@ def read(path: Path, source: Source, tasks, sparse: bool, clip: bool = True) -> 
         expected += [env.unwrapped.model.nq, getattr(env.unwrapped, "_num_buttons", 0)]
         if widths != expected:
             bad(f"{keys} have widths {widths}, expected {expected} for {source.env}")
-        relabel_dataset(source.env, env, raw)  # adds the labels of all M states
+        with labelling:
+            relabel_dataset(source.env, env, raw)  # adds the labels of all M states
         reward = raw["rewards"][rows]
         rewards.append(np.where(reward != 0, -1, 0) if sparse else reward)
         masks.append(raw["masks"][rows])

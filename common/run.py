@@ -167,8 +167,7 @@ class Run:
 
     @contextlib.contextmanager
     def saved(self):
-        """Around what changes nothing that a checkpoint holds, and the last one is of now: here a
-        signal ends the program at once."""
+        """Around what leaves all that was just saved alone: a signal ends the program at once."""
         try:
             Run.safe = f"{self.folder} is saved. Repeat the command to continue."
             if Run.stopping:
@@ -190,9 +189,8 @@ class Run:
             os.replace(new, path)
 
     def log(self, table: str, step: int, metrics: dict) -> None:
-        """Appends a row per agent to <table>.csv; `metrics`: name -> (agents,) numbers. Says which
-        agent's are not finite any more, and exits, with the last checkpoint left as it is, when
-        there is no agent left."""
+        """Appends a row per agent to <table>.csv; `metrics`: name -> (agents,) numbers. Says whose
+        are not finite any more; if nobody's are, exits and leaves the last checkpoint as it is."""
         values, path = np.array([*metrics.values()], float), self.folder / f"{table}.csv"
         for metric, agent in np.argwhere(~np.isfinite(values)):
             who = "{} of task {}, seed {}".format([*metrics][metric], *self.agents[agent])
