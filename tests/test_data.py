@@ -3,6 +3,7 @@ files are looked for, the schedule of the shards, the replay."""
 
 import os
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import gymnasium
@@ -578,6 +579,14 @@ def test_a_jump_after_a_restart_gives_the_same_shard(three):
             data, direct = shards.at(at)[0], directly[at // 4 % 3]
             for x, y in zip(jax.tree.leaves(data), jax.tree.leaves(direct)):
                 assert np.array_equal(x, y) and x.dtype == y.dtype
+
+
+def test_many_threads_label_at_once(three):
+    """They share the environments that label."""
+    expected = d.read(three[0], MAZE, (1, 2), True)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: d.read(three[0], MAZE, (1, 2), True), range(100)):
+            assert np.array_equal(found.rewards, expected.rewards)
 
 
 def test_the_first_call_may_be_for_the_last_shard(three):
