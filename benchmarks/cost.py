@@ -46,6 +46,8 @@ def main(options: Options) -> dict:
     for size in options.sizes:
         transitions = options.transitions
         measured = [Trained(name, size, transitions=transitions) for name in options.scripts]
+        if options.loop and not measured[0].offline:
+            raise SystemExit(f"--loop needs an offline script first, not {options.scripts[0]}")
         names = [*options.scripts, *["plain loop"] * options.loop]
         measured += [Loop(measured[0])] * options.loop
         for one in measured:

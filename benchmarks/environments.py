@@ -4,10 +4,10 @@
 
 Every environment is measured in a process of its own, as in a worker of `EnvPool`: what the second
 and the third one add to its resident memory [MiB], seconds until they are made and reset, and
-milliseconds of a step with random actions, median of 300. psutil is in requirements-dev.txt.
+milliseconds of a step with random actions, median of 300. Times are of a core at work, so that
+other jobs do not count. psutil is in requirements-dev.txt.
 """
 
-import csv
 import importlib.metadata
 import multiprocessing
 import os
@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import tyro
 
+from benchmarks import write_rows
 from common.envs import ONLINE, make_env
 from plot import markdown
 
@@ -52,7 +53,7 @@ def measure(env: str) -> dict:
         if any(over):
             made[0].reset()
     spaces = made[0].observation_space, made[0].action_space
-    row = dict(zip(("observation", "action"), (space.shape[0] for space in spaces)), env=env)
+    row = dict(env=env, observation=spaces[0].shape[0], action=spaces[1].shape[0])
     row |= dict(memory_mib=round((memory[2] - memory[0]) / 2, 1), make_s=round(seconds, 3))
     return row | dict(ms_step=round(1e3 * float(np.median(times)), 3))
 
@@ -61,16 +62,14 @@ def main(options: Options) -> None:
     packages = ("mujoco", "gymnasium", "ogbench", "gymnasium-robotics")
     made_with = [f"{x} {importlib.metadata.version(x)}" for x in packages]
     made_with = ", ".join([f"{os.cpu_count()} CPU cores, {platform.machine()}", *made_with])
-    columns = "env observation action memory_mib make_s ms_step made_with".split()
     rows, context = [], multiprocessing.get_context("spawn")
     for env in options.envs:
         with context.Pool(1) as pool:
             rows.append(pool.apply(measure, [env]) | dict(made_with=made_with))
         print(rows[-1], flush=True)
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader(), writer.writerows(rows)
-    print(markdown([columns[:-1], *([str(row[x]) for x in columns[:-1]] for row in rows)]))
+    write_rows(options.out, rows)
+    head = [*rows[0]][:-1]
+    print(markdown([head, *([str(row[name]) for name in head] for row in rows)]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ tilt_norm of the task's agents in the last row of train.csv, what tau times the 
 amounts to. Prints all and writes benchmarks/results/pointmaze-failures.csv.
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,10 +15,9 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from benchmarks import write_rows
 from common.envs import make_env
 from plot import flags_of, read_csv
-
-COLUMNS = "run task success failed never_left cells tilt_norm".split()
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,7 @@ def main(options: Options) -> None:
     for folder in options.folders:
         env = make_env(f"{flags_of(folder)['env']}-singletask-task1-v0").unwrapped
         rows += rows_of(folder, env.xy_to_ij)
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader(), writer.writerows(rows)
+    write_rows(options.out, rows)
     print(Path(options.out).read_text(), end="")
 
 

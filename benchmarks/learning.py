@@ -20,7 +20,6 @@ the online methods the return, and the FMER paper's statistic: the best evaluati
 within the last tenth of the steps, mean (standard deviation) over seeds.
 """
 
-import csv
 import dataclasses
 import importlib
 import json
@@ -37,6 +36,7 @@ import jax
 import numpy as np
 import tyro
 
+from benchmarks import write_rows
 from common.envs import ONLINE
 from common.run import read_checkpoint
 from plot import cell, interval, markdown, organise, panels, read_rows, summaries
@@ -217,11 +217,7 @@ def main(options):
         kept = [row for row in rows if row["label"] != label]
         order = list(commands)
         rows = sorted(kept + new, key=lambda row: order.index(row["label"]))
-        Path(options.out).mkdir(parents=True, exist_ok=True)
-        with open(results, "w", newline="") as file:
-            names = dict.fromkeys(name for row in rows for name in row)  # FMER logs more than SAC
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader(), writer.writerows(rows)
+        write_rows(results, rows)
         notes.write_text(json.dumps(runs, indent=1) + "\n")
     print(table(rows) if rows else "nothing was run")
 

@@ -29,7 +29,7 @@ from benchmarks.throughput import put_row
 from common.data import Replay, spread
 from common.envs import EnvPool, make_env, seed_of
 from common.run import configure
-from plot import read_rows
+from plot import markdown, read_rows
 
 KEY = ("script", "env", "agents", "hidden_dims", "batch_size", "device")
 COLUMNS = (
@@ -114,9 +114,7 @@ def main(options: Options) -> None:
     path = Path(options.out)
     if not options.table:
         put_row(path, measure(options), KEY, COLUMNS)
-    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
-    for row in read_rows(path):
-        print("| " + " | ".join(row[name] for name in COLUMNS) + " |")
+    print(markdown([COLUMNS, *([row[name] for name in COLUMNS] for row in read_rows(path))]))
 
 
 if __name__ == "__main__":

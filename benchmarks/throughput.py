@@ -13,7 +13,6 @@ numbers (`python -m benchmarks.shares`, `python -m benchmarks.online_throughput`
 configuration replaces an older one in benchmarks/results/throughput.csv.
 """
 
-import csv
 import dataclasses
 import importlib
 import importlib.metadata
@@ -28,8 +27,9 @@ import numpy as np
 import tyro
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from benchmarks import write_rows
 from common.data import Batch, Dataset, Replay, spread
-from plot import read_rows
+from plot import markdown, read_rows
 from tests.shared_blocks import named
 
 # name -> flags, observation and action size; flags that a script does not have are left out
@@ -250,15 +250,13 @@ def measure(name, options):
 
 def table(rows):
     """Markdown: the rows, with the loop's time over the chunk's."""
-    names = [*COLUMNS, "loop / chunk"]
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    lines = [[*COLUMNS, "loop / chunk"]]
     same = lambda x, y: all(x[name] == y[name] for name in ("script", "size", "device"))
     for row in rows:
         loop = [x for x in rows if x["way"] == "loop" and same(x, row) and row["way"] != "loop"]
         ratio = float(loop[0]["ms_update"]) / float(row["ms_agent_update"]) if loop else ""
-        cells = [row[name] for name in COLUMNS] + [f"{ratio:.2f}" if loop else ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([row[name] for name in COLUMNS] + [f"{ratio:.2f}" if loop else ""])
+    return markdown(lines)
 
 
 def projection(rows):
@@ -285,10 +283,7 @@ def put_row(path: Path, new: dict, key: tuple, columns: tuple) -> dict:
     """Writes a row in place of the one with the same key, or at the end. Returns it as read."""
     new = {name: str(new.get(name, "")) for name in columns}
     rows = [row for row in read_rows(path) if any(row[name] != new[name] for name in key)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader(), writer.writerows([*rows, new])
+    write_rows(path, [*rows, new], columns)
     return new
 
 

@@ -9,7 +9,6 @@ of its chunks lead to, and goes to the best of them. Walls are walls in the tabl
 step, with the run's discount. Prints all and writes benchmarks/results/pointmaze-values.csv.
 """
 
-import csv
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -18,9 +17,11 @@ import jax
 import numpy as np
 import tyro
 
+from benchmarks import write_rows
 from benchmarks.learning import ROOT, restored
 from common.data import locate
 from common.envs import make_env, resolve
+from plot import markdown
 
 COLUMNS = "task cell place states value td_error table".split()
 
@@ -95,12 +96,8 @@ def measure(options: Options) -> list[dict]:
 
 def main(options: Options) -> None:
     rows = measure(options)
-    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
-    for row in rows:
-        print("| " + " | ".join(str(row[name]) for name in COLUMNS) + " |")
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader(), writer.writerows(rows)
+    print(markdown([COLUMNS, *([str(row[name]) for name in COLUMNS] for row in rows)]))
+    write_rows(options.out, rows)
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ class Run:
 
     @contextlib.contextmanager
     def saved(self):
-        """Around what leaves all that was just saved alone: a signal ends the program at once."""
+        """Around what changes nothing that was just saved: a signal ends the program at once."""
         try:
             Run.safe = f"{self.folder} is saved. Repeat the command to continue."
             if Run.stopping:
@@ -190,7 +190,7 @@ class Run:
 
     def log(self, table: str, step: int, metrics: dict) -> None:
         """Appends a row per agent to <table>.csv; `metrics`: name -> (agents,) numbers. Says whose
-        are not finite any more; if nobody's are, exits and leaves the last checkpoint as it is."""
+        are not finite; if all agents are lost, exits and leaves the last checkpoint as it is."""
         values, path = np.array([*metrics.values()], float), self.folder / f"{table}.csv"
         for metric, agent in np.argwhere(~np.isfinite(values)):
             who = "{} of task {}, seed {}".format([*metrics][metric], *self.agents[agent])
