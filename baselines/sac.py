@@ -86,6 +86,10 @@ ENV_DEFAULTS = {
         hidden_dims=(64, 64, 64), batch_size=32,
         log_interval=500, eval_interval=5_000, eval_episodes=100, eval_slots=100,
     ),
+    "online-ant-xy": dict(  # OGBench's expert of the ant (common/ant.py)
+        total_steps=400_000, policy_delay=1, target_entropy=-0.5, actor_lr=1e-4, critic_lr=1e-4,
+        alpha_lr=1e-4, eval_interval=20_000,
+    ),
 }  # fmt: skip
 
 

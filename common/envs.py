@@ -30,7 +30,7 @@ ONLINE = {"multigoal": ("MultiGoal-v0", {})}
 _kitchen = lambda k: ("gymnasium_robotics:FrankaKitchen-v1", dict(tasks_to_complete=KITCHEN[:k]))
 ONLINE |= {f"kitchen-{k}": _kitchen(k) for k in (1, 2, 4, 7)}
 ONLINE |= {x.lower(): (f"{x}-v5", {}) for x in ("Hopper", "HalfCheetah", "Walker2d", "Humanoid")}
-
+ONLINE |= {"online-ant-xy": ("common.ant:OnlineAntXY-v0", {})}  # of OGBench's expert
 
 # env "cube-triple", dataset "cube-triple-play", task 1..5, protocol {flag: value}
 Source = namedtuple("Source", "env dataset task protocol")
