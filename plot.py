@@ -735,10 +735,8 @@ def committed(images: Path = ROOT / "docs/images") -> None:
     compare(Options(paths=(file,), out=picture, published=()))
     rows = json.loads((results / "bandits.json").read_text())["rows"]
     bandits.draw(rows, images / "bandits.png")
-    if (drawn := results / "multigoal-picture.json").exists():
-        multigoal.draw(json.loads(drawn.read_text()), images / "multigoal.png")
-    else:
-        say("multigoal.png stays: python -m benchmarks.multigoal leaves what it is drawn from")
+    drawn = json.loads((results / "multigoal-picture.json").read_text())
+    multigoal.draw(drawn, images / "multigoal.png")
 
 
 def writing(name: str, kind: str = ""):

@@ -8,5 +8,5 @@ import gymnasium
 from ogbench.online_locomotion.ant import AntEnv
 from ogbench.online_locomotion.wrappers import GymXYWrapper
 
-# The ant observes a unit direction, too, which changes after 100 steps; rewards are the way along it.
+# The ant also observes a unit direction, another after 100 steps; rewards are the way along it.
 gymnasium.register("OnlineAntXY-v0", lambda: GymXYWrapper(AntEnv()), max_episode_steps=1000)

@@ -29,6 +29,7 @@ MUJOCO = {  # observation, action, box, whether it ends early
 KITCHENS = {"kitchen-1": 1, "kitchen-2": 2, "kitchen-4": 4, "kitchen-7": 7}
 SIZES = {"multigoal": (2, 2, 30)} | {name: (59, 9, 280) for name in KITCHENS}
 SIZES |= {name: (*MUJOCO[name][:2], 1000) for name in MUJOCO}  # observation, action, steps
+SIZES |= {"online-ant-xy": (29, 8, 1000)}
 
 
 @pytest.fixture(scope="module")
