@@ -191,3 +191,28 @@ def test_kills(script, args, reference, here):
         print(f"{script}: exit code {process.returncode}, at most {delay:.2f} s after its start")
     assert process.returncode == 0, process.stderr
     assert_same(folder_of(script, args), reference)
+
+
+def test_kills_of_a_collection(tmp_path):
+    """SIGKILL at random moments of a collection, its workers still at work: the same command goes
+    on, and the files are those of a collection that nobody killed."""
+    generator, files = random.Random(0), []
+    line = [sys.executable, "-m", "common.collect", "pointmaze-medium-stitch", "--workers", "2"]
+    line += ["--transitions", "20000", "--dataset-dir"]
+    for folder, kills in ((tmp_path / "whole", 0), (tmp_path / "killed", KILLS or 2)):
+        for kill in range(kills + 1):
+            delay = generator.uniform(0, 3) if kill < kills else 1e6
+            pipes = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            process = subprocess.Popen([*line, str(folder)], **pipes)
+            said = process.stdout.readline()
+            assert "Collecting" in said or "already there" in said, process.stderr.read()
+            try:
+                process.communicate(timeout=delay)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+            if kills:
+                print(f"collect: exit code {process.returncode}, at most {delay:.2f} s after")
+        assert process.returncode == 0
+        files.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert len(files[0]) == 3 and files[0] == files[1]
