@@ -37,6 +37,7 @@ class Options:
 def by_table(states, ends, goal, radius, H, discount):
     """Value of each state: states (M, 2), ends (M,) 1 on the last of a trajectory -> (M,)."""
     squares, index = np.unique(np.floor(states).astype(int), axis=0, return_inverse=True)
+    index = index.ravel()  # numpy 2.0.0 alone gives it two axes
     trajectory = np.cumsum(ends) - ends
     start = np.flatnonzero(trajectory[:-H] == trajectory[H:])
     moves = np.zeros((len(squares), len(squares)))
