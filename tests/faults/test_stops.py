@@ -2,8 +2,9 @@
 """Runs that are interrupted by signals and kills, and continued: what they leave equals what an
 uninterrupted run leaves, bit by bit (but for the columns `seconds`).
 
-`FAULTS=9 pytest -s tests/faults/test_stops.py -k kills` kills every script so many times, at random
-moments. (Two kills of most are part of CI: test_killed_and_continued of tests/test_script_runs.py.)
+`FAULTS=9 pytest -s tests/faults/test_stops.py -k kills` kills every script, and the collection of a
+dataset, so many times, at random moments. (Two kills of most are part of CI:
+test_killed_and_continued of tests/test_script_runs.py.)
 """
 
 import gc
