@@ -1,4 +1,5 @@
-"""Make OGBench datasets locally with OGBench's own scripted experts and its official settings.
+"""Make OGBench datasets locally with OGBench's scripted experts (its ant: ours, common/ant.py) and
+its official settings.
 
     python -m common.collect pointmaze-medium-navigate --transitions 200000 --workers 2
 
@@ -17,6 +18,7 @@ import signal
 import sys
 import threading
 import zipfile
+import zlib
 from concurrent import futures
 from pathlib import Path
 
@@ -24,10 +26,12 @@ import numpy as np
 import tqdm
 import tyro
 
+from common.ant import WEIGHTS, walk
+
 # Official (training episodes, rows per episode); the last row is only the final state.
 EPISODES = dict.fromkeys(("cube-single", "cube-double", "scene", "puzzle-3x3", "puzzle-4x4"), 1000)
 EPISODES |= {"cube-triple": 3000, "cube-quadruple": 5000, "puzzle-4x5": 3000, "puzzle-4x6": 5000}
-MAZES = [f"pointmaze-{maze}" for maze in ("medium", "large", "giant", "teleport")]
+MAZES = [f"{x}maze-{y}" for x in ("point", "ant") for y in "medium large giant teleport".split()]
 OFFICIAL = {f"{d}-{kind}": (n, 1001) for d, n in EPISODES.items() for kind in ("play", "noisy")}
 OFFICIAL |= {f"{m}-navigate": (500, 2001) if "giant" in m else (1000, 1001) for m in MAZES}
 OFFICIAL |= {f"{m}-stitch": (5000, 201) for m in MAZES}
@@ -47,14 +51,14 @@ def make_env(dataset, rows=None):
     import ogbench  # noqa: F401  (registers the environments)
 
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # harmless warnings about box dtypes
-    extra = {} if dataset.startswith("pointmaze") else {"mode": "data_collection"}
+    extra = {} if "maze" in dataset else {"mode": "data_collection"}
     extra["max_episode_steps"] = rows or OFFICIAL[dataset][1]
     return gymnasium.make(f"{dataset.rsplit('-', 1)[0]}-v0", terminate_at_goal=False, **extra)
 
 
 def collect_episode(env, dataset, seed, episode):
     """Return the arrays of an episode, a row per step; they depend on nothing but the arguments."""
-    policy_of = _maze_policy if dataset.startswith("pointmaze") else _manipulation_policy
+    policy_of = _maze_policy if "maze" in dataset else _manipulation_policy
     for retry in itertools.count():
         words = np.random.SeedSequence([seed, episode, retry]).generate_state(2)
         np.random.seed(words[0])  # the mazes and the oracles draw from numpy's global generator
@@ -93,7 +97,11 @@ def _maze_policy(env, dataset, env_seed):
         xy = maze.get_xy()
         direction = search(maze.xy_to_ij(xy), maze.xy_to_ij(maze.cur_goal_xy))[0] - xy
         direction = direction / (np.linalg.norm(direction) + 1e-6)
-        ob, info = yield ob, np.clip(direction + np.random.normal(0, 0.5, 2), -1, 1)
+        if dataset.startswith("ant"):
+            action = walk(ob, direction) + np.random.normal(0, 0.2, 8)
+        else:
+            action = direction + np.random.normal(0, 0.5, 2)
+        ob, info = yield ob, np.clip(action, -1, 1)
         if navigate and info["success"]:
             goal = to_xy(goals[np.random.randint(len(goals))])
             # set_goal(goal_ij=...) draws the same goal but puts NaN into the target marker.
@@ -180,8 +188,8 @@ def collect(
         workers: number of processes (default: CPU count); does not change the contents
     """
     name = dataset.removesuffix("-v0")
-    if name.startswith(("antmaze", "humanoidmaze")):
-        raise CollectError(f"{name} needs trained experts and must be downloaded instead")
+    if "explore" in name or name.startswith(("antsoccer", "humanoidmaze")):
+        raise CollectError(f"{name} cannot be made here, it must be downloaded")
     if name not in OFFICIAL:
         near = ", ".join(difflib.get_close_matches(name, OFFICIAL, cutoff=0))
         raise CollectError(f"unknown dataset {name!r}; nearest names: {near}")
@@ -197,6 +205,7 @@ def collect(
     num_all = num_train + max(1, num_train // 10)
     settings = {"dataset": name, "episodes": num_train, "rows_per_episode": rows, "seed": seed}
     settings |= {lib: importlib.metadata.version(lib) for lib in ("ogbench", "mujoco", "numpy")}
+    settings |= {"expert": zlib.crc32(WEIGHTS.read_bytes())} if name.startswith("ant") else {}
     base = f"{Path(dataset_dir).expanduser()}/{name}-v0"
     train, val, parts, sidecar = (Path(base + e) for e in (".npz", "-val.npz", ".parts", ".json"))
     if train.exists() or val.exists() or parts.exists():

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cost, environments, failures, parts, throughput
-from benchmarks.learning import online_table, reported, table
+from baselines import sac
+from benchmarks import ant, cost, environments, failures, parts, throughput
+from benchmarks.learning import online_table, reported, restored, table
 from benchmarks.multigoal import grid, measure
 from benchmarks.shares import shares
 from benchmarks.values import by_table
+from common import ant as common_ant
 from common.envs import GOALS
+from common.run import parse
 from plot import read_rows
 
 AGENTS = 2
@@ -281,3 +284,33 @@ def test_where_failed_episodes_go(tmp_path):
     assert first == dict(run=tmp_path.name, tilt_norm="1.500") | expected
     expected = dict(task="2", success="1.000", failed="0", never_left="", cells="")
     assert second == dict(run=tmp_path.name, tilt_norm="3.500") | expected
+
+
+def test_the_ants_expert_is_a_runs_policy(tmp_path, monkeypatch):
+    """`walk` with what is kept of a run of sac.py gives the mode of its policy."""
+    monkeypatch.setattr(common_ant, "WEIGHTS", tmp_path / "ant.npz")
+    monkeypatch.setattr(ant, "WEIGHTS", tmp_path / "ant.npz")
+    common_ant._weights.cache_clear()
+    flags = "--env online-ant-xy --total-steps 30 --warmup-steps 20 --hidden-dims 16 8 --workers 1"
+    flags += " --eval-interval 30 --eval-episodes 1 --batch-size 4 --replay-size 30"
+    sac.main(parse(sac.Args, sac.ENV_DEFAULTS, [*flags.split(), "--run-dir", str(tmp_path)]))
+    folder = tmp_path / "sac/online-ant-xy/default"
+    ant.keep(folder)
+    _, args, state, _ = restored(folder, 29)
+    states = np.random.default_rng(0).normal(size=(5, 31))  # with x and y, and a direction
+    one = jax.tree.map(lambda x: x[0], state)
+    expected = sac.sample_actions(args, one, np.float32(states[:, 2:]), None, "eval")
+    actions = np.stack([common_ant.walk(x[:29], x[29:]) for x in states])
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(actions, expected, atol=1e-5)
+    common_ant._weights.cache_clear()
+
+
+def test_what_the_ants_expert_can(tmp_path, capsys):
+    """The kept one is fast and stands; a row for the plane, two for a maze."""
+    ant.main(ant.Options(episodes=1, out=str(tmp_path / "ant.csv"), mazes=("medium",)))
+    plane, quiet, noisy = read_rows(tmp_path / "ant.csv")
+    assert float(plane["speed"]) > 1 and plane["falls"] == "0"
+    assert (quiet["noise"], noisy["noise"]) == ("0.0", "0.2") and noisy["place"] == "antmaze-medium"
+    assert float(quiet["success"]) >= 0.8 and 100 < int(quiet["steps"]) < 1000
+    assert "| plane |" in capsys.readouterr().out

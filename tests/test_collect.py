@@ -109,7 +109,8 @@ def test_maze_loads_and_reaches_the_goal(maze):
 
 @pytest.mark.parametrize(
     "dataset",
-    ["pointmaze-teleport-navigate", "cube-double-noisy", "scene-noisy", "puzzle-3x3-play"],
+    ["pointmaze-teleport-navigate", "antmaze-medium-navigate", "cube-double-noisy", "scene-noisy"]
+    + ["puzzle-3x3-play"],
 )
 def test_an_episode_depends_on_its_seed_alone(dataset):
     used = c.make_env(dataset, 121)
@@ -138,6 +139,26 @@ def test_navigate_visits_several_goals():
     arrays = c.collect_episode(c.make_env(dataset), dataset, 0, 0)
     cells = {tuple(cell) for cell in np.round(arrays["observations"] / 4).astype(int)}
     assert len(arrays["terminals"]) == 1001 and len(cells) > 12
+
+
+def test_the_ant_walks(tmp_path):
+    """Its stitch episodes are four cells long; a file of another expert is not continued."""
+    path = c.collect("antmaze-medium-stitch", 800, tmp_path, workers=2)
+    arrays = read(path)
+    check_format(arrays, 4 * 201, ob_dim=29, act_dim=8)
+    assert np.array_equal(arrays["observations"][:, :15], arrays["qpos"])
+    moved = np.linalg.norm(np.diff(arrays["qpos"][:, :2], axis=0), axis=1)
+    inside = ~arrays["terminals"][:-1]
+    speed = 10 * moved[inside].mean()  # [m/s], of a step of 0.1 s
+    assert moved[inside].max() < 1 and speed > 1
+    env, train, _ = ogbench.make_env_and_datasets(
+        "antmaze-medium-stitch-singletask-task1-v0", dataset_dir=str(tmp_path)
+    )
+    assert train["observations"].shape == (800, *env.observation_space.shape)
+    settings = path.with_name("antmaze-medium-stitch-v0.json")
+    settings.write_text(settings.read_text().replace('"expert": ', '"expert": 1'))
+    with pytest.raises(c.CollectError, match="expert"):
+        c.collect("antmaze-medium-stitch", 800, tmp_path)
 
 
 def test_cube_moves_and_loads(cube):
@@ -187,7 +208,8 @@ def test_scene_whose_block_left_the_table_is_redone(monkeypatch):
     "args, message",
     [
         (["pointmase-medium-navigate"], "nearest names: pointmaze-medium-navigate"),
-        (["antmaze-medium-navigate-v0"], "must be downloaded"),
+        (["antmaze-medium-explore-v0"], "must be downloaded"),
+        (["antmaze-medium"], "nearest names: antmaze-medium-"),
         (["humanoidmaze-large-stitch"], "must be downloaded"),
         ([MAZE, "--transitions", "0"], "--transitions must be at least 1"),
         ([MAZE, "--workers", "0"], "--workers must be at least 1"),

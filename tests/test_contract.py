@@ -137,7 +137,7 @@ def test_families():
 
 
 def test_sizes():
-    """A script has at most 480 lines, common/ 900 (docs/design.md says why), collect.py 250."""
+    """A script has at most 480 lines, common/ 900, without what collects (docs/design.md)."""
     sizes = {path.name: len(path.read_text().splitlines()) for path in SCRIPTS}
     assert max(sizes.values()) <= 480, sizes
     common = {p.name: len(p.read_text().splitlines()) for p in (ROOT / "common").glob("*.py")}

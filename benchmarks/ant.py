@@ -1,0 +1,94 @@
+"""The expert of AntMaze's datasets: keeps the policy of a run in common/ant.npz, and measures it.
+
+    python -m baselines.sac --env online-ant-xy
+    python -m benchmarks.ant --run runs/sac/online-ant-xy/default
+    python -m benchmarks.ant                                 measures common/ant.npz
+
+Measured are the speed along the wanted direction [m/s] and the falls in episodes of its training
+environment, and the share of OGBench's five tasks of each maze that it solves when it is sent to
+the next cell of the shortest way, with the noise of the datasets (0.2) and without, and in how many
+steps (mean over the solved episodes). Writes benchmarks/results/ant-expert.csv.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from benchmarks import write_rows
+from benchmarks.learning import ROOT, restored
+from common.ant import WEIGHTS, walk
+from common.envs import make_env, seed_of
+from plot import markdown
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    run: str = ""  # folder of the run whose policy is kept; without it that in common/ant.npz stays
+    episodes: int = 10  # on the plane, and of each task with each noise
+    mazes: tuple[str, ...] = ("medium", "large", "giant")
+    out: str = str(ROOT / "benchmarks/results/ant-expert.csv")
+
+
+def keep(folder: Path) -> None:
+    """The policy's layers, the last one without its half for the deviation, and the run's flags."""
+    _, args, state, config = restored(folder, 29)
+    layers = state.params["policy"]["params"]
+    arrays = {}
+    for i in range(len(layers)):
+        for name, x in layers[f"Dense_{i}"].items():
+            x = x[0] if i < len(layers) - 1 else x[0, ..., : args.action_size]
+            arrays[f"{name}_{i}"] = np.asarray(x, np.float32)
+    np.savez_compressed(WEIGHTS, **arrays)
+
+
+def on_the_plane(episodes: int) -> dict:
+    """In the training environment."""
+    env, rewards, falls = make_env("online-ant-xy"), [], 0
+    for episode in range(episodes):
+        np.random.seed(seed_of(0, episode))  # of the directions
+        observation, over = env.reset(seed=seed_of(0, episode))[0], False
+        while not over:
+            action = walk(np.concatenate([[0, 0], observation[:-2]]), observation[-2:])
+            observation, reward, fell, late, _ = env.step(action)
+            rewards.append(reward)
+            over, falls = fell or late, falls + fell
+    speed = np.mean(rewards) / env.unwrapped.dt
+    return dict(place="plane", speed=round(float(speed), 2), falls=int(falls))
+
+
+def in_a_maze(maze: str, noise: float, episodes: int) -> dict:
+    """On the way that OGBench's search finds."""
+    steps = []
+    for task in range(1, 6):
+        env = make_env(f"antmaze-{maze}-singletask-task{task}-v0")
+        for episode in range(episodes):
+            np.random.seed(seed_of(task, episode))
+            observation, info, over, step = *env.reset(seed=seed_of(task, episode)), False, 0
+            while not over:
+                xy, goal = env.unwrapped.get_xy(), env.unwrapped.cur_goal_xy
+                direction = env.unwrapped.get_oracle_subgoal(xy, goal)[0] - xy
+                action = walk(observation, direction / (np.linalg.norm(direction) + 1e-6))
+                action = np.clip(action + np.random.normal(0, noise, 8), -1, 1)
+                observation, _, terminated, truncated, info = env.step(action)
+                over, step = terminated or truncated, step + 1
+            steps.append(step if info["success"] else np.nan)
+    solved = np.isfinite(steps)
+    row = dict(place=f"antmaze-{maze}", noise=noise, success=round(float(solved.mean()), 3))
+    return row | dict(steps=round(float(np.nanmean(steps))) if solved.any() else "")
+
+
+def main(options: Options) -> None:
+    if options.run:
+        keep(Path(options.run))
+    rows = [on_the_plane(options.episodes)]
+    for maze in options.mazes:
+        rows += [in_a_maze(maze, noise, options.episodes) for noise in (0.0, 0.2)]
+    names = "place noise speed falls success steps".split()
+    write_rows(options.out, rows, names)
+    print(markdown([names, *([str(row.get(name, "")) for name in names] for row in rows)]))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
