@@ -1,7 +1,7 @@
 """OGBench's ant: the environment its expert learns in, and the expert of `common.collect`.
 
-    python -m baselines.sac --env online-ant-xy                   trains it
-    python -m benchmarks.ant runs/sac/online-ant-xy/default       writes common/ant.npz, measures it
+    python -m baselines.sac --env online-ant-xy                    trains it
+    python -m benchmarks.ant --run runs/sac/online-ant-xy/default  writes common/ant.npz
 """
 
 import functools

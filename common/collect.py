@@ -1,5 +1,5 @@
-"""Make OGBench datasets locally with OGBench's scripted experts (its ant: ours, common/ant.py) and
-its official settings.
+"""Make OGBench datasets locally with OGBench's official settings and scripted experts, for AntMaze
+with an ant of our own (common/ant.py).
 
     python -m common.collect pointmaze-medium-navigate --transitions 200000 --workers 2
 
@@ -22,7 +22,9 @@ import zlib
 from concurrent import futures
 from pathlib import Path
 
+import gymnasium
 import numpy as np
+import ogbench  # noqa: F401  (registers the environments)
 import tqdm
 import tyro
 
@@ -47,9 +49,6 @@ class CollectError(Exception):
 @functools.cache
 def make_env(dataset, rows=None):
     """Make the environment that a dataset is collected in (``rows`` shortens its episodes)."""
-    import gymnasium
-    import ogbench  # noqa: F401  (registers the environments)
-
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # harmless warnings about box dtypes
     extra = {} if "maze" in dataset else {"mode": "data_collection"}
     extra["max_episode_steps"] = rows or OFFICIAL[dataset][1]

@@ -44,7 +44,7 @@ def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path
         raise SystemExit(
             f"no {file} in {here} ({e}). Provide it: (1) --dataset-dir FOLDER with OGBench's file "
             f"or 100M shards; (2) put it into {CACHE}; (3) download it: have a network, no folder; "
-            f"(4) make it: python -m common.collect {source.dataset} or --collect 1000000 (no ants)"
+            f"(4) make it: python -m common.collect {source.dataset} or --collect 1000000"
         ) from None
 
 
