@@ -18,7 +18,7 @@ from tests.shared_blocks import ROOT, named
 
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end generated -->\n)", re.DOTALL)
 ROW = re.compile(r"^(\| \[`([\w/]+)\.py`\].*\(docs/\w+\.md\) \|).*$", re.MULTILINE)  # a method's
-OURS = dict(offline=("methods.csv", "success", 2), online=("plane-pilots.csv", "return", 1))
+OURS = dict(offline=("methods.csv", "success", 2), online=("plane.csv", "return", 1))
 
 
 def equations(text: str) -> list[str]:
