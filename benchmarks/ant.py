@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from benchmarks import write_rows
+from benchmarks import as_table, write_rows
 from benchmarks.learning import ROOT, restored
-from common.ant import WEIGHTS, walk
+from common import ant
+from common.collect import heading, search_of
 from common.envs import make_env, seed_of
-from plot import markdown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Options:
 
 
 def keep(folder: Path) -> None:
-    """The policy's layers, the last one without its half for the deviation, and the run's flags."""
-    _, args, state, config = restored(folder, 29)
+    """The policy's layers, the last one without its half for the deviation."""
+    _, args, state, _ = restored(folder, 29)
     layers = state.params["policy"]["params"]
     arrays = {}
     for i in range(len(layers)):
         for name, x in layers[f"Dense_{i}"].items():
             x = x[0] if i < len(layers) - 1 else x[0, ..., : args.action_size]
             arrays[f"{name}_{i}"] = np.asarray(x, np.float32)
-    np.savez_compressed(WEIGHTS, **arrays)
+    np.savez_compressed(ant.WEIGHTS, **arrays)
 
 
 def on_the_plane(episodes: int) -> dict:
@@ -50,7 +50,7 @@ def on_the_plane(episodes: int) -> dict:
         np.random.seed(seed_of(0, episode))  # of the directions
         observation, over = env.reset(seed=seed_of(0, episode))[0], False
         while not over:
-            action = walk(np.concatenate([[0, 0], observation[:-2]]), observation[-2:])
+            action = ant.walk(np.concatenate([[0, 0], observation[:-2]]), observation[-2:])
             observation, reward, fell, late, _ = env.step(action)
             rewards.append(reward)
             over, falls = fell or late, falls + fell
@@ -63,13 +63,12 @@ def in_a_maze(maze: str, noise: float, episodes: int) -> dict:
     steps = []
     for task in range(1, 6):
         env = make_env(f"antmaze-{maze}-singletask-task{task}-v0")
+        search = search_of(env.unwrapped)
         for episode in range(episodes):
             np.random.seed(seed_of(task, episode))
             observation, info, over, step = *env.reset(seed=seed_of(task, episode)), False, 0
             while not over:
-                xy, goal = env.unwrapped.get_xy(), env.unwrapped.cur_goal_xy
-                direction = env.unwrapped.get_oracle_subgoal(xy, goal)[0] - xy
-                action = walk(observation, direction / (np.linalg.norm(direction) + 1e-6))
+                action = ant.walk(observation, heading(env.unwrapped, search))
                 action = np.clip(action + np.random.normal(0, noise, 8), -1, 1)
                 observation, _, terminated, truncated, info = env.step(action)
                 over, step = terminated or truncated, step + 1
@@ -87,7 +86,7 @@ def main(options: Options) -> None:
         rows += [in_a_maze(maze, noise, options.episodes) for noise in (0.0, 0.2)]
     names = "place noise speed falls success steps".split()
     write_rows(options.out, rows, names)
-    print(markdown([names, *([str(row.get(name, "")) for name in names] for row in rows)]))
+    print(as_table(rows, names))
 
 
 if __name__ == "__main__":

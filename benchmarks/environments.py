@@ -20,9 +20,8 @@ import numpy as np
 import psutil
 import tyro
 
-from benchmarks import write_rows
+from benchmarks import as_table, write_rows
 from common.envs import ONLINE, make_env
-from plot import markdown
 
 OFFLINE = """pointmaze-medium pointmaze-giant antmaze-large antmaze-giant humanoidmaze-medium
     humanoidmaze-large antsoccer-arena cube-single cube-double cube-triple cube-quadruple scene
@@ -68,8 +67,7 @@ def main(options: Options) -> None:
             rows.append(pool.apply(measure, [env]) | dict(made_with=made_with))
         print(rows[-1], flush=True)
     write_rows(options.out, rows)
-    head = [*rows[0]][:-1]
-    print(markdown([head, *([str(row[name]) for name in head] for row in rows)]))
+    print(as_table(rows, [*rows[0]][:-1]))
 
 
 if __name__ == "__main__":

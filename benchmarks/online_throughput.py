@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from benchmarks import as_table
 from benchmarks.throughput import put_row
 from common.data import Replay, spread
 from common.envs import EnvPool, make_env, seed_of
 from common.run import configure
-from plot import markdown, read_rows
+from plot import read_rows
 
 KEY = ("script", "env", "agents", "hidden_dims", "batch_size", "device")
 COLUMNS = (
@@ -114,7 +115,7 @@ def main(options: Options) -> None:
     path = Path(options.out)
     if not options.table:
         put_row(path, measure(options), KEY, COLUMNS)
-    print(markdown([COLUMNS, *([row[name] for name in COLUMNS] for row in read_rows(path))]))
+    print(as_table(read_rows(path), COLUMNS))
 
 
 if __name__ == "__main__":

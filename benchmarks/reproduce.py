@@ -25,7 +25,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.learning import METHODS, NINE, labelled  # noqa: E402 (also run as a script)
+from benchmarks.learning import EIGHT_TASKS, METHODS, NINE, labelled  # noqa: E402 (run as a script)
 from common.envs import ONLINE  # noqa: E402
 from common.run import configure  # noqa: E402
 from plot import DOMAINS, read_csv  # noqa: E402
@@ -33,8 +33,6 @@ from plot import DOMAINS, read_csv  # noqa: E402
 LARGE = ("puzzle-4x4", "cube-quadruple")
 OTHER_DATA = """antmaze-large-stitch humanoidmaze-medium-stitch scene-noisy puzzle-3x3-noisy
     cube-double-noisy cube-triple-noisy""".split()
-# the kitchen's four, MuJoCo's four
-EIGHT_TASKS = [env for env in ONLINE if env not in ("multigoal", "online-ant-xy")]
 TASKS, TWELVE, EIGHT, FIVE = "--tasks 1 2 3 4 5", "--num-seeds 12", "--num-seeds 8", "--num-seeds 5"
 
 Run = namedtuple("Run", "experiment module env name flags")  # flags: of the script, a string

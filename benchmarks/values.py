@@ -17,13 +17,10 @@ import jax
 import numpy as np
 import tyro
 
-from benchmarks import write_rows
+from benchmarks import as_table, write_rows
 from benchmarks.learning import ROOT, restored
 from common.data import locate
 from common.envs import make_env, resolve
-from plot import markdown
-
-COLUMNS = "task cell place states value td_error table".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +94,7 @@ def measure(options: Options) -> list[dict]:
 
 def main(options: Options) -> None:
     rows = measure(options)
-    print(markdown([COLUMNS, *([str(row[name]) for name in COLUMNS] for row in rows)]))
+    print(as_table(rows))
     write_rows(options.out, rows)
 
 

@@ -18,8 +18,8 @@ WEIGHTS = Path(__file__).with_name("ant.npz")
 
 
 @functools.cache
-def _weights():
-    with np.load(WEIGHTS) as file:
+def _weights(path):
+    with np.load(path) as file:
         return [(file[f"kernel_{i}"], file[f"bias_{i}"]) for i in range(len(file.files) // 2)]
 
 
@@ -27,6 +27,6 @@ def walk(observation: np.ndarray, direction: np.ndarray) -> np.ndarray:
     """The expert's action (8,) in [-1, 1] that takes an ant of AntMaze, observation (29,), into a
     direction (2,) of norm 1: the mode of SAC's policy. The same bits on any number of threads."""
     x = np.concatenate([observation[2:], direction], dtype=np.float32)
-    for i, (kernel, bias) in enumerate(_weights()):
+    for i, (kernel, bias) in enumerate(_weights(WEIGHTS)):
         x = np.einsum("i,ij->j", np.maximum(x, 0) if i else x, kernel) + bias
     return np.tanh(x)

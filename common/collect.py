@@ -76,12 +76,24 @@ def collect_episode(env, dataset, seed, episode):
             return {k: v.astype("f4") if v.dtype == float else v for k, v in columns.items()}
 
 
+def search_of(maze):
+    """(cell, cell) -> the place to go to next on the shortest way, and all cells' distances."""
+    # Cached, as it depends only on the two cells and searching the maze is slow.
+    xy = maze.ij_to_xy
+    return functools.cache(lambda start, goal: maze.get_oracle_subgoal(xy(start), xy(goal)))
+
+
+def heading(maze, search):
+    """The unit direction from where the agent is to the next cell on the way to its goal."""
+    xy = maze.get_xy()
+    direction = search(maze.xy_to_ij(xy), maze.xy_to_ij(maze.cur_goal_xy))[0] - xy
+    return direction / (np.linalg.norm(direction) + 1e-6)
+
+
 # A policy resets the environment, yields (observation, action) and is sent (observation, info).
 def _maze_policy(env, dataset, env_seed):
     maze, navigate = env.unwrapped, dataset.endswith("navigate")
-    to_xy = maze.ij_to_xy
-    # Cached, as it depends only on the two cells and searching the maze is slow.
-    search = functools.cache(lambda a, b: maze.get_oracle_subgoal(to_xy(a), to_xy(b)))
+    search = search_of(maze)
     wall = maze.maze_map == 1
     free = [tuple(cell) for cell in np.argwhere(~wall)]
     start = free[np.random.randint(len(free))]
@@ -93,16 +105,14 @@ def _maze_policy(env, dataset, env_seed):
     task = {"init_ij": start, "goal_ij": goals[np.random.randint(len(goals))]}
     ob, info = env.reset(seed=env_seed, options={"task_info": task})
     while True:
-        xy = maze.get_xy()
-        direction = search(maze.xy_to_ij(xy), maze.xy_to_ij(maze.cur_goal_xy))[0] - xy
-        direction = direction / (np.linalg.norm(direction) + 1e-6)
+        direction = heading(maze, search)
         if dataset.startswith("ant"):
             action = walk(ob, direction) + np.random.normal(0, 0.2, 8)
         else:
             action = direction + np.random.normal(0, 0.5, 2)
         ob, info = yield ob, np.clip(action, -1, 1)
         if navigate and info["success"]:
-            goal = to_xy(goals[np.random.randint(len(goals))])
+            goal = maze.ij_to_xy(goals[np.random.randint(len(goals))])
             # set_goal(goal_ij=...) draws the same goal but puts NaN into the target marker.
             maze.set_goal(goal_xy=maze.add_noise(goal))
 

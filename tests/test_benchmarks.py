@@ -289,8 +289,6 @@ def test_where_failed_episodes_go(tmp_path):
 def test_the_ants_expert_is_a_runs_policy(tmp_path, monkeypatch):
     """`walk` with what is kept of a run of sac.py gives the mode of its policy."""
     monkeypatch.setattr(common_ant, "WEIGHTS", tmp_path / "ant.npz")
-    monkeypatch.setattr(ant, "WEIGHTS", tmp_path / "ant.npz")
-    common_ant._weights.cache_clear()
     flags = "--env online-ant-xy --total-steps 30 --warmup-steps 20 --hidden-dims 16 8 --workers 1"
     flags += " --eval-interval 30 --eval-episodes 1 --batch-size 4 --replay-size 30"
     sac.main(parse(sac.Args, sac.ENV_DEFAULTS, [*flags.split(), "--run-dir", str(tmp_path)]))
@@ -303,7 +301,6 @@ def test_the_ants_expert_is_a_runs_policy(tmp_path, monkeypatch):
     actions = np.stack([common_ant.walk(x[:29], x[29:]) for x in states])
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(actions, expected, atol=1e-5)
-    common_ant._weights.cache_clear()
 
 
 def test_what_the_ants_expert_can(tmp_path, capsys):
