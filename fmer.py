@@ -34,15 +34,15 @@ import tyro
 from tqdm import tqdm
 
 from common.data import Replay, spread
-from common.envs import MULTIGOAL_STEPS, EnvPool, make_env, multigoal, resolve, seed_of
+from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, make_env, multigoal, resolve, seed_of
 from common.networks import LECUN, Critic, TimedMLP, mish
-from common.run import Run, ours, parse
+from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     # --- shared: run arguments ---
-    env: str = "multigoal"  # or kitchen-1, -2, -4, -7, hopper, halfcheetah, walker2d, humanoid
+    env: str = "multigoal"  # kitchen-1|2|4|7 hopper halfcheetah walker2d humanoid online-ant-xy
     seed: int = 0  # first seed; an agent does not depend on those trained beside it
     num_seeds: int = 1  # agents trained at once: seed, seed + 1, ...
     name: str = "default"  # of the run's folder runs/<script>/<env>/<name>
@@ -59,6 +59,7 @@ class Args:
     eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
     track: bool = False  # log to Weights & Biases, too
     compile_cache: str = ""  # folder of compiled programs (default: run_dir/.compiled), or none
+    precision: Precision = "default"  # of matrix products on a GPU (NVIDIA's default: TF32)
     discount: float = 0.99  # gamma, per environment step
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
     # --- end shared ---
@@ -70,7 +71,7 @@ class Args:
     flow_steps: int = 10  # T: steps of the solver from noise to action
     solver: Literal["euler", "rk2", "rk4"] = "euler"  # rk2 is the midpoint rule
     squash: Literal["tanh", "clip"] = "tanh"  # ablation: actions are clipped latents
-    latent_clip: float = 7.2543  # largest |z_1|, here atanh(1 - 1e-6)
+    latent_clip: float = 7.2543  # largest |z_1| of tanh, here atanh(1 - 1e-6)
     weights: Literal["soft", "uniform", "top1"] = "soft"  # ablations of softmax(Q / eta)
     eta_init: float = 0.5  # first temperature of the weights
     eta_fixed: float = 0.0  # ablation: eta stays at this value (0: it is tuned)
@@ -437,7 +438,7 @@ def main(args):
         bar.write(f"{done:,} steps: return {scores['return'].mean():.1f}")
         return result
 
-    total, result, updates = args.total_steps, None, saved["means"][1]
+    total, result, updates, steps = args.total_steps, None, saved["means"][1], 1
     halts = lambda: done == total or done % args.eval_interval == 0
     due = lambda n: max(0, n - args.warmup_steps) // args.env_steps_per_update  # updates until n
     bar = tqdm(initial=done, total=total, unit="step", dynamic_ncols=True, disable=None)
@@ -450,7 +451,6 @@ def main(args):
             carry = state, sums, replay, world
             state, sums, replay, world = train_on_plane(args, *carry, done, steps)
         else:
-            steps = 1
             if not done:
                 pool.start(everyone, first)
             choose = partial(policy, mode="explore") if done >= args.warmup_steps else explore
@@ -460,7 +460,7 @@ def main(args):
             taken = pool.step(lambda *_: plan, everyone)
             replay = replay.append({name: x[:, None] for name, x in taken.items()})
             over = np.flatnonzero(taken["terminals"]).tolist()
-            pool.start(over, [seed_of(agents[i][1], agents[i][0], done + 1) for i in over])
+            pool.start(over, [seed_of(*agents[i][::-1], done + 1, TRAINING) for i in over])
         done, updates = done + steps, updates + due(done + steps) - due(done)
         bar.update(steps)
         if updates and (halts() or done % args.log_interval == 0):

@@ -693,11 +693,14 @@ def compare(options: Options) -> None:
     if not rows:
         raise SystemExit("there are no evaluations")
     online = all(row["env"] in ONLINE for row in rows)
-    metric = options.metric or ("return" if online or "success" not in rows[0] else "success")
+    success = not online and any(row.get("success", "") != "" for row in rows)
+    metric = options.metric or ("success" if success else "return")
     labels = list(dict.fromkeys(row["label"] for row in rows))
     if unknown := [name for name in options.only if name not in labels]:
         raise SystemExit(f"no method {', '.join(unknown)}; there is {'; '.join(labels)}")
     found = organise([row for row in rows if row["label"] in (options.only or labels)], metric)
+    if without := [label for label in options.only or labels if label not in found]:
+        say(f"left out, for {metric} was not logged: {', '.join(without)}")
     found = {label: found[label] for label in options.only or labels if label in found}
     titles = panels(found, options.by, metric)
     published = {} if options.published is None else read_published(metric)

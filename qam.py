@@ -33,9 +33,9 @@ import tyro
 from tqdm import tqdm
 
 from common.data import Replay, Shards, locate, sample, spread
-from common.envs import EnvPool, resolve, seed_of
+from common.envs import TRAINING, EnvPool, resolve, seed_of
 from common.networks import Critic, Field
-from common.run import Run, ours, parse
+from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Args:
     eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
     track: bool = False  # log to Weights & Biases, too
     compile_cache: str = ""  # folder of compiled programs (default: run_dir/.compiled), or none
+    precision: Precision = "default"  # of matrix products on a GPU (NVIDIA's default: TF32)
     chunk_length: int = 5  # H: actions chosen at once and played open loop
     discount: float = 0.99  # gamma, per environment step
     sparse: bool = False  # reward -1 until all is done (else minus the number of unmet sub-goals)
@@ -68,7 +69,7 @@ class Args:
 
     # method
     inv_temp: float = 1.0  # tau: inverse temperature of exp(tau Q); 0 is behaviour cloning
-    pessimism: float = 0.5  # rho: a target's value is mean - rho std over the critics
+    pessimism: float = 0.5  # a target's value is mean - this times std over the critics
     flow_steps: int = 10  # T: steps from noise to action, of the flow or the diffusion
 
     # networks and optimiser
@@ -76,7 +77,7 @@ class Args:
     num_critics: int = 10  # K: critics in the ensemble
     batch_size: int = 256  # B: chunks per update
     lr: float = 3e-4  # Adam's learning rate
-    target_rate: float = 0.005  # lambda: rate of the moving averages (target networks)
+    target_rate: float = 0.005  # rate of the moving averages (target networks)
     grad_clip: float = 1.0  # largest norm of the joint gradient of all networks
 
 
@@ -338,7 +339,7 @@ def main(args):
         return result
 
     total, result, (sums, updates) = args.offline_steps + args.online_steps, None, saved["means"]
-    halts = lambda: done == total or done % args.eval_interval == 0
+    halts = lambda: done in (args.offline_steps, total) or done % args.eval_interval == 0
     bar = tqdm(initial=done, total=total, unit="update", dynamic_ncols=True, disable=None)
     while run.last["eval"] < total and not args.eval_only:
         if run.last["eval"] < done and halts():
@@ -359,7 +360,7 @@ def main(args):
             taken["rewards"] = -1.0 * (taken["rewards"] != 0) if args.sparse else taken["rewards"]
             replay = replay.append({name: x[:, None] for name, x in taken.items()})
             over = np.flatnonzero(taken["terminals"]).tolist()
-            pool.start(over, [seed_of(agents[i][1], agents[i][0], now) for i in over])
+            pool.start(over, [seed_of(*agents[i][::-1], now, TRAINING) for i in over])
             steps, trained = 1, int(now >= args.start_training)
         state, metrics = train_chunk(args, state, data, replay, task, trained)
         sums = jax.tree.map(jnp.add, sums, metrics)

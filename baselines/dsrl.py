@@ -34,9 +34,9 @@ import tyro
 from tqdm import tqdm
 
 from common.data import Replay, Shards, locate, sample, spread
-from common.envs import EnvPool, resolve, seed_of
+from common.envs import TRAINING, EnvPool, resolve, seed_of
 from common.networks import Critic, Field, TanhGaussian
-from common.run import Run, ours, parse
+from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Args:
     eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
     track: bool = False  # log to Weights & Biases, too
     compile_cache: str = ""  # folder of compiled programs (default: run_dir/.compiled), or none
+    precision: Precision = "default"  # of matrix products on a GPU (NVIDIA's default: TF32)
     chunk_length: int = 5  # H: actions chosen at once and played open loop
     discount: float = 0.99  # gamma, per environment step
     sparse: bool = False  # reward -1 until all is done (else minus the number of unmet sub-goals)
@@ -69,7 +70,7 @@ class Args:
 
     # method
     noise_scale: float = 1.0  # sigma_z: the latent actor's box is [-sigma_z, sigma_z]^A
-    pessimism: float = 0.5  # rho: a target's value is mean - rho std over the critics
+    pessimism: float = 0.5  # a target's value is mean - this times std over the critics
     flow_steps: int = 10  # T: steps from noise to action, of the flow or the diffusion
 
     # networks and optimiser
@@ -77,7 +78,7 @@ class Args:
     num_critics: int = 10  # K: critics in the ensemble
     batch_size: int = 256  # B: chunks per update
     lr: float = 3e-4  # Adam's learning rate
-    target_rate: float = 0.005  # lambda: rate of the moving averages (target networks)
+    target_rate: float = 0.005  # rate of the moving averages (target networks)
 
 
 # Noise scales of the ten domains: launch script of the official QAM repository, and its paper. The
@@ -173,7 +174,7 @@ def sample_actions(args, state, observations, key):
 
 def critic_loss(args, params, state, batch, key):
     """TD error of every critic against one pessimistic target.  # Eq. (84), (26)"""
-    # ref: no entropy bonus in the target; the deviation is the population one (1/K).
+    # No entropy bonus in the target. ref: the deviation is the population one (1/K).
     next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
     next_value = next_q.mean(0) - args.pessimism * next_q.std(0)
@@ -198,7 +199,7 @@ def distillation_loss(args, params, state, batch, key):
     """Each latent critic imitates its action critic, at the flow's own noise (not the actor's)."""
     z = jax.random.normal(key, batch.actions.shape)
     actions = integrate(args, state.targets["behavior"], batch.observations, z)
-    q = critic(args, state.params["critic"], batch.observations, actions)  # ref: online, no target
+    q = critic(args, state.params["critic"], batch.observations, actions)  # online, no target
     latent_q = critic(args, params["latent_critic"], batch.observations, z)
     loss = ((latent_q - q) ** 2).mean()  # Eq. (83); ref: not masked by `batch.valid`
     return loss, dict(distillation_loss=loss)
@@ -210,7 +211,7 @@ def latent_loss(args, params, state, batch, key):
     q = critic(args, state.params["latent_critic"], batch.observations, z).mean(0)
     entropy, target = -log_prob.mean(), -0.5 * z.shape[-1]
     alpha = jnp.exp(params["log_alpha"])
-    loss = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()  # Eq. (82)
+    loss = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()  # Eq. (81), (82)
     loss += alpha * (jax.lax.stop_gradient(entropy) - target)  # Eq. (81), its constraint
     metrics = dict(latent_entropy=entropy, latent_alpha=alpha, latent_q=q.mean())
     return loss, metrics | dict(latent_size=jnp.abs(z).mean())
@@ -328,7 +329,7 @@ def main(args):
         return result
 
     total, result, (sums, updates) = args.offline_steps + args.online_steps, None, saved["means"]
-    halts = lambda: done == total or done % args.eval_interval == 0
+    halts = lambda: done in (args.offline_steps, total) or done % args.eval_interval == 0
     bar = tqdm(initial=done, total=total, unit="update", dynamic_ncols=True, disable=None)
     while run.last["eval"] < total and not args.eval_only:
         if run.last["eval"] < done and halts():
@@ -349,7 +350,7 @@ def main(args):
             taken["rewards"] = -1.0 * (taken["rewards"] != 0) if args.sparse else taken["rewards"]
             replay = replay.append({name: x[:, None] for name, x in taken.items()})
             over = np.flatnonzero(taken["terminals"]).tolist()
-            pool.start(over, [seed_of(agents[i][1], agents[i][0], now) for i in over])
+            pool.start(over, [seed_of(*agents[i][::-1], now, TRAINING) for i in over])
             steps, trained = 1, int(now >= args.start_training)
         state, metrics = train_chunk(args, state, data, replay, task, trained)
         sums = jax.tree.map(jnp.add, sums, metrics)

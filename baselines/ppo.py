@@ -34,15 +34,15 @@ import tyro
 from tqdm import tqdm
 
 from common.data import spread
-from common.envs import EnvPool, make_env, resolve, seed_of
+from common.envs import TRAINING, EnvPool, make_env, resolve, seed_of
 from common.networks import MLP
-from common.run import Run, ours, parse
+from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     # --- forked: run arguments (rollouts in place of warm-up and replay) ---
-    env: str = "multigoal"  # or kitchen-1, -2, -4, -7, hopper, halfcheetah, walker2d, humanoid
+    env: str = "multigoal"  # kitchen-1|2|4|7 hopper halfcheetah walker2d humanoid online-ant-xy
     seed: int = 0  # first seed; an agent does not depend on those trained beside it
     num_seeds: int = 1  # agents trained at once: seed, seed + 1, ...
     name: str = "default"  # of the run's folder runs/<script>/<env>/<name>
@@ -58,6 +58,7 @@ class Args:
     eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
     track: bool = False  # log to Weights & Biases, too
     compile_cache: str = ""  # folder of compiled programs (default: run_dir/.compiled), or none
+    precision: Precision = "default"  # of matrix products on a GPU (NVIDIA's default: TF32)
     discount: float = 0.99  # gamma, per environment step
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
     # --- end forked ---
@@ -353,7 +354,8 @@ def main(args):
     names, everyone = [args.env] * count, range(count * E)
     eval_pool = EnvPool(names, args.workers, min(args.eval_slots, args.eval_episodes))
     pool = EnvPool(names * E, args.workers)
-    seeds = lambda step, who: [seed_of(*agents[i // E][::-1], step + i % E) for i in who]
+    begun = lambda i, step: seed_of(*agents[i // E][::-1], step + i % E, TRAINING)
+    seeds = lambda step, who: [begun(i, step) for i in who]
     past = np.zeros((count * E, 0, d), np.float32)  # the actions of the running episodes
     widths = dict(observations=(S,), next_observations=(S,), actions=(d,))
     widths |= dict.fromkeys(("rewards", "masks", "terminals", "success"), ())

@@ -12,7 +12,7 @@ small weights beside it keep the policy wide. Acting, too, takes the best of sev
 
 The numbers with letters are ours; (DDPM1) to (DDPM4) are the diffusion of Ho et al. 2020
 (arXiv:2006.11239), written alike in dpmd.py and dipo.py. docs/qvpo.md lists what differs from the
-public code (`# ref:`).
+public code.
 
     python -m baselines.qvpo                                   the plane with four goals, on a CPU
     python -m baselines.qvpo --env halfcheetah --num-seeds 5   five agents in one program
@@ -37,15 +37,15 @@ import tyro
 from tqdm import tqdm
 
 from common.data import Replay, spread
-from common.envs import MULTIGOAL_STEPS, EnvPool, make_env, multigoal, resolve, seed_of
+from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, make_env, multigoal, resolve, seed_of
 from common.networks import Critic, TimedMLP, mish
-from common.run import Run, ours, parse
+from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     # --- shared: run arguments ---
-    env: str = "multigoal"  # or kitchen-1, -2, -4, -7, hopper, halfcheetah, walker2d, humanoid
+    env: str = "multigoal"  # kitchen-1|2|4|7 hopper halfcheetah walker2d humanoid online-ant-xy
     seed: int = 0  # first seed; an agent does not depend on those trained beside it
     num_seeds: int = 1  # agents trained at once: seed, seed + 1, ...
     name: str = "default"  # of the run's folder runs/<script>/<env>/<name>
@@ -62,6 +62,7 @@ class Args:
     eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
     track: bool = False  # log to Weights & Biases, too
     compile_cache: str = ""  # folder of compiled programs (default: run_dir/.compiled), or none
+    precision: Precision = "default"  # of matrix products on a GPU (NVIDIA's default: TF32)
     discount: float = 0.99  # gamma, per environment step
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
     # --- end shared ---
@@ -86,7 +87,7 @@ class Args:
     batch_size: int = 256  # B: transitions per update
     actor_lr: float = 1e-4  # Adam's learning rate of the policy
     critic_lr: float = 3e-4  # Adam's learning rate of the critics
-    max_grad_norm: float = 2.0  # largest norm of a network's gradient
+    max_grad_norm: float = 2.0  # largest norm of the gradient: the policy's, both critics'
     target_rate: float = 0.005  # rate of the moving averages of critics and policy
 
 
@@ -407,7 +408,7 @@ def main(args):
         bar.write(f"{done:,} steps: return {scores['return'].mean():.1f}")
         return result
 
-    total, result, updates = args.total_steps, None, saved["means"][1]
+    total, result, updates, steps = args.total_steps, None, saved["means"][1], 1
     halts = lambda: done == total or done % args.eval_interval == 0
     due = lambda n: max(0, n - args.warmup_steps) // args.env_steps_per_update  # updates until n
     bar = tqdm(initial=done, total=total, unit="step", dynamic_ncols=True, disable=None)
@@ -420,7 +421,6 @@ def main(args):
             carry = state, sums, replay, world
             state, sums, replay, world = train_on_plane(args, *carry, done, steps)
         else:
-            steps = 1
             if not done:
                 pool.start(everyone, first)
             choose = partial(policy, mode="explore") if done >= args.warmup_steps else explore
@@ -430,7 +430,7 @@ def main(args):
             taken = pool.step(lambda *_: plan, everyone)
             replay = replay.append({name: x[:, None] for name, x in taken.items()})
             over = np.flatnonzero(taken["terminals"]).tolist()
-            pool.start(over, [seed_of(agents[i][1], agents[i][0], done + 1) for i in over])
+            pool.start(over, [seed_of(*agents[i][::-1], done + 1, TRAINING) for i in over])
         done, updates = done + steps, updates + due(done + steps) - due(done)
         bar.update(steps)
         if updates and (halts() or done % args.log_interval == 0):

@@ -32,9 +32,9 @@ import tyro
 from tqdm import tqdm
 
 from common.data import Dataset, Replay, Shards, locate, sample, spread
-from common.envs import EnvPool, resolve, seed_of
+from common.envs import TRAINING, EnvPool, resolve, seed_of
 from common.networks import Critic, TanhGaussian
-from common.run import Run, ours, parse
+from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Args:
     eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
     track: bool = False  # log to Weights & Biases, too
     compile_cache: str = ""  # folder of compiled programs (default: run_dir/.compiled), or none
+    precision: Precision = "default"  # of matrix products on a GPU (NVIDIA's default: TF32)
     chunk_length: int = 5  # H: actions chosen at once and played open loop
     discount: float = 0.99  # gamma, per environment step
     sparse: bool = False  # reward -1 until all is done (else minus the number of unmet sub-goals)
@@ -66,18 +67,20 @@ class Args:
 
     # method
     rlpd_alpha: float = 0.0  # alpha: weight of behaviour cloning; 0 is the original RLPD's none
-    pessimism: float = 0.5  # rho: a target's value is mean - rho std over the critics
+    pessimism: float = 0.5  # a target's value is mean - this times std over the critics
 
     # networks and optimiser
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # of all networks
     num_critics: int = 10  # K: critics in the ensemble
     batch_size: int = 256  # B: chunks per update
     lr: float = 3e-4  # Adam's learning rate
-    target_rate: float = 0.005  # lambda: rate of the moving averages (target networks)
+    target_rate: float = 0.005  # rate of the moving averages (target networks)
 
     def __post_init__(self):
         if self.batch_size % 2:
             raise SystemExit("--batch-size must be even: one half is from the dataset")
+        if not self.online_steps:
+            raise SystemExit("--online-steps must be more than 0: there is no other phase")
         if self.start_training < self.chunk_length:
             raise SystemExit("--start-training must be at least --chunk-length, to fill a chunk")
 
@@ -350,7 +353,7 @@ def main(args):
         taken["rewards"] = -1.0 * (taken["rewards"] != 0) if args.sparse else taken["rewards"]
         replay = replay.append({name: x[:, None] for name, x in taken.items()})
         over = np.flatnonzero(taken["terminals"]).tolist()
-        pool.start(over, [seed_of(agents[i][1], agents[i][0], now) for i in over])
+        pool.start(over, [seed_of(*agents[i][::-1], now, TRAINING) for i in over])
         steps, trained = 1, int(now >= args.start_training)
         state, metrics = train_chunk(args, state, data, replay, task, trained)
         sums = jax.tree.map(jnp.add, sums, metrics)

@@ -50,6 +50,8 @@ def rows_of(folder: Path, cell_of) -> list[dict]:
 
 
 def main(options: Options) -> None:
+    if not options.folders:
+        raise SystemExit("name the folders of complete runs")
     rows = []
     for folder in options.folders:
         env = make_env(f"{flags_of(folder)['env']}-singletask-task1-v0").unwrapped

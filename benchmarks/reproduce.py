@@ -8,8 +8,8 @@
 
 A run is an environment with all its tasks and seeds, in one process (docs/scale.md: on several GPUs
 or hosts). Commands continue a run that was interrupted; one that is complete is not listed again,
-but with --all. Domains of 100M transitions (puzzle-4x4, cube-quadruple) take their shards from
---shards, or else the ordinary dataset.
+but with --all. The runs of qam-online begin with those of qam-table1. Domains of 100M transitions
+(puzzle-4x4, cube-quadruple) take their shards from --shards, or else the ordinary dataset.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.learning import EIGHT_TASKS, METHODS, NINE, labelled  # noqa: E402 (run as a script)
+from common.data import LARGE  # noqa: E402
 from common.envs import ONLINE  # noqa: E402
 from common.run import configure  # noqa: E402
 from plot import DOMAINS, read_csv  # noqa: E402
 
-LARGE = ("puzzle-4x4", "cube-quadruple")
 OTHER_DATA = """antmaze-large-stitch humanoidmaze-medium-stitch scene-noisy puzzle-3x3-noisy
     cube-double-noisy cube-triple-noisy""".split()
 TASKS, TWELVE, EIGHT, FIVE = "--tasks 1 2 3 4 5", "--num-seeds 12", "--num-seeds 8", "--num-seeds 5"
@@ -90,16 +90,16 @@ def meam_table1():
 
 
 def meam_figure2():
-    """Ghanem and Ghogho, Figure 2: shares rho, paths w and expansions, noise floors; the values of
-    the sweeps are ours."""
-    rhos = {f"rho-{rho}": f"--rho {rho}" for rho in (0, 0.1, 0.3, 0.5, 0.7)}
-    paths = {f"w-{w}{'-noisy' * noisy}": f"--path-weight {w}" + " --noisy-expansion" * noisy
-             for w in (1, 0.5) for noisy in (0, 1)}  # fmt: skip
-    paths["lambda-0"] = "--entropy-scale 0"
-    floors = {f"sigma-min-{x}": f"--sigma-min {x}" for x in (0.01, 0.05, 0.1, 0.2)}
-    for env in ("puzzle-4x4", "cube-triple"):
-        for name, flags in (rhos | paths | floors).items():
-            yield Run("meam-figure2", "meam", env, name, f"{flags} {TASKS} {EIGHT}")
+    """Ghanem and Ghogho, Figure 2, on puzzle-4x4: shares rho; flattening without and with the path
+    to the anchor; the same where expansions are sampled, with more of them, a larger tau and most
+    of the path to the anchor; a small noise floor with a lambda for it. The values are ours."""
+    variants = {"full": ""} | {f"rho-{rho}": f"--rho {rho}" for rho in (0, 0.1, 0.3, 0.7)}
+    variants |= {"lambda-0": "--entropy-scale 0", "w-0.5": "--path-weight 0.5"}
+    noisy = "--noisy-expansion --rho 0.7 --inv-temp 100"
+    variants |= {f"noisy-w-{w}": f"{noisy} --path-weight {w}" for w in (1, 0.1)}
+    variants["sigma-min-0.01"] = "--sigma-min 0.01 --entropy-scale 0.1"
+    for name, flags in variants.items():
+        yield Run("meam-figure2", "meam", "puzzle-4x4", name, f"{flags} {TASKS} {EIGHT}".strip())
 
 
 def meam_figure3():
@@ -118,16 +118,17 @@ def fmer_table2():
 
 
 def fmer_ablations():
-    """Gao et al., Tables 10 to 15 and Figure 5: one change at a time. The values of a fixed eta are
-    lost in our copy of the paper: 0.1, 0.5 and 2 are ours."""
-    everywhere = {"clip": "--squash clip"}
-    everywhere |= {f"eta-{eta}": f"--eta-fixed {eta}" for eta in (0.1, 0.5, 2)}
-    everywhere |= {"no-entropy": "--entropy-until 0", "uniform": "--weights uniform"}
+    """Gao et al., Tables 10 to 15 and Figures 2, 5 and 6: one change at a time. The values of a
+    fixed eta, and when the entropy is switched off late, are lost: 0.1, 0.5, 1 and 700,000."""
+    everywhere = {f"eta-{eta}": f"--eta-fixed {eta}" for eta in (0.1, 0.5, 1)}
+    everywhere |= {"no-entropy": "--entropy-until 0", "no-entropy-late": "--entropy-until 700000"}
+    everywhere |= {"uniform": "--weights uniform", "top1": "--weights top1"}
     walker = {"exact": "--divergence exact"} | {f"T{T}": f"--flow-steps {T}" for T in (5, 20, 50)}
     for solver, T in (("rk2", 10), ("rk4", 10), ("rk2", 5), ("rk4", 2)):
         walker[f"{solver}-T{T}"] = f"--solver {solver} --flow-steps {T}"
     candidates = {f"N{N}": f"--num-candidates {N}" for N in (4, 16, 32)}
-    changes = {env: dict(everywhere) for env in EIGHT_TASKS}
+    clip = {"clip": "--squash clip"}
+    changes = {env: everywhere | ({} if "kitchen" in env else clip) for env in EIGHT_TASKS}
     changes["walker2d"] |= walker
     for env in ("walker2d", "humanoid", "kitchen-2", "kitchen-7"):
         changes[env] |= candidates
@@ -137,7 +138,8 @@ def fmer_ablations():
 
 
 def fmer_figure3():
-    """Gao et al., Figure 3: the plane with four goals (python -m benchmarks.multigoal draws it)."""
+    """Gao et al., Figure 3: the plane with four goals. (python -m benchmarks.multigoal measures and
+    draws it from runs of its own.)"""
     for name, module in labelled("fmer baselines.sac baselines.dpmd").items():
         yield Run("fmer-figure3", module, "multigoal", name, f"{FIVE} --total-steps 45000")
 
@@ -151,7 +153,7 @@ EXPERIMENTS = {maker.__name__.replace("_", "-"): maker for maker in MAKERS}
 class Options:
     only: tuple[str, ...] = ()  # experiments (default: all)
     list: bool = False  # what there is
-    dry_run: bool = False  # only print the commands, as without --run
+    dry_run: bool = False  # print the commands even with --run
     run: bool = False  # run them here, one after the other
     slurm: bool = False  # print an array job instead
     all: bool = False  # complete runs, too
@@ -164,7 +166,7 @@ def line(run, options):
     """The command of a run, as a list."""
     flags = f"--env {run.env} --name {run.experiment}-{run.name} {run.flags}".split()
     flags += ["--run-dir", options.run_dir]
-    data = options.shards if options.shards and run.env in LARGE else options.dataset_dir
+    data = options.shards if options.shards and f"{run.env}-play" in LARGE else options.dataset_dir
     if data and run.env not in ONLINE:
         flags += ["--dataset-dir", data]
     where = [f"{run.module}.py"] if "." not in run.module else ["-m", run.module]
@@ -198,8 +200,9 @@ def slurm(commands):
         "#!/bin/bash",
         f"#SBATCH --array=0-{len(commands) - 1}",
         "#SBATCH --gpus=1 --cpus-per-task=16 --mem=64G --time=24:00:00 --requeue",
+        "#SBATCH --signal=TERM@120",  # to the step: the run saves, the next job continues it
         "commands=(", *(f"    {shlex.quote(command)}" for command in commands), ")",
-        'eval "${commands[$SLURM_ARRAY_TASK_ID]}"',
+        'eval "srun ${commands[$SLURM_ARRAY_TASK_ID]}"',
     ])  # fmt: skip
 
 

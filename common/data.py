@@ -1,6 +1,7 @@
 """OGBench data on the device: finding, checking, sampling chunks, replay. M stored states, N
 transitions, S observation size, d action size, H chunk length, A = H d, B batch, C slots."""
 
+import re
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -18,21 +19,26 @@ from ogbench.relabel_utils import relabel_dataset
 import common.collect
 from common.envs import Source, make_env
 
+LARGE = "puzzle-4x4-play", "cube-quadruple-play"  # of which the papers use the 100M sets
 CACHE = Path(ogbench.utils.DEFAULT_DATASET_DIR).expanduser()
 labelling_env = cache(make_env)  # making one takes as long as labelling a million states
 labelling = Lock()  # one thread at a time: they share these environments
 
 
 def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path]:
-    """The dataset's file, or the sorted shards of a 100M set: in `dataset_dir`, else in OGBench's
-    cache, else in data/; else collected (if asked to, or a point maze), else downloaded."""
+    """The sorted shards of a 100M set (`dataset_dir` alone may hold them), or the dataset's file:
+    there or, if no folder is named, in OGBench's cache or data/; else collected (if asked to, or a
+    point maze); else, if no folder is named, downloaded."""
     here, file = Path(dataset_dir or "data").expanduser(), f"{source.dataset}-v0.npz"
+    found = sorted(here.glob(f"**/{source.dataset}-*.npz")) if dataset_dir else []
+    others = [path for path in found if not path.stem.endswith("-val") and path.name != file]
+    if shards := [path for path in others if re.search(r"-\d+$", path.stem)]:
+        return shards
     for folder in [here] if dataset_dir else [CACHE, here]:
         if (folder / file).is_file():
             return [folder / file]
-    found = sorted(here.glob(f"**/{source.dataset}-*.npz")) if dataset_dir else []
-    if shards := [path for path in found if not path.stem.endswith("-val")]:
-        return shards
+    if others:
+        return others
     try:
         if collect or source.dataset.startswith("pointmaze"):
             return [common.collect.collect(source.dataset, collect or 200_000, str(here))]
@@ -135,6 +141,8 @@ class Shards:
     of the devices that `agents` are spread over."""
 
     def __init__(self, paths, source, tasks, sparse, agents=1, interval=1000):
+        if len(paths) == 1 and source.dataset in LARGE:
+            print(f"published numbers of {source.env} are on its 100M set, this is {paths[0].name}")
         load = lambda i: spread(read(paths[i], source, tasks, sparse, len(paths) == 1), agents)
         self.interval, self._load, self._count = interval, load, len(paths)
         self._index, self._data, self._next = 0, load(0), (None, None)

@@ -22,6 +22,7 @@ gymnasium.logger.min_level = gymnasium.logger.ERROR  # float64 boxes are fine
 
 GOALS = np.float32([(5, 0), (-5, 0), (0, 5), (0, -5)])  # of the plane `multigoal`
 MULTIGOAL_STEPS = 30
+TRAINING = 2**31  # in a training episode's seed, where evaluations have the episode's number
 KITCHEN = ("light switch", "slide cabinet", "bottom burner", "microwave", "kettle", "top burner",
            "hinge cabinet")  # kitchen-<k>: the first k  # fmt: skip
 
@@ -122,7 +123,8 @@ class Kitchen(gymnasium.Wrapper):
 
 
 def seed_of(*parts: int) -> int:
-    """A 32-bit seed from non-negative integers such as (seed, task, step, episode)."""
+    """A 32-bit seed from non-negative integers such as (seed, task, step, episode). Up to four;
+    zeros at the end change nothing."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Literal
 
 import flax.serialization
 import jax
@@ -33,6 +34,7 @@ AT_MOST = dict.fromkeys("discount target_rate rho path_weight expectile beta_sca
 AT_MOST |= dict(tasks=5, policy_ema=1, gae_lambda=1, target_ess=1, q_rate=1)
 AT_MOST |= dict(warmup_steps="total_steps", start_training="online_steps")  # if not 0
 SIGNED = "target_entropy target_entropy_start target_entropy_end noise_entropy".split()
+Precision = Literal["default", "float32", "bfloat16"]
 CHECKPOINT, PREVIOUS = "checkpoint.msgpack", "checkpoint-before.msgpack"
 # flags that change no result
 FREE = "run_dir dataset_dir collect workers eval_slots eval_only track compile_cache".split()
@@ -64,11 +66,15 @@ def parse(Args, env_defaults: dict, argv=None):
                 raise SystemExit(why.replace("_", "-"))
     if len(tasks := getattr(args, "tasks", ())) > len(set(tasks)):
         raise SystemExit("--tasks must name no task twice")
+    if hasattr(args, "tasks") and resolve(args.env).env not in env_defaults:
+        print(f"nothing is tuned for {args.env}: the flags have the class's defaults")
     less = "out of memory: lower --num-seeds, --tasks (agents trained at once) or --batch-size\n"
     full = lambda error: isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
     sys.excepthook = lambda *e: sys.stderr.write(less) if full(e[1]) else sys.__excepthook__(*e)
-    cache = getattr(args, "compile_cache", "")
-    if cache or not jax.config.jax_compilation_cache_dir:
+    if args.precision != "default":  # jax's own "bfloat16" means TF32 on a GPU
+        name = args.precision.replace("bfloat16", "BF16_BF16_F32")
+        jax.config.update("jax_default_matmul_precision", name)
+    if (cache := args.compile_cache) or not jax.config.jax_compilation_cache_dir:
         cache = cache or str(Path(args.run_dir, ".compiled"))
         jax.config.update("jax_compilation_cache_dir", None if cache == "none" else cache)
     return args
@@ -122,11 +128,12 @@ class Run:
         )
         config = json.loads(json.dumps(dict(flags=vars(args) | data, made_with=made_with)))
         path, new = self.folder / "config.json", config["flags"]
+        newer = json.loads(json.dumps(vars(type(args)())))  # flags that an old run did not have
         with self._writing("(in use by another process, or config.json damaged?)"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            old = json.loads(path.read_text())["flags"] if path.exists() else new
+            old = newer | json.loads(path.read_text())["flags"] if path.exists() else new
         free = FREE + ["eval_episodes"] * args.eval_only
         keys = [key for key in old | new if key not in free and old.get(key) != new.get(key)]
         if differ := "".join(f"\n  {k}: {old.get(k)} there, {new.get(k)} now" for k in keys):
@@ -136,6 +143,7 @@ class Run:
             )
         if not path.exists():
             self.write("config.json", json.dumps(config, indent=1).encode())
+        print(f"{self.folder}:", *(f"{k} {v}" for k, v in new.items() if k not in FREE), sep=" | ")
         if args.track:
             with self._tracking():
                 wandb = importlib.import_module("wandb")
@@ -265,4 +273,5 @@ class Run:
                 np.savez(self.folder / "rollouts.npz", **info, **paths)
             if (plot := Path(__file__).parent.parent / "plot.py").exists():
                 subprocess.run([sys.executable, plot, self.folder], check=False)
-        print(f"{self.folder} is complete: {step:,} of {total:,} steps")
+        is_at = "is complete" if step == total else "is not complete"
+        print(f"{self.folder} {is_at}: {step:,} of {total:,} steps")

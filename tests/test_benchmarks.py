@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from baselines import sac
-from benchmarks import ant, cost, environments, failures, parts, throughput
+from benchmarks import ant, cost, environments, failures, parts, precision, throughput
 from benchmarks.learning import online_table, reported, restored, table
 from benchmarks.multigoal import grid, measure
 from benchmarks.shares import shares
@@ -284,6 +284,31 @@ def test_where_failed_episodes_go(tmp_path):
     assert first == dict(run=tmp_path.name, tilt_norm="1.500") | expected
     expected = dict(task="2", success="1.000", failed="0", never_left="", cells="")
     assert second == dict(run=tmp_path.name, tilt_norm="3.500") | expected
+    before = out.read_bytes()
+    with pytest.raises(SystemExit, match="folders"):
+        failures.main(failures.Options((), out=str(out)))
+    assert out.read_bytes() == before
+
+
+def test_rounded_products():
+    """Operands have so many bits, also in derivatives; afterwards all is as before."""
+
+    def coarse(x, bits):  # to the nearest number with `bits` bits after the leading one
+        mantissa, exponent = np.frexp(np.float64(x))
+        return np.ldexp(np.round(mantissa * 2 ** (bits + 1)), exponent - bits - 1)
+
+    x, y = jax.random.normal(jax.random.PRNGKey(0), (2, 3, 8, 8))
+    product = lambda x, y: jax.vmap(jnp.matmul)(x, y)
+    slope = lambda x, y: jax.jit(jax.grad(lambda x: (product(x, y) ** 2).sum()))(x)
+    plain = product(x, y), slope(x, y)
+    for bits in precision.BITS.values():
+        with precision.rounded(bits):
+            z, dx = jax.jit(product)(x, y), slope(x, y)
+        np.testing.assert_allclose(z, coarse(x, bits) @ coarse(y, bits), atol=1e-5)
+        expected = coarse(2 * z, bits) @ coarse(y, bits).swapaxes(1, 2)
+        np.testing.assert_allclose(dx, expected, atol=1e-5 + 2.0 ** (4 - bits))
+        assert bits < 23 or all(map(np.array_equal, (z, dx), plain))
+    assert all(map(np.array_equal, (product(x, y), slope(x, y)), plain))
 
 
 def test_the_ants_expert_is_a_runs_policy(tmp_path, monkeypatch):

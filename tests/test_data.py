@@ -4,6 +4,7 @@ files are looked for, the schedule of the shards, the replay."""
 import os
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium
@@ -509,6 +510,20 @@ def test_shards_are_sorted_and_without_validation_files(places):
     assert found == ["002", "010", "100"]
 
 
+def test_shards_come_before_the_ordinary_file(places):
+    """Of the folder that is named; that comes before files of other names."""
+    folder = places.here / "own"
+    folder.mkdir()
+    for name in ("v0", "v0-val", "v0-old", "v0-000", "v0-001"):
+        (folder / f"cube-double-play-{name}.npz").touch()
+    assert [path.stem[-3:] for path in d.locate(CUBE, "own")] == ["000", "001"]
+    for name in ("v0-000", "v0-001"):
+        (folder / f"cube-double-play-{name}.npz").unlink()
+    assert [path.name for path in d.locate(CUBE, "own")] == [FILE]
+    (folder / FILE).unlink()
+    assert [path.stem[-3:] for path in d.locate(CUBE, "own")] == ["old"]
+
+
 def test_point_mazes_collect_themselves_and_others_on_request(places):
     """Into data/ or --dataset-dir, without a try of the network."""
     assert d.locate(MAZE)[0].resolve() == places.here / "data" / "pointmaze-medium-stitch-v0.npz"
@@ -602,6 +617,15 @@ def test_a_single_file_stays_for_ever_and_is_clipped(three):
     assert number(data) == 0 and stays > 10**9
     assert data.actions.max() == np.float32(1 - 1e-5)
     assert many.at(1)[0].actions.max() == many.at(4)[0].actions.max() == 1
+
+
+@pytest.mark.parametrize("files, name", [(1, "puzzle-4x4"), (2, "puzzle-4x4"), (1, "scene")])
+def test_the_ordinary_file_of_a_100m_domain(monkeypatch, capsys, files, name):
+    """A line says that published numbers are on more."""
+    monkeypatch.setattr(d, "read", lambda *_: jnp.zeros(3))
+    d.Shards([Path(f"{i}.npz") for i in range(files)], resolve(name), (1,), False)
+    said = capsys.readouterr().out
+    assert ("100M" in said and "0.npz" in said) == (files == 1 and name == "puzzle-4x4")
 
 
 def test_shards_of_different_length_are_refused(three, tmp_path):

@@ -3,11 +3,12 @@
 import importlib
 import re
 import shlex
+import sys
 
 import pytest
 import tyro
 
-from common.run import configure
+from common.run import parse
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
@@ -72,16 +73,16 @@ def resolved(words):
 
 @each_page
 def test_commands(page):
-    """The module exists, and its command line takes the flags."""
+    """The module exists, and its command line takes the flags and their values."""
     for words in commands(page):
         name, flags = resolved(words)
         if name in ("pytest", "venv"):
             continue
         module, flags = importlib.import_module(name), [x for x in flags if x not in OWN]
         if hasattr(module, "Args"):
-            env = flags[flags.index("--env") + 1] if "--env" in flags else module.Args.env
-            default = configure(module.Args, module.ENV_DEFAULTS, env)
-            tyro.cli(module.Args, args=flags, default=default)
+            hook = sys.excepthook
+            parse(module.Args, module.ENV_DEFAULTS, flags)
+            sys.excepthook = hook
         elif hasattr(module, "Options"):
             tyro.cli(module.Options, args=flags)
 
@@ -103,6 +104,7 @@ def test_commands_are_found():
     (test_result_files, "`results/nothing.csv`"),
     (test_commands, "    python qam.py --no-such-flag 3   a comment"),
     (test_commands, "```bash\npython -m baselines.sac --num-seeds five\n```"),
+    (test_commands, "    python -m baselines.dpmd --warmup-steps 30000"),
     (test_commands, "    python -m benchmarks.learning --suites plane"),
     (test_commands, "    python -m benchmarks.nothing"),
 ])  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from common.envs import EnvPool, make_env, resolve, seed_of
+from common.envs import TRAINING, EnvPool, make_env, resolve, seed_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -165,6 +165,16 @@ def test_seeds_are_32_bits_and_differ():
     seeds = {seed_of(a, b, c) for a in range(10) for b in range(10) for c in range(10)}
     assert len(seeds) == 1000 and 0 <= min(seeds) and max(seeds) < 2**32
     assert seed_of(1, 2) == seed_of(1, 2) != seed_of(2, 1)
+
+
+def test_no_seed_of_training_is_one_of_an_evaluation():
+    """NumPy fills up with zeros: without a part of its own, a training episode that begins at an
+    evaluation would repeat the evaluation's first."""
+    assert seed_of(3, 1, 500) == seed_of(3, 1, 500, 0)
+    steps = range(0, 3000, 10)
+    training = {seed_of(3, 1, step, TRAINING) for step in steps}
+    played = {seed_of(3, 1, step, e) for step in steps for e in range(50)}
+    assert len(training) == len(steps) and not training & played
 
 
 # --- episodes ------------------------------------------------------------------------------------

@@ -712,6 +712,17 @@ def test_target_entropy():
     assert fmer.target_entropy(defaults, end // 2) == pytest.approx(-0.5)
 
 
+def test_class_holds_the_values_of_the_paper_or_of_the_page():
+    """What no other test would miss (docs/fmer.md names the sources)."""
+    args = fmer.Args()
+    assert (args.flow_steps, args.num_candidates, args.batch_size) == (10, 8, 256)
+    assert (args.solver, args.weights, args.squash) == ("euler", "soft", "tanh")
+    assert (args.reward_scale, args.discount, args.target_rate) == (0.2, 0.99, 0.005)
+    assert (args.actor_lr, args.actor_lr_end, args.critic_lr) == (3e-4, 3e-5, 3e-4)
+    assert args.latent_clip == pytest.approx(np.arctanh(1 - 1e-6), abs=1e-4)
+    assert (args.total_steps, args.warmup_steps, args.replay_size) == (10**6, 10**4, 10**6)
+
+
 def test_learning_rates():
     """Adam's step for gradients of one sign is the rate: constant to 12.5 %, linear to 37.5 % of
     the planned updates, constant to the end; the critics' does not change."""

@@ -46,7 +46,7 @@ FULL = arguments(rho=0.4, entropy_scale=0.3, path_weight=0.6, inv_temp=2.0, sigm
 VARIANTS = {
     "gate": FULL,
     "no-gate": dataclasses.replace(FULL, score_gate=False),
-    "noisy": dataclasses.replace(FULL, noisy_expansion=True, path_weight=1.0),
+    "noisy": dataclasses.replace(FULL, noisy_expansion=True, path_weight=1.0, num_critics=3),
 }
 CASES = [("critic", "gate"), ("score", "gate"), ("expansion", "gate")]
 CASES += [("behavior", "gate"), ("behavior", "noisy")]
@@ -253,14 +253,26 @@ def test_losses_and_gradients(float64, name, variant):
 
 
 def test_adjoint_batch_is_inside_and_outside_of_the_box(float64):
-    """The comparison above sees coordinates on both sides of the clip and gradients above norm 1,
-    so that gate, clipped query and clipping of the noisy variant matter in it."""
-    args = dataclasses.replace(FULL, entropy_scale=0.0)
-    inputs = make_state(args), make_batch(args), jax.random.PRNGKey(7)
-    _, x, _, end = jax.jit(partial(path_and_adjoint, args))(*inputs)
-    assert 0.2 < (jnp.abs(x) > 1).mean() < 0.8
-    norms = jnp.linalg.norm(end, axis=-1) / args.inv_temp
-    assert norms.min() < 1 < norms.max()
+    """The comparison above sees coordinates on both sides of the clip and, of the noisy variant,
+    critic gradients on both sides of norm 1, so that gate, clipped query and clipping matter."""
+    for args in VARIANTS.values():
+        inputs = make_state(args), make_batch(args), jax.random.PRNGKey(7)  # the compared ones
+        plain = dataclasses.replace(args, entropy_scale=0.0, noisy_expansion=False)
+        _, x, _, end = jax.jit(partial(path_and_adjoint, plain))(*inputs)
+        assert 0.2 < (jnp.abs(x) > 1).mean() < 0.8
+        norms = jnp.linalg.norm(end, axis=-1) / args.inv_temp
+        assert not args.noisy_expansion or 2 <= (norms > 1).sum() < len(norms) - 1
+
+
+@pytest.mark.parametrize("entropy_scale", [0.0, 0.3])
+def test_acting_without_a_critic(float64, entropy_scale):
+    """tau = 0: v_beta acts, unless there is a prior to flatten."""
+    args = dataclasses.replace(FULL, inv_temp=0.0, entropy_scale=entropy_scale)
+    state, batch, key = make_state(args), make_batch(args), jax.random.PRNGKey(7)
+    actions = meam.sample_actions(args, state, batch.observations, key)
+    flow = state.params["policy" if entropy_scale else "behavior"]
+    z = jax.random.normal(key, batch.actions.shape)
+    close(actions, ode(args, flow, batch.observations, z))
 
 
 def test_update(float64):

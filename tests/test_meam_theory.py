@@ -108,21 +108,17 @@ def test_discrete_gaussian(setting, reached):
 
 
 @pytest.mark.parametrize(
-    "setting, tolerance",
-    [
-        (dict(), 0.05),
-        (dict(entropy_scale=0.5), 0.08),
-        (dict(entropy_scale=0.5, path_weight=0.5), 0.08),
-    ],
+    "setting",
+    [dict(), dict(entropy_scale=0.5), dict(entropy_scale=0.5, path_weight=0.5)],
 )
-def test_gaussian_bandit(setting, tolerance):
-    """Mean and deviation are those that Eq. (16) has in 12 steps. Tolerances: the spec's; three
-    seeds stayed within .035, an offset (the fit is not perfect) with a spread of .01."""
+def test_gaussian_bandit(setting):
+    """Mean and deviation are those that Eq. (16) has in 12 steps. Three seeds stayed within .035,
+    an offset (the fit is not perfect) with a spread of .01; without the entropy it would be .05."""
     actions = train(meam, GAUSSIAN, (SEED,), 3000, **setting)
     found = actions.mean(), actions.std(-1).mean()
     floor = 0.1 if setting else 0.0
     expected = discrete_gaussian(GAUSSIAN, **setting, floor=floor)
-    np.testing.assert_allclose(found, expected, atol=tolerance)
+    np.testing.assert_allclose(found, expected, atol=0.04)
 
 
 def test_two_mode_bandit():

@@ -26,7 +26,7 @@ import pytest
 import scipy.stats
 
 from common.data import Replay
-from common.envs import MULTIGOAL_STEPS, _Slot, multigoal, seed_of
+from common.envs import MULTIGOAL_STEPS, TRAINING, _Slot, multigoal, seed_of
 from common.run import configure
 from tests import shared_blocks
 from tests.conftest import ROOT
@@ -243,7 +243,7 @@ def test_transitions(script, module, here, monkeypatch, env, steps):
             np.testing.assert_array_equal(replay["next_observations"][i, k], state)
             stored = [replay[name][i, k] for name in ("rewards", "masks", "terminals")]
             np.testing.assert_array_equal(stored, np.float32(flags))
-            state = slot.start(seed_of(seed, 1, k + 1)) if over[i, k] else state
+            state = slot.start(seed_of(seed, 1, k + 1, TRAINING)) if over[i, k] else state
 
 
 # --- repetition and continuation -----------------------------------------------------------------

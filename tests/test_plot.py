@@ -125,6 +125,21 @@ def test_names_of_methods():
     assert set(FREE) <= set(plot.IGNORED)
 
 
+def test_offline_and_online_runs_together(tmp_path, capsys):
+    """Success, whichever comes first, and a line on those that have none."""
+    offline = run_folder(tmp_path, name="z")
+    online = tmp_path / "fmer" / "hopper" / "a"
+    online.mkdir(parents=True)
+    config = dict(flags=dict(env="hopper", num_seeds=1, seed=0))
+    (online / "config.json").write_text(json.dumps(config))
+    (online / "eval.csv").write_text("task,seed,step,seconds,return,length\n1,0,200,1.0,5.0,9.0\n")
+    for paths in ((online, offline), (offline, online)):
+        table = tmp_path / "table.csv"
+        main(Options(tuple(map(str, paths)), table=(str(table),)))
+        assert "qam" in table.read_text() and "fmer" not in table.read_text()
+        assert "success was not logged: fmer" in capsys.readouterr().err
+
+
 def test_missing_seeds_are_named(tmp_path, capsys):
     """One line for each (task, seed), and the steps that all have are used."""
     without = [(1, 1, 300), (2, 0, 100), (2, 0, 300), *((1, 0, x) for x in range(500, 2000, 100))]

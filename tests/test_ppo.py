@@ -168,6 +168,14 @@ def expected_preparation(args, state, rollout):
 # --- losses --------------------------------------------------------------------------------------
 
 
+def test_class_holds_the_values_of_the_comparison():
+    args = ppo.Args()
+    assert (args.rollout_steps, args.num_envs, args.epochs, args.batch_size) == (2048, 1, 10, 256)
+    assert (args.gae_lambda, args.clip_range, args.value_weight) == (0.95, 0.2, 0.5)
+    assert (args.lr, args.max_grad_norm, args.normal_clip, args.discount) == (3e-4, 0.5, 10, 0.99)
+    assert args.entropy_weight == 0
+
+
 def test_policy_loss(float64):
     params, batch = make_state(ARGS).params["policy"], make_batch(ARGS)
     loss = lambda params, batch: ppo.policy_loss(ARGS, params, batch)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from baselines import ppo
-from common.envs import MULTIGOAL_STEPS, EnvPool, multigoal, seed_of
+from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, multigoal, seed_of
 from common.run import configure
 from tests.conftest import ROOT
 from tests.test_script_runs import (  # noqa: F401 (tests that run here, too)
@@ -212,9 +212,9 @@ def test_transitions(here, monkeypatch):
         assert (lengths[clock[ends]] == MULTIGOAL_STEPS).all() and (
             lengths <= MULTIGOAL_STEPS
         ).all()
-    first = [seed_of(seed, 1, e) for seed in (0, 1) for e in range(2)]
+    first = [seed_of(seed, 1, e, TRAINING) for seed in (0, 1) for e in range(2)]
     later = [
-        seed_of(agent, 1, 2 * (t + 1) + e)
+        seed_of(agent, 1, 2 * (t + 1) + e, TRAINING)
         for t in range(48) for agent in range(2) for e in range(2) if over[agent, e, t]
     ]  # fmt: skip
     assert started[-len(later) - 4 :] == first + later and len(set(first + later)) == 4 + len(later)

@@ -100,7 +100,7 @@ def test_update(float64):
         lambda *rest: qam_edit.adjoint_matching_loss(*rest)[0],
         expected_edit,
     ]
-    check_update(qam_edit, ARGS, losses, [*keys, jax.random.fold_in(keys[0], 1)], clipped=True)
+    check_update(qam_edit, ARGS, losses, [*keys, jax.random.fold_in(keys[0], 2)], clipped=True)
 
 
 def test_without_edits_it_is_qam_bit_for_bit():

@@ -108,7 +108,7 @@ def test_array_job(tmp_path, capsys):
     reproduce.main(reproduce.Options(only=("fmer-figure3",), run_dir=f"{tmp_path}/a b", slurm=True))
     job = capsys.readouterr().out
     assert "#SBATCH --array=0-2\n" in job
-    shell = 'python() { printf "%s|" "$@"; }\nSLURM_ARRAY_TASK_ID=2\n' + job
+    shell = 'python() { printf "%s|" "$@"; }\nsrun() { "$@"; }\nSLURM_ARRAY_TASK_ID=2\n' + job
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
     words = done.stdout.split("|")
     assert words[:4] == ["-m", "baselines.dpmd", "--env", "multigoal"]

@@ -24,7 +24,7 @@ import pytest
 import fmer
 import qam
 from common.envs import ONLINE
-from common.run import FREE, Run, configure, parse
+from common.run import FREE, Precision, Run, configure, parse
 from tests import shared_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +41,8 @@ class Args:
     workers: int = 0
     track: bool = False
     eval_only: bool = False
+    compile_cache: str = ""
+    precision: Precision = "default"
     log_interval: int = 10
     eval_interval: int = 20
     chunk_length: int = 3
@@ -339,6 +341,27 @@ def test_the_folder_says_what_made_it(run, tmp_path):
     assert made["python"] == sys.version.split()[0] and "1 x" in made["device"]
 
 
+def test_the_configuration_is_shown(run, capsys):
+    """In one line, but for what changes no result."""
+    folder = run(hidden_dims=(4, 4), workers=3).folder
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{folder}: | env pointmaze-medium | tasks [1] |")
+    assert "| hidden_dims [4, 4] |" in line and "workers" not in line
+
+
+def test_an_environment_that_nothing_is_tuned_for(capsys):
+    parse(Args, ENV_DEFAULTS, ["--env", "cube-single"])
+    assert "nothing is tuned for cube-single" in capsys.readouterr().out
+    parse(Args, ENV_DEFAULTS, ["--env", "cube-triple-play-singletask-task2-v0"])
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("step, words", [(7, "not complete: 7 of 9"), (9, "is complete: 9 of 9")])
+def test_the_end_says_whether_all_is_done(run, capsys, step, words):
+    run().finish(step, 9, None)
+    assert words in capsys.readouterr().out
+
+
 def test_another_configuration_is_refused(run):
     """The message names each flag that differs with both values, and nothing is touched."""
     folder = run(lr=0.5, hidden_dims=(4, 4)).folder
@@ -351,6 +374,17 @@ def test_another_configuration_is_refused(run):
     assert "discount" not in message and (folder / "config.json").read_bytes() == before
     run(lr=0.5, hidden_dims=(4, 4))
     run(lr=0.75, name="other")
+
+
+def test_a_flag_that_is_newer_than_the_run(run):
+    """Had its default there, by which the run may be continued."""
+    path = run().folder / "config.json"
+    config = json.loads(path.read_text())
+    assert config["flags"].pop("precision") == "default"
+    path.write_text(json.dumps(config))
+    run()
+    stops(path.parent, "precision: default there, float32 now", lines=4,
+          call=lambda: run(precision="float32"))  # fmt: skip
 
 
 def test_flags_that_change_no_result_may_differ(run):
@@ -649,6 +683,7 @@ def test_the_checkpoint_before_a_damaged_one(run, capsys):
         first.save(step, state(step // 10))
     path = first.folder / "checkpoint.msgpack"
     log = (first.folder / "train.csv").read_bytes()
+    capsys.readouterr()
     for content in damages(path.read_bytes()):
         path.write_bytes(content)
         (first.folder / "train.csv").write_bytes(log)

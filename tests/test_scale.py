@@ -2,13 +2,18 @@
 nothing, and a place for compiled programs."""
 
 import csv
+import dataclasses
 import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qam
+from common.data import Batch
 from common.run import ours
 from tests.conftest import ENV, ROOT, TINY
 from tests.test_online_runs import LENGTHS, SIZES
@@ -157,6 +162,30 @@ def test_shares_that_are_none(monkeypatch, text):
     monkeypatch.setenv("SHARE_OF_AGENTS", text)
     with pytest.raises(SystemExit, match=f"SHARE_OF_AGENTS={text}: expected 0/2, 1/2"):
         ours([(1, 0), (1, 1)])
+
+
+def test_precision_of_products(monkeypatch):
+    """What --precision asks a device for, of every product and of those of derivatives; a CPU
+    computes in float32 all the same."""
+    option, gradients = "jax_default_matmul_precision", []
+    batch = Batch(*[jnp.ones((4, 2))] * 2, *[jnp.ones(4)] * 2, jnp.ones((4, 2)), jnp.ones(4))
+    for name, text in ("default", ""), ("float32", "HIGHEST"), ("bfloat16", "bf16"):
+        line = f"--precision {name} --hidden-dims 8 --num-critics 2 --chunk-length 1".split()
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # parse sets it
+        args = qam.parse(qam.Args, qam.ENV_DEFAULTS, line)
+        args = dataclasses.replace(args, action_size=2)
+        try:
+            state = qam.create(args, 2, jax.random.PRNGKey(0))
+            loss = lambda *inputs, args=args: qam.critic_loss(args, *inputs)[0]
+            step = jax.jit(jax.grad(loss)).lower(state.params, state, batch, state.key)
+            gradients.append(jax.tree.leaves(step.compile()(state.params, state, batch, state.key)))
+        finally:
+            jax.config.update(option, None)
+        products = [x for x in step.as_text().splitlines() if "stablehlo.dot_general" in x]
+        assert len(products) == 9 and all(text in x for x in products)
+        assert name != "default" or not any("HIGHEST" in x or "bf16" in x for x in products)
+    for one in gradients[1:]:
+        assert all(np.array_equal(x, y) for x, y in zip(one, gradients[0], strict=True))
 
 
 def compiled(folder):

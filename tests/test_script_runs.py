@@ -387,6 +387,13 @@ def test_one_agent_diverges(script, module, args, reference, here, monkeypatch, 
             np.testing.assert_array_equal(x[0], y[0])
 
 
+def test_the_offline_phase_ends_with_an_evaluation(script, module, args, here):
+    """Wherever it ends, and with a checkpoint."""
+    module.main(dataclasses.replace(args, offline_steps=3, online_steps=4, eval_interval=100))
+    steps = {row["step"] for row in rows(run_folder(script), "eval")}
+    assert steps == {"3", "7"} and checkpoint(run_folder(script))["step"] == 7
+
+
 # --- in a fresh interpreter ----------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ import tyro
 import fmer
 import meam
 import qam
-from baselines import cgql, dpmd, flame, ppo, rlpd, sac
+from baselines import bam, cgql, dpmd, flame, ppo, rlpd, sac
 from common import run
 from common.envs import ONLINE, resolve
 from common.run import parse
@@ -122,6 +122,8 @@ def test_lists_of_numbers(name, monkeypatch):
         (sac, "--total-steps 500 --env halfcheetah", ("--warmup-steps 10000", "500")),
         (qam, "--online-steps 100", ("--start-training 5000", "100 (--online-steps)")),
         (rlpd, "--online-steps 100", ("--start-training", "--online-steps")),
+        (rlpd, "--online-steps 0", ("--online-steps",)),
+        (bam, "--flow-steps 1", ("--flow-steps",)),
         (rlpd, "--batch-size 3", ("--batch-size",)),
         (rlpd, "--chunk-length 9 --start-training 8", ("--start-training", "--chunk-length")),
         (meam, "--sigma-min 2", ("--sigma-min", "--sigma-max")),

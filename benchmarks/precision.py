@@ -1,0 +1,78 @@
+"""What coarse products do to learning: TF32 and bfloat16 in software, on any device.
+
+    python -m benchmarks.precision --scripts qam meam --seeds 4
+
+A GPU rounds both operands of every product to 10 bits of mantissa with `--precision default` (TF32,
+where it has that) and to 7 with bfloat16, in losses, derivatives and samplers alike, and adds in
+float32. Here the same is done before each product, which a CPU then computes in float32. (The
+derivative of rounding rounds as well, so that derivatives are a little coarser than a GPU's.) A row
+per evaluation goes to benchmarks/results/precision.csv, flags and versions to precision.json; a run
+that is complete is not run again.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import tyro
+
+from benchmarks import write_rows
+from benchmarks.learning import configuration, table
+from common.run import configure
+from plot import read_rows
+
+BITS = dict(float32=23, tf32=10, bfloat16=7)  # of the operands' mantissas
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    scripts: tuple[str, ...] = ("qam", "meam")  # modules of offline methods, at their default
+    precisions: tuple[str, ...] = tuple(BITS)  # of float32, tf32, bfloat16
+    seeds: int = 4  # 0, 1, ...
+    dataset_dir: str = ""  # where the dataset is or is made
+    run_dir: str = "runs/precision"  # where the run folders are kept
+    out: str = str(Path(__file__).resolve().parent / "results")  # folder of CSV and JSON
+
+
+@contextlib.contextmanager
+def rounded(bits: int):
+    """Programs that are made within round the operands of all their products."""
+    product = jax.lax.dot_general_p
+    bind = product.bind
+    product.bind = lambda *operands, **how: bind(
+        *(jax.lax.reduce_precision(x, 8, bits) for x in operands), **how
+    )
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        product.bind = bind
+        jax.clear_caches()
+
+
+def main(options: Options) -> None:
+    rows, runs = [], {}
+    for name in options.scripts:
+        script = importlib.import_module(name)
+        for precision in options.precisions:
+            args = configure(
+                script.Args, script.ENV_DEFAULTS, script.Args.env, num_seeds=options.seeds,
+                name=precision, run_dir=options.run_dir, dataset_dir=options.dataset_dir,
+            )  # fmt: skip
+            with rounded(BITS[precision]):
+                script.main(args)
+            folder, label = Path(args.run_dir, name, args.env, precision), f"{name}, {precision}"
+            rows += [dict(label=label, **row) for row in read_rows(folder / "eval.csv")]
+            runs[label] = configuration(folder)
+            for flag in ("run_dir", "dataset_dir"):  # of this machine
+                del runs[label]["flags"][flag]
+            write_rows(Path(options.out, "precision.csv"), rows)
+            Path(options.out, "precision.json").write_text(json.dumps(runs, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
