@@ -8,7 +8,7 @@ a latent critic Q^z imitates the critic of the decoded actions.
 
     a = ODE(f_beta; s, sigma_z e),  e = tanh u,  u ~ pi_omega(.|s)
     L(psi) = E (Q^z(s, z) - Q(s, ODE(f_beta; s, z)))^2,  z ~ N(0, I)                      Eq. (83)
-    L(omega) = E alpha log pi_omega(e|s) - Q^z(s, sigma_z e)                              Eq. (82)
+    L(omega) = E alpha log pi_omega(e|s) - Q^z(s, sigma_z e)                        Eq. (81), (82)
 
 Unlike in the original the flow goes on learning online. Equation numbers are those of Li and Levine
 2026; docs/dsrl.md lists every difference between their paper, their code and this file, which
