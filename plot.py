@@ -672,7 +672,7 @@ class Options:
     metric: str = ""  # column of eval.csv (default: success, of online methods return)
     by: Literal["domain", "task", "all"] = "domain"  # what a panel, or a column, is
     iqm: bool = False  # interquartile mean instead of the mean
-    published: tuple[str, ...] | None = None  # papers' means: of our methods (no value), all, or names
+    published: tuple[str, ...] | None = None  # papers' means: of ours (no value), all, or names
     only: tuple[str, ...] = ()  # methods, in this order (default: all)
     step: int = 0  # of the table (default: the last one)
     dark: bool = False  # light on dark
