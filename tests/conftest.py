@@ -24,8 +24,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # read when jax is imported; 
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 ENV = "pointmaze-medium"
-# Two agents; evaluations and checkpoints at 8, 16 and 24, of which 16 is the online phase's sixth
-# step: in the middle of an episode, and of the plan of five actions that began with that step.
+# Two agents; evaluations and checkpoints at 8, 10, 16 and 24, of which 16 is the online phase's
+# sixth step: in the middle of an episode, and of the plan of five actions that began with it.
 TINY = dict(
     tasks=(1, 2),
     offline_steps=10,
