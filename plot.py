@@ -698,10 +698,11 @@ def compare(options: Options) -> None:
     labels = list(dict.fromkeys(row["label"] for row in rows))
     if unknown := [name for name in options.only if name not in labels]:
         raise SystemExit(f"no method {', '.join(unknown)}; there is {'; '.join(labels)}")
-    found = organise([row for row in rows if row["label"] in (options.only or labels)], metric)
-    if without := [label for label in options.only or labels if label not in found]:
+    wanted = options.only or labels
+    found = organise([row for row in rows if row["label"] in wanted], metric)
+    if without := [label for label in wanted if label not in found]:
         say(f"left out, for {metric} was not logged: {', '.join(without)}")
-    found = {label: found[label] for label in options.only or labels if label in found}
+    found = {label: found[label] for label in wanted if label in found}
     titles = panels(found, options.by, metric)
     published = {} if options.published is None else read_published(metric)
     if options.published is not None and not published:

@@ -159,6 +159,14 @@ def configuration(folder):
     return config
 
 
+def portable(folder):
+    """`configuration` without what is of this machine."""
+    config = configuration(folder)
+    for flag in ("name", "run_dir", "dataset_dir"):
+        config["flags"].pop(flag, None)
+    return config
+
+
 def restored(folder, observation_size):
     """A run's script, arguments, agents at the checkpoint (agents, ...), and its configuration with
     the seconds that it took."""
@@ -187,9 +195,7 @@ def run(label, command, options, flags, tasks):
     launch(line)
     (folder,) = Path(options.run_dir, module.split(".")[-1]).glob(f"*/{name}")
     rows = read_rows(folder / "eval.csv")
-    config = configuration(folder)
-    for flag in ("name", "run_dir", "dataset_dir"):  # of this machine
-        config["flags"].pop(flag, None)
+    config = portable(folder)
     config["made_with"]["cores"] = len(os.sched_getaffinity(0))
     shown = shlex.join(["python", "-m", module, *shlex.split(flags), *own])
     return dict(command=shown, config=config), [dict(label=label, **row) for row in rows]
@@ -230,24 +236,33 @@ def table(rows):
     return markdown(lines)
 
 
+def kept(out, suite):
+    """Rows of <suite>.csv and runs of <suite>.json, of earlier calls."""
+    results, notes = (Path(out, f"{suite}.{end}") for end in ("csv", "json"))
+    return (read_rows(results), json.loads(notes.read_text())) if results.exists() else ([], {})
+
+
+def keep(out, suite, label, run, new, order=()):
+    """Puts a label's rows and run beside those of other labels (in the order of the labels, where
+    it is given). Returns all rows."""
+    rows, runs = kept(out, suite)
+    rows = [row for row in rows if row["label"] != label] + new
+    rows = sorted(rows, key=lambda row: order.index(row["label"]) if order else 0)
+    write_rows(Path(out, f"{suite}.csv"), rows)
+    Path(out, f"{suite}.json").write_text(json.dumps(runs | {label: run}, indent=1) + "\n")
+    return rows
+
+
 def main(options):
     if options.suite not in SUITES:
         raise SystemExit(f"there is no suite {options.suite}; choose one of {', '.join(SUITES)}")
     commands, flags, tasks = SUITES[options.suite]
     if unknown := set(options.only) - set(commands):
         raise SystemExit(f"no label {', '.join(unknown)}; choose from {', '.join(commands)}")
-    results, notes = (Path(options.out, f"{options.suite}.{end}") for end in ("csv", "json"))
-    rows, runs = [], {}
-    if results.exists():  # of other labels, or of an earlier call
-        rows = read_rows(results)
-        runs = json.loads(notes.read_text())
+    rows, _ = kept(options.out, options.suite)
     for label in () if options.table else options.only or commands:
-        runs[label], new = run(label, commands[label], options, flags, tasks)
-        kept = [row for row in rows if row["label"] != label]
-        order = list(commands)
-        rows = sorted(kept + new, key=lambda row: order.index(row["label"]))
-        write_rows(results, rows)
-        notes.write_text(json.dumps(runs, indent=1) + "\n")
+        found = run(label, commands[label], options, flags, tasks)
+        rows = keep(options.out, options.suite, label, *found, order=list(commands))
     print(table(rows) if rows else "nothing was run")
 
 

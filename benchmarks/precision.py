@@ -13,14 +13,12 @@ that is complete is not run again.
 import contextlib
 import dataclasses
 import importlib
-import json
 from pathlib import Path
 
 import jax
 import tyro
 
-from benchmarks import write_rows
-from benchmarks.learning import configuration, table
+from benchmarks.learning import keep, portable, table
 from common.run import configure
 from plot import read_rows
 
@@ -54,7 +52,7 @@ def rounded(bits: int):
 
 
 def main(options: Options) -> None:
-    rows, runs = [], {}
+    rows = []
     for name in options.scripts:
         script = importlib.import_module(name)
         for precision in options.precisions:
@@ -65,12 +63,8 @@ def main(options: Options) -> None:
             with rounded(BITS[precision]):
                 script.main(args)
             folder, label = Path(args.run_dir, name, args.env, precision), f"{name}, {precision}"
-            rows += [dict(label=label, **row) for row in read_rows(folder / "eval.csv")]
-            runs[label] = configuration(folder)
-            for flag in ("run_dir", "dataset_dir"):  # of this machine
-                del runs[label]["flags"][flag]
-            write_rows(Path(options.out, "precision.csv"), rows)
-            Path(options.out, "precision.json").write_text(json.dumps(runs, indent=1) + "\n")
+            new = [dict(label=label, **row) for row in read_rows(folder / "eval.csv")]
+            rows = keep(options.out, "precision", label, portable(folder), new)
     print(table(rows))
 
 

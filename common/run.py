@@ -128,12 +128,12 @@ class Run:
         )
         config = json.loads(json.dumps(dict(flags=vars(args) | data, made_with=made_with)))
         path, new = self.folder / "config.json", config["flags"]
-        newer = json.loads(json.dumps(vars(type(args)())))  # flags that an old run did not have
+        defaults = json.loads(json.dumps(vars(type(args)())))  # for flags newer than the run
         with self._writing("(in use by another process, or config.json damaged?)"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            old = newer | json.loads(path.read_text())["flags"] if path.exists() else new
+            old = defaults | json.loads(path.read_text())["flags"] if path.exists() else new
         free = FREE + ["eval_episodes"] * args.eval_only
         keys = [key for key in old | new if key not in free and old.get(key) != new.get(key)]
         if differ := "".join(f"\n  {k}: {old.get(k)} there, {new.get(k)} now" for k in keys):
@@ -273,5 +273,4 @@ class Run:
                 np.savez(self.folder / "rollouts.npz", **info, **paths)
             if (plot := Path(__file__).parent.parent / "plot.py").exists():
                 subprocess.run([sys.executable, plot, self.folder], check=False)
-        is_at = "is complete" if step == total else "is not complete"
-        print(f"{self.folder} {is_at}: {step:,} of {total:,} steps")
+        print(f"{self.folder} is {'not ' * (step < total)}complete: {step:,} of {total:,} steps")

@@ -11,7 +11,7 @@ import pytest
 
 from baselines import sac
 from benchmarks import ant, cost, environments, failures, parts, precision, throughput
-from benchmarks.learning import online_table, reported, restored, table
+from benchmarks.learning import keep, kept, online_table, reported, restored, table
 from benchmarks.multigoal import grid, measure
 from benchmarks.shares import shares
 from benchmarks.values import by_table
@@ -288,6 +288,16 @@ def test_where_failed_episodes_go(tmp_path):
     with pytest.raises(SystemExit, match="folders"):
         failures.main(failures.Options((), out=str(out)))
     assert out.read_bytes() == before
+
+
+def test_results_of_other_labels_stay(tmp_path):
+    """A label's rows replace its own of before, in the order that is asked for."""
+    row = lambda label, score: dict(label=label, success=score)
+    for label, score in (("b", "1"), ("a", "2"), ("b", "3")):
+        rows = keep(tmp_path, "some", label, dict(run=score), [row(label, score)], order=["a", "b"])
+    assert rows == [row("a", "2"), row("b", "3")]
+    assert kept(tmp_path, "some") == (rows, dict(b=dict(run="3"), a=dict(run="2")))
+    assert keep(tmp_path, "some", "c", {}, [row("c", "4")]) == [*rows, row("c", "4")]
 
 
 def test_rounded_products():

@@ -1,7 +1,6 @@
 """Every online method finds the best action of a bandit of one dimension: critic, policy, averages
 and acting together, on what a fixed replay (PPO: its own rollouts) says about its rewards."""
 
-import dataclasses
 import importlib
 
 import jax
@@ -60,8 +59,7 @@ def test_off_policy(name):
 
 
 def test_ppo():
-    args = small(ppo, rollout_steps=64, num_envs=2, total_steps=64 * 40)
-    args = dataclasses.replace(args, epochs=10)
+    args = small(ppo, rollout_steps=64, num_envs=2, total_steps=64 * 40, epochs=10)
     state = jax.vmap(lambda key: ppo.create(args, 1, key))(jax.random.PRNGKey(0)[None])
     before = played(ppo, args, state, "mean", 1)
     for i in range(40):
