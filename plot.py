@@ -383,7 +383,7 @@ def read_published(metric: str) -> dict[tuple, dict]:
         steps = [int(name) for name in row if name.isdigit() and row[name]]
         numbers = [float(row[str(step)]) / 100 for step in steps]  # published in percent
         task = ALL if row["task"] == ALL else int(row["task"])
-        empty = np.array(steps) - start, np.empty((len(steps), 3))
+        empty = np.array(steps) - start, np.full((len(steps), 3), np.nan)
         own = of(row["domain"], task).setdefault(row["method"], empty)[1]
         own[:, ("mean", "low", "high").index(row["number"])] = numbers
     kept = [("table2", "return"), ("table7", "accomplished_tasks")]

@@ -17,10 +17,11 @@ import numpy as np
 import tyro
 
 from benchmarks import as_table, write_rows
-from benchmarks.learning import ROOT, restored
+from benchmarks.learning import ROOT
 from common import ant
 from common.collect import heading, search_of
 from common.envs import make_env, seed_of
+from video import restored
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,24 +21,19 @@ within the last tenth of the steps, mean (standard deviation) over seeds.
 """
 
 import dataclasses
-import importlib
 import json
 import os
 import shlex
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import flax.serialization
-import jax
 import numpy as np
 import tyro
 
 from benchmarks import write_rows
 from common.envs import ONLINE
-from common.run import read_checkpoint
 from plot import cell, interval, markdown, organise, panels, read_rows, summaries
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,23 +160,6 @@ def portable(folder):
     for flag in ("name", "run_dir", "dataset_dir"):
         config["flags"].pop(flag, None)
     return config
-
-
-def restored(folder, observation_size):
-    """A run's script, arguments, agents at the checkpoint (agents, ...), and its configuration with
-    the seconds that it took."""
-    name, config = folder.resolve().parts[-3], configuration(folder)
-    package = "" if (ROOT / f"{name}.py").exists() else "baselines."
-    script = importlib.import_module(package + name)
-    flags = {k: tuple(x) if isinstance(x, list) else x for k, x in config["flags"].items()}
-    known = {k: x for k, x in flags.items() if k in script.Args.__dataclass_fields__}
-    args = script.Args(**known)
-    raw = read_checkpoint(folder / "checkpoint.msgpack")
-    create = partial(script.create, args, observation_size)
-    keys = jax.random.split(jax.random.PRNGKey(0), len(raw["tree"]["state"]["key"]))
-    like = jax.eval_shape(jax.vmap(create), keys)
-    state = flax.serialization.from_state_dict(like, raw["tree"]["state"])
-    return script, args, state, config | dict(seconds=raw["seconds"])
 
 
 def run(label, command, options, flags, tasks):

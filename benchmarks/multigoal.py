@@ -24,9 +24,10 @@ import matplotlib
 import numpy as np
 import tyro
 
-from benchmarks.learning import ROOT, launch, restored
+from benchmarks.learning import ROOT, configuration, launch
 from common.envs import GOALS, MULTIGOAL_STEPS, multigoal
 from plot import COLOURS, interval  # COLOURS: of the goals
+from video import restored
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -54,9 +55,9 @@ def train(command, options):
     line = [module, *flags, "--num-seeds", str(options.seeds), "--run-dir", options.run_dir]
     launch(line)
     folder = Path(options.run_dir, module.split(".")[-1], "multigoal/default")
-    script, args, state, config = restored(folder, 2)
+    (script, args, state, saved), config = restored(folder, 2), configuration(folder)
     command = shlex.join(["python", "-m", *line[:-2]])
-    note = dict(command=command, seconds=config["seconds"])
+    note = dict(command=command, seconds=saved["seconds"])
     note |= {name: config["made_with"][name] for name in ("device", "python", "packages")}
     return script, args, state, note
 

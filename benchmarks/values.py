@@ -18,9 +18,10 @@ import numpy as np
 import tyro
 
 from benchmarks import as_table, write_rows
-from benchmarks.learning import ROOT, restored
+from benchmarks.learning import ROOT
 from common.data import locate
 from common.envs import make_env, resolve
+from video import restored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +53,8 @@ def by_table(states, ends, goal, radius, H, discount):
 
 def measure(options: Options) -> list[dict]:
     """A row per free cell."""
-    script, args, state, config = restored(Path(options.folder), 2)
-    flags, seeds = config["flags"], config["flags"]["num_seeds"]
-    state = jax.tree.map(lambda x: x[flags["tasks"].index(options.task) * seeds], state)
+    script, args, state, _ = restored(Path(options.folder), 2)
+    state = jax.tree.map(lambda x: x[args.tasks.index(options.task) * args.num_seeds], state)
     source = resolve(args.env)
     with np.load(locate(source, options.dataset_dir)[0]) as file:
         states, ends = np.float32(file["observations"]), np.int64(file["terminals"])

@@ -61,16 +61,16 @@ def resolve(name: str) -> Source:
     return Source(env, env + (kind or kinds[0]), int(task or default), protocol)
 
 
-def make_env(name: str):
+def make_env(name: str, **options):
     """A gymnasium environment by its OGBench name, e.g. "cube-single-singletask-task1-v0", or its
     name in ONLINE: then actions in [-1, 1]^d are mapped to its box. Exits if it cannot be made."""
     os.environ.setdefault("MUJOCO_GL", "disable")  # look for a display only where one is wanted
     if name not in ONLINE:
-        return gymnasium.make(name, disable_env_checker=True)
+        return gymnasium.make(name, disable_env_checker=True, **options)
     id, arguments = ONLINE[name]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # gymnasium_robotics' news of other ids
-            env = gymnasium.make(id, disable_env_checker=True, **arguments)
+            env = gymnasium.make(id, disable_env_checker=True, **arguments, **options)
     except (ImportError, AssertionError) as error:  # the latter, of joints, from mujoco 3.12 on
         needs = "gymnasium-robotics>=1.4,<1.5 and mujoco<3.12: pip install -r requirements.txt"
         raise SystemExit(f"{name} needs {needs} ({type(error).__name__})") from error
@@ -128,11 +128,11 @@ def seed_of(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-class _Slot:
+class Slot:
     """An environment in a worker; mazes draw from the global generator, so each keeps its state."""
 
-    def __init__(self, name):
-        self.env = make_env(name)
+    def __init__(self, name, **options):
+        self.env = make_env(name, **options)
 
     def start(self, seed):
         np.random.seed(seed)
@@ -157,7 +157,7 @@ def work(pipe: int) -> None:
             jobs, answer = connection.recv(), []
             try:
                 for slot, method, arguments in jobs:
-                    slots[slot] = slots.get(slot) or _Slot(names[slot])
+                    slots[slot] = slots.get(slot) or Slot(names[slot])
                     answer.append(getattr(slots[slot], method)(*arguments))
             except Exception:
                 answer = traceback.format_exc()
@@ -188,7 +188,7 @@ class EnvPool:
             ours.send(names)
 
     def call(self, method: str, arguments: dict[int, tuple]) -> dict:
-        """_Slot.<method>: {slot: arguments} -> {slot: result}; RuntimeError if a worker fails."""
+        """Slot.<method>: {slot: arguments} -> {slot: result}; RuntimeError if a worker fails."""
         jobs, results = {}, {}
         for slot, values in arguments.items():
             jobs.setdefault(slot % len(self._workers), []).append((slot, method, values))

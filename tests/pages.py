@@ -4,21 +4,47 @@
     python -m tests.pages write     writes all of it again
 
 They stand between `<!-- generated: <name> -->` and `<!-- end generated -->`. A method's page has
-`equations`: the `# Eq. (n)` tags of its script, named as in docs/equations.md. README.md has
-`offline` and `online`, tables of which the last two cells of each method's row are generated.
+`equations`: the `# Eq. (n)` tags of its script, named as in docs/equations.md, and `results`: ours
+beside the published ones. README.md has `offline` and `online`, tables of which the last two cells
+of each method's row are generated.
 """
 
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import plot
+from common.envs import resolve
 from tests.shared_blocks import ROOT, named
 
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end generated -->\n)", re.DOTALL)
 ROW = re.compile(r"^(\| \[`([\w/]+)\.py`\].*\(docs/\w+\.md\) \|).*$", re.MULTILINE)  # a method's
 OURS = dict(offline=("methods.csv", "success", 2), online=("plane.csv", "return", 1))
+SHOWN = dict(offline=plot.ALL, online="halfcheetah")  # of what is published, in the README
+RESULTS = dict(  # (file, what it is about)
+    offline=[
+        ("methods.csv", "pointmaze-medium, task 1"),
+        ("cube-task-1.csv", "cube-single, task 1"),
+        ("cube-methods.csv", "cube-single, task 1"),
+    ],
+    online=[
+        ("plane.csv", "multigoal"),
+        ("hopper.csv", "hopper"),
+        ("halfcheetah.csv", "halfcheetah"),
+    ],
+)
+EXPLAINED = dict(
+    offline="""Success, mean over seeds [95 % bootstrap interval]. *Ours*: small networks, data
+collected here; flags and commands in [benchmarks](../benchmarks/README.md). Nothing of the paper's
+size has been run yet. *Published*: 12 seeds of a domain's five tasks after 1M updates (RLPD, which
+has no offline phase: after 500,000 environment steps).""",
+    online="""Return. *Ours*: mean over seeds [95 % bootstrap interval]; flags and commands in
+[benchmarks](../benchmarks/README.md). No run has a million steps yet. *Published*: table 2 of
+FMER's paper, mean (deviation) of five seeds, of each the best evaluation from 900,000 of 1M steps
+on; in the kitchen the share of completed tasks.""",
+)
 
 
 def equations(text: str) -> list[str]:
@@ -59,33 +85,73 @@ def table(script: str) -> str:
     return plot.markdown(lines) + "\n"
 
 
-def ours(kind: str) -> dict[str, str]:
-    """label -> result at the end of its runs."""
-    file, metric, digits = OURS[kind]
-    found = plot.organise(plot.read_results(ROOT / "benchmarks/results" / file), metric)
+@cache
+def ours(file: str, metric: str, digits: int) -> dict[str, tuple[str, int]]:
+    """label -> result at the end of its runs, in words; and the end's step."""
+    path = ROOT / "benchmarks/results" / file
+    found = plot.organise(plot.read_results(path), metric) if path.exists() else {}
     rows = plot.summaries(found, plot.panels(found, plot.ALL, metric))
-    show = lambda _, x, seeds: f"{plot.cell(x, digits, seeds)}, {seeds} seed" + "s" * (seeds > 1)
-    return {label: show(*row[plot.ALL]) for label, row in rows.items()}
+    show = lambda x, seeds: f"{plot.cell(x, digits, seeds)}, {seeds} seed" + "s" * (seeds > 1)
+    ends = {label: row[plot.ALL] for label, row in rows.items()}
+    return {label: (show(x, seeds), step) for label, (step, x, seeds) in ends.items()}
 
 
-def published(kind: str) -> dict[str, str]:
-    """`plain` name -> success over all 50 tasks, or HalfCheetah's return; at most 1M steps."""
+@cache
+def published(kind: str) -> dict[str, dict[str, str]]:
+    """Domain -> `plain` name -> success after at most 1M steps, or FMER's table 2."""
+    found = {}
     if kind == "offline":
-        found = plot.read_published("success")[plot.ALL, plot.ALL].items()
-        return {plot.plain(x): plot.cell(y[at <= 1_000_000][-1], 3) for x, (at, y) in found}
+        theirs = plot.read_published("success")
+        for domain in [*plot.DOMAINS, plot.ALL]:
+            own = theirs[domain if domain == plot.ALL else resolve(domain).dataset, plot.ALL]
+            ends = {x: y[at <= 1_000_000][-1] for x, (at, y) in own.items()}
+            found[domain] = {plot.plain(x): plot.cell(y, 3) for x, y in ends.items()}
+        return found
     rows = plot.read_rows(ROOT / "benchmarks/published/fmer_published.csv")
-    rows = [row for row in rows if (row["table"], row["env"]) == ("table2", "HalfCheetah-v5")]
-    whole = lambda x: int(float(x) + 0.5)
-    return {plot.plain(x["method"]): f"{whole(x['mean'])} ({whole(x['std'])})" for x in rows}
+    for row in (row for row in rows if row["table"] == "table2"):
+        domain = row["env"].lower().removesuffix("-v5").replace("-n", "-")
+        numbers = row["mean"], row["std"]
+        if "kitchen" not in domain:
+            numbers = (int(float(x) + 0.5) for x in numbers)
+        text = "{} ({})".format(*numbers) + " %" * ("kitchen" in domain)
+        found.setdefault(domain, {})[plot.plain(row["method"])] = text
+    return found
+
+
+def labels_of(script: str, labels) -> list[str]:
+    """Those of a script, as in "ME-AM" or "cgql plain"."""
+    name = Path(script).name
+    return [x for x in labels if name == x.split(" ")[0] or plot.plain(x) == plot.plain(name)]
+
+
+def beside(script: str) -> str:
+    """A method's results on its own page: ours, and what was published."""
+    kind = next(kind for kind in RESULTS if script in named(kind))
+    labels = labels_of(script, ours(*OURS[kind]))
+    variant = lambda x: x.partition(" ")[2] + ": " if len(labels) > 1 else ""
+    rows = {}  # domain -> [ours, published]
+    for file, where in RESULTS[kind]:
+        found = ours(file, *OURS[kind][1:])
+        texts = ["{}{}, {:,} steps".format(variant(x), *found[x]) for x in labels_of(script, found)]
+        if texts:
+            link = f"([{file}](../benchmarks/results/{file}))"
+            rows[where] = [f"{'<br>'.join(texts)} {link}", "-"]
+    for domain, theirs in published(kind).items():
+        known = [x for x in labels if plot.plain(x) in theirs]
+        if texts := [variant(x) + theirs[plot.plain(x)] for x in known]:
+            where = "all 50 tasks" if domain == plot.ALL else domain
+            rows.setdefault(where, ["-", "-"])[1] = "<br>".join(texts)
+    lines = [["", "ours", "published"], *([where, *row] for where, row in rows.items())]
+    return f"{EXPLAINED[kind]}\n\n{plot.markdown(lines)}\n"
 
 
 def results(kind: str, text: str) -> str:
     """A table of the README, with the last two cells of its rows written anew."""
-    mine, theirs = ours(kind), published(kind)
+    mine, theirs = ours(*OURS[kind]), published(kind)[SHOWN[kind]]
 
     def write(row):
-        labels = [x for x in mine if x.split(" ")[0] == row[2].split("/")[-1]]
-        cells = [mine[x] for x in labels], [theirs.get(plot.plain(x), "-") for x in labels]
+        labels = labels_of(row[2], mine)
+        cells = [mine[x][0] for x in labels], [theirs.get(plot.plain(x), "-") for x in labels]
         return row[1] + "".join(f" {'<br>'.join(texts) or '-'} |" for texts in cells)
 
     return ROW.sub(write, text)
@@ -93,9 +159,12 @@ def results(kind: str, text: str) -> str:
 
 def pages() -> dict[Path, tuple[str, str]]:
     """Page -> its text as it is, and as it should be."""
+    ours.cache_clear(), published.cache_clear()
     found, scripts = {}, {Path(x).name: x for x in named("offline") + named("online")}
     for path in [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in scripts)]:
-        part = lambda x: table(scripts[path.stem]) if path.stem in scripts else results(x[2], x[3])
+        own = scripts.get(path.stem)
+        make = dict(equations=table, results=beside)
+        part = lambda x: make[x[2]](own) if own else results(x[2], x[3])
         old = path.read_text()
         found[path] = old, BLOCK.sub(lambda x: x[1] + part(x) + x[4], old)
     return found

@@ -11,7 +11,7 @@ import pytest
 
 from baselines import sac
 from benchmarks import ant, cost, environments, failures, parts, precision, throughput
-from benchmarks.learning import keep, kept, online_table, reported, restored, table
+from benchmarks.learning import keep, kept, online_table, reported, table
 from benchmarks.multigoal import grid, measure
 from benchmarks.shares import shares
 from benchmarks.values import by_table
@@ -19,6 +19,7 @@ from common import ant as common_ant
 from common.envs import GOALS
 from common.run import parse
 from plot import read_rows
+from video import restored
 
 AGENTS = 2
 

@@ -26,7 +26,7 @@ import pytest
 import scipy.stats
 
 from common.data import Replay
-from common.envs import MULTIGOAL_STEPS, TRAINING, _Slot, multigoal, seed_of
+from common.envs import MULTIGOAL_STEPS, TRAINING, Slot, multigoal, seed_of
 from common.run import configure
 from tests import shared_blocks
 from tests.conftest import ROOT
@@ -234,7 +234,7 @@ def test_transitions(script, module, here, monkeypatch, env, steps):
             assert (lengths[masks[ends] == 1] == MULTIGOAL_STEPS).all()
             assert (lengths <= MULTIGOAL_STEPS).all()
         return
-    slot = _Slot(env)
+    slot = Slot(env)
     for i, seed in enumerate((args.seed, args.seed + 1)):
         state = slot.start(seed_of(seed, 1, 0))
         for k in range(steps):
