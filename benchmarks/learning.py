@@ -50,11 +50,10 @@ ABLATIONS = {  # label -> command line
 }
 VERSIONS = "jax jaxlib flax optax numpy ogbench mujoco gymnasium".split()
 CUBE = """--env cube-single-play-singletask-v0 --hidden-dims 256 256 --num-critics 2
-    --batch-size 128 --lr 5e-4 --offline-steps 16000 --log-interval 1000 --eval-interval 16000
-    --eval-slots 1"""
-FLOW = " --flow-steps 5"
+    --batch-size 128 --lr 5e-4 --log-interval 1000 --eval-interval 16000 --eval-slots 1"""
+OFFLINE, FLOW = " --offline-steps 16000", " --flow-steps 5"
 # Beside QAM and ME-AM in cube-task-1: the QAM paper's values for cube-double or, where these make
-# it QAM, for cube-triple. ReBRAC has no flow, RLPD no offline phase.
+# it QAM, for cube-triple. ReBRAC has no flow, RLPD neither that nor an offline phase.
 CUBE_METHODS = {
     "behaviour cloning": "qam --inv-temp 0",
     "qam_edit": "qam_edit --edit-scale 0.1",
@@ -74,6 +73,7 @@ CUBE_METHODS = {
     " --noisy-coef 0.001",
     "cgql linex": "baselines.cgql --guidance linex --inv-temp 10 --guidance-coef 0.01"
     " --noisy-coef 0.001",
+    "rlpd": "baselines.rlpd --rlpd-alpha 0.1 --online-steps 16000 --start-training 1000",
 }
 SWEEP = {"QAM": "qam"} | {f"ME-AM, rho = {rho}": f"meam --rho {rho}" for rho in (0, 0.1, 0.3, 0.5)}
 SWEEP |= {
@@ -108,10 +108,13 @@ SUITES = {  # suite -> (label -> command line, flags of all, tasks)
         (1,),
     ),
     "pointmaze": (ABLATIONS, "--offline-steps 10000 --eval-interval 10000", (1, 2, 3, 4, 5)),
-    "cube": (ABLATIONS, CUBE + FLOW, (1, 2, 3, 4, 5)),
-    "cube-task-1": (ABLATIONS, CUBE + FLOW, (1,)),
+    "cube": (ABLATIONS, CUBE + OFFLINE + FLOW, (1, 2, 3, 4, 5)),
+    "cube-task-1": (ABLATIONS, CUBE + OFFLINE + FLOW, (1,)),
     "cube-methods": (
-        {label: line + FLOW * (label != "rebrac") for label, line in CUBE_METHODS.items()},
+        {
+            label: line + OFFLINE * (label != "rlpd") + FLOW * (label not in ("rebrac", "rlpd"))
+            for label, line in CUBE_METHODS.items()
+        },
         CUBE,
         (1,),
     ),
@@ -120,8 +123,8 @@ SUITES = {  # suite -> (label -> command line, flags of all, tasks)
     "plane": (labelled(NINE), "--env multigoal", ()),
 }
 SUITES |= {
-    env: (SHORT, f"--env {env} --total-steps 100000 --warmup-steps 5000", ())
-    for env in ("halfcheetah", "hopper")
+    env: (SHORT, f"--env {env} --total-steps {steps} --warmup-steps 5000", ())
+    for env, steps in (("halfcheetah", 100_000), ("hopper", 30_000))
 }
 SUITES |= {
     env if "kitchen" in env else f"mujoco-{env}": (labelled(NINE), f"--env {env}", ())
