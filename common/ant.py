@@ -13,8 +13,7 @@ from ogbench.online_locomotion.ant import AntEnv
 from ogbench.online_locomotion.wrappers import GymXYWrapper
 
 # The ant also observes a unit direction, another after 100 steps; rewards are the way along it.
-_make = lambda **options: GymXYWrapper(AntEnv(**options))
-gymnasium.register("OnlineAntXY-v0", _make, max_episode_steps=1000)
+gymnasium.register("OnlineAntXY-v0", lambda **x: GymXYWrapper(AntEnv(**x)), max_episode_steps=1000)
 WEIGHTS = Path(__file__).with_name("ant.npz")
 
 
