@@ -26,7 +26,7 @@ import pytest
 import scipy.stats
 
 from common.data import Replay
-from common.envs import MULTIGOAL_STEPS, TRAINING, Slot, multigoal, seed_of
+from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, Slot, multigoal, seed_of
 from common.run import configure
 from tests import shared_blocks
 from tests.conftest import ROOT
@@ -403,21 +403,26 @@ def watched(monkeypatch, module):
     monkeypatch.setattr(module, "sample_actions", sample_actions)
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every, log", [(1, 1), (3, 4)])
 @pytest.mark.parametrize("env", LENGTHS)
-def test_when_updates_come(script, module, here, monkeypatch, env, every):
+def test_when_updates_come(script, module, here, monkeypatch, env, every, log):
     """The first one at the first step that is not random, or `every` - 1 later, then one per
     `every` steps. An update does not see the transition of its own step, but all before: it is
-    dispatched before the environments' step returns."""
-    flags = dict(total_steps=20, warmup_steps=8, replay_size=100, log_interval=1)
-    flags |= dict(eval_interval=10, env_steps_per_update=every, name=f"watched-{every}")
+    dispatched before the environments' step returns. Rows are means over the updates since the
+    last one, whatever the number of steps."""
+    flags = dict(total_steps=20, warmup_steps=8, replay_size=100, log_interval=log)
+    flags |= dict(eval_interval=10, env_steps_per_update=every, name=f"watched-{every}-{log}")
     watched(monkeypatch, module)
     args = tiny(module, env, **flags)
     module.main(args)
     lines = rows(folder_of(script, args), "train")
-    steps = [step for step in range(9, 21) if (step - 8) % every == 0]
-    assert [int(x["step"]) for x in lines] == np.repeat(steps, 2).tolist()
-    assert [float(x["seen"]) for x in lines] == np.repeat(np.array(steps) - 1, 2).tolist()
+    steps = np.array([step for step in range(9, 21) if (step - 8) % every == 0])
+    ends = [step for step in range(1, 21) if step % log == 0 or step % 10 == 0]
+    parts = [steps[(steps > last) & (steps <= end)] for last, end in zip([0, *ends], ends)]
+    means = {end: part.mean() - 1 for end, part in zip(ends, parts) if len(part)}
+    assert [int(x["step"]) for x in lines] == np.repeat([*means], 2).tolist()
+    seen = [float(x["seen"]) for x in lines]
+    np.testing.assert_allclose(seen, np.repeat([*means.values()], 2), rtol=1e-6)
 
 
 def test_number_of_updates(module, args, reference):
@@ -529,6 +534,40 @@ def test_evaluations_use_their_modes(script, module, here, monkeypatch, env):
         for row in last:
             assert 7 <= float(row["length"]) <= 9 and 4 <= float(row["fast_length"]) <= 5
             assert -140 < float(row["return"]) < -80 and float(row["fast_return"]) < -120
+
+
+def test_agents_start_apart(script, module, here, monkeypatch):
+    """Networks and random numbers of two agents differ from the first; their evaluations, in every
+    mode, have the seeds of (seed, task, step, episode), and scores are means over an agent's."""
+    played = []
+
+    def play(pool, policy, seeds):
+        rng = np.random.default_rng(len(played))
+        out = {name: rng.uniform(size=seeds.shape) for name in ("success", "return", "length")}
+        played.append((seeds.tolist(), out))
+        return out
+
+    watched(monkeypatch, module)
+    monkeypatch.setattr(EnvPool, "play", play)
+    args = tiny(module, "hopper", total_steps=5, eval_interval=3, eval_episodes=3, name="apart")
+    module.main(dataclasses.replace(args, warmup_steps=4))
+    state = checkpoint(folder_of(script, args))["tree"]["state"]
+    leaves = jax.tree_util.tree_leaves_with_path(state["params"])
+    kernels = [x for path, x in leaves if "kernel" in jax.tree_util.keystr(path)]
+    assert len(kernels) > 5 and all(x.any() for x in kernels)
+    for x in [state["key"], *kernels]:
+        assert (x[0] != x[1]).any()
+    lines = rows(folder_of(script, args), "eval")
+    assert [int(x["step"]) for x in lines] == [3, 3, 5, 5]
+    for i, (seeds, out) in enumerate(played):
+        at, mode = divmod(i, len(module.MODES))
+        prefix = f"{module.MODES[mode]}_" * bool(mode)
+        for j, line in enumerate(lines[2 * at : 2 * at + 2]):
+            who = int(line["seed"]), int(line["task"]), int(line["step"])
+            assert who[0] == args.seed + j and seeds[j] == [seed_of(*who, e) for e in range(3)]
+            for name in ("return", "length"):
+                assert float(line[prefix + name]) == pytest.approx(out[name][j].sum() / 3)
+    assert len(played) == 2 * len(module.MODES)
 
 
 # --- failures ------------------------------------------------------------------------------------
