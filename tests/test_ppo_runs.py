@@ -162,19 +162,36 @@ def test_number_of_updates(args, reference):
         assert state["statistics"][name]["0"].tolist() == [96.0, 96.0]
 
 
-def test_rows_are_means_over_rollouts(here, monkeypatch):
-    """Of the updates' metrics, and of all rollouts since the last row."""
+def test_rows_are_means(here, monkeypatch):
+    """Of the updates' metrics, over all rollouts since the last row; of returns and lengths, over
+    an agent's episodes, which have the seeds of (seed, task, step, episode). Agents start apart."""
     args, count, train = tiny(name="means"), iter(range(100)), ppo.train_chunk
+    started, played, play = [], [], EnvPool.play
 
-    def numbered(*inputs):
-        state, metrics = train(*inputs)
+    def numbered(args, state, rollout):
+        started.extend([] if traced(state) or started else [jax.device_get(state)])
+        state, metrics = train(args, state, rollout)
         value = 0 if traced(state) else next(count)
         return state, metrics | dict(kl=jnp.array([value, 10.0 * value]))
 
+    def watch(pool, policy, seeds):
+        played.append((seeds.tolist(), play(pool, policy, seeds)))
+        return played[-1][1]
+
     monkeypatch.setattr(ppo, "train_chunk", numbered)
+    monkeypatch.setattr(EnvPool, "play", watch)
     ppo.main(args)
     found = [float(x["kl"]) for x in rows(folder_of(args), "train")]
     assert found == [0.5, 5, 2, 20, 3, 30]
+    lines = rows(folder_of(args), "eval")
+    for (seeds, out), step, pair in zip(played, (48, 96), (lines[:2], lines[2:]), strict=True):
+        assert seeds == [[seed_of(seed, 1, step, e) for e in range(2)] for seed in (0, 1)]
+        for i, line in enumerate(pair):
+            for name in ("return", "length"):
+                assert float(line[name]) == pytest.approx(out[name][i].sum() / 2)
+    leaves = jax.tree_util.tree_leaves_with_path(started[0].params)
+    kernels = [x for path, x in leaves if "kernel" in jax.tree_util.keystr(path)]
+    assert len(kernels) > 3 and all((x[0] != x[1]).any() for x in [started[0].key, *kernels])
 
 
 # --- rollouts ------------------------------------------------------------------------------------
