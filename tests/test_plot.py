@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import scipy.stats
 from matplotlib.colors import to_rgb
-from PIL import Image
 
 import plot
 from benchmarks import multigoal
+from common.envs import make_env
 from common.run import FREE
 from plot import Options, interval, main, organise
 from tests.conftest import ROOT
@@ -482,18 +482,56 @@ def test_one_published_number(figure, tmp_path):
     assert axis.get_xlim()[1] < 110_000 and apart(boxes(figure[0], axis.texts))
 
 
+def test_the_mazes_picture(tmp_path, figure):
+    """A panel per task: the paths of its agents, blue where solved and else orange, a dot where
+    each begins, a star at the task's goal, and walls where the maze has them."""
+    (tmp_path / "config.json").write_text(json.dumps(dict(flags=dict(env="pointmaze-medium"))))
+    rng, success = np.random.default_rng(0), np.array([[0, 1], [0, 0], [1, 0]])
+    paths = {f"path{i}": rng.uniform(0, 20, (3 + i, 2)) for i in range(6)}
+    np.savez(tmp_path / "rollouts.npz", task=[3, 1, 3], success=success, **paths)
+    plot.draw_rollouts(tmp_path)
+    assert (tmp_path / "rollouts.png").stat().st_size > 5000
+    axes = figure[0].axes
+    titles = [axis.get_title() for axis in axes]
+    assert titles == ["task 1: success 0.00", "task 3: success 0.50"]
+    for axis, task, own in zip(axes, (1, 3), ([2, 3], [0, 1, 4, 5])):
+        *lines, star = axis.lines
+        assert len(lines) == 2 * len(own)
+        for i, line, dot in zip(own, lines[::2], lines[1::2]):
+            path = paths[f"path{i}"]
+            np.testing.assert_array_equal(np.array(line.get_data()).T, path)
+            assert line.get_color() == ("C0" if success.flat[i] else "C1")
+            assert np.ravel(dot.get_data()).tolist() == path[0].tolist() and dot.get_marker() == "o"
+        maze = make_env(f"pointmaze-medium-singletask-task{task}-v0").unwrapped
+        maze.reset()
+        assert np.ravel(star.get_data()).tolist() == [*maze.cur_goal_xy]
+        assert star.get_marker() == "*"
+        (image,) = axis.images
+        np.testing.assert_array_equal(image.get_array(), maze.maze_map)
+        (left, right, low, high), (rows, columns) = image.get_extent(), maze.maze_map.shape
+        for i, j in np.ndindex(rows, columns):  # from below, with cells around their centres
+            x, y = maze.ij_to_xy((i, j))
+            assert (x - left) / (right - left) * columns == pytest.approx(j + 0.5)
+            assert (y - low) / (high - low) * rows == pytest.approx(i + 0.5)
+        assert image.origin == "lower"
+
+
+def blocks(path, n=32):
+    """A PNG's mean colours of squares of n pixels: text that is set in another way changes them
+    little (by 0.04 from matplotlib 3.9 to 3.11), a line that is missing by 0.07 or more."""
+    pixels = plt.imread(path)[..., :3]
+    high, wide = (size // n * n for size in pixels.shape[:2])
+    return pixels[:high, :wide].reshape(high // n, n, wide // n, n, 3).mean((1, 3))
+
+
 def test_committed_pictures(tmp_path):
-    """All are what their files give: the same size, and almost no other pixel, but with another
-    matplotlib, which sets text in another way."""
+    """All are what their files give: the same size, and the same ink everywhere."""
     plot.committed(tmp_path)
     names = {path.name for path in (ROOT / "docs/images").iterdir()}
     assert {path.name for path in tmp_path.iterdir()} == names
     for name in names:
-        paths = [folder / name for folder in (ROOT / "docs/images", tmp_path)]
-        old, new = map(plt.imread, paths)
-        assert abs(old.mean((0, 1)) - new.mean((0, 1))).max() < 0.02, name
-        if len({Image.open(path).info["Software"] for path in paths}) == 1:
-            assert old.shape == new.shape and (abs(old - new).max(-1) > 0.2).mean() < 0.03, name
+        old, new = (blocks(folder / name) for folder in (ROOT / "docs/images", tmp_path))
+        assert old.shape == new.shape and abs(old - new).max() < 0.055, name
 
 
 def test_the_planes_picture_from_its_file(tmp_path):
