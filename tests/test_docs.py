@@ -41,14 +41,17 @@ def test_links(page):
 @each_page
 def test_result_files(page):
     """Named files of benchmarks/results exist."""
-    for name in re.findall(r"(?<!/)results/([\w.-]+\.(?:csv|json))", page.read_text()):
+    place = r"(?:(?<!/)|(?<=benchmarks/))results/"
+    for name in re.findall(place + r"([\w.-]+\.(?:csv|json))", page.read_text()):
         assert (ROOT / "benchmarks/results" / name).exists(), name
 
 
 def test_every_result_file_is_explained():
+    """It or the file of rows that it lies beside is named."""
     text = "".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"(?<![\w.-])([\w-]+)\.(?:csv|json)", text))
     for path in sorted((ROOT / "benchmarks/results").iterdir()):
-        assert path.stem in text, path.name
+        assert path.stem in named, path.name
 
 
 def commands(page):
@@ -102,6 +105,7 @@ def test_commands_are_found():
     (test_links, "# Here\n[a](#there)"),
     (test_links, f"[a]({ROOT}/qam.py#L9999)"),
     (test_result_files, "`results/nothing.csv`"),
+    (test_result_files, "`benchmarks/results/nothing.json`"),
     (test_commands, "    python qam.py --no-such-flag 3   a comment"),
     (test_commands, "```bash\npython -m baselines.sac --num-seeds five\n```"),
     (test_commands, "    python -m baselines.dpmd --warmup-steps 30000"),
