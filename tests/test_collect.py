@@ -1,14 +1,19 @@
 """Tests of the dataset maker: same seed, same files; OGBench's format; experts that work."""
 
+import importlib
+import inspect
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import ogbench
 import pytest
+import scipy.stats
 
 from common import collect as c
 
@@ -202,6 +207,159 @@ def test_scene_whose_block_left_the_table_is_redone(monkeypatch):
     monkeypatch.setattr(c, "_manipulation_policy", policy)
     arrays = c.collect_episode(Env(), "scene-play", 0, 0)
     assert len(set(runs)) == 2 and not arrays["qpos"].any()
+
+
+# --- OGBench's settings --------------------------------------------------------------------------
+
+SIZES = {  # episodes for training, rows of each
+    "pointmaze-medium-navigate": (1000, 1001),
+    "pointmaze-giant-navigate": (500, 2001),
+    "pointmaze-teleport-stitch": (5000, 201),
+    "antmaze-large-navigate": (1000, 1001),
+    "antmaze-giant-navigate": (500, 2001),
+    "antmaze-giant-stitch": (5000, 201),
+    "cube-single-play": (1000, 1001),
+    "cube-double-noisy": (1000, 1001),
+    "cube-triple-play": (3000, 1001),
+    "cube-quadruple-noisy": (5000, 1001),
+    "scene-play": (1000, 1001),
+    "puzzle-3x3-noisy": (1000, 1001),
+    "puzzle-4x4-play": (1000, 1001),
+    "puzzle-4x5-noisy": (3000, 1001),
+    "puzzle-4x6-play": (5000, 1001),
+}
+
+
+def test_the_official_sizes(monkeypatch):
+    """Episodes do not end at a goal; environments of manipulation are those for collecting."""
+    monkeypatch.setattr(c.gymnasium, "make", lambda name, **flags: (name, flags))
+    for name, (episodes, rows) in SIZES.items():
+        assert c.OFFICIAL[name] == (episodes, rows), name
+        flags = dict(terminate_at_goal=False, max_episode_steps=rows)
+        flags |= {} if "maze" in name else dict(mode="data_collection")
+        assert c.make_env.__wrapped__(name) == (f"{name.rsplit('-', 1)[0]}-v0", flags)
+    assert len(c.OFFICIAL) == 2 * 9 + 2 * 8
+
+
+@pytest.mark.parametrize("ant, noise", [(False, 0.5), (True, 0.2)])
+def test_noise_in_mazes(monkeypatch, ant, noise):
+    """Normal, on top of the direction or of what the ant's expert does, clipped to the box."""
+    monkeypatch.setattr(c, "heading", lambda *_: np.zeros(2))
+    monkeypatch.setattr(c, "walk", lambda *_: np.zeros(8))
+    dataset = f"{'ant' if ant else 'point'}maze-medium-stitch"
+    np.random.seed(0)
+    policy = c._maze_policy(c.make_env.__wrapped__(dataset), dataset, 0)
+    ob, _ = next(policy)
+    drawn = np.array([policy.send((ob, {"success": False}))[1] for _ in range(3000)])
+    assert drawn.shape == (3000, 8 if ant else 2) and np.abs(drawn).max() <= 1
+    inside = drawn[np.abs(drawn) < 1]
+    limits = -1 / noise, 1 / noise
+    assert scipy.stats.kstest(inside, "truncnorm", (*limits, 0, noise)).pvalue > 1e-3
+
+
+def distances(maze, start):
+    """Cell -> number of steps from `start` through free cells."""
+    found, front = {start: 0}, [start]
+    for i, j in front:  # grows
+        for cell in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)):
+            if maze[cell] == 0 and cell not in found:
+                found[cell] = found[i, j] + 1
+                front.append(cell)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["navigate", "stitch"])
+def test_goals_in_mazes(kind):
+    """navigate: another one at each success, a cell that is no straight hallway, all of them in
+    turn. stitch: four cells away from the start, and it stays."""
+    dataset = f"pointmaze-medium-{kind}"
+    env, cells, starts = c.make_env.__wrapped__(dataset), set(), set()
+    maze, walls = env.unwrapped, env.unwrapped.maze_map
+    cell = lambda xy: tuple(int(x) for x in maze.xy_to_ij(xy))
+    np.random.seed(0)
+    for seed in range(2 if kind == "navigate" else 60):
+        policy = c._maze_policy(env, dataset, seed)
+        ob, _ = next(policy)
+        start, goal = cell(ob[:2]), cell(maze.cur_goal_xy)
+        starts.add(start)
+        assert kind == "navigate" or distances(walls, start)[goal] == 4
+        for _ in range(150 if kind == "navigate" else 3):
+            before = maze.cur_goal_xy
+            policy.send((ob, {"success": False}))
+            assert np.array_equal(maze.cur_goal_xy, before)
+            policy.send((ob, {"success": True}))
+            cells.add(cell(maze.cur_goal_xy))
+            assert kind == "navigate" or np.array_equal(maze.cur_goal_xy, before)
+    if kind == "stitch":
+        assert len(starts) > 15
+        return
+    free = {(int(i), int(j)) for i, j in np.argwhere(walls == 0)}
+    ways = lambda i, j: [x in free for x in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1))]
+    straight = [True, True, False, False], [False, False, True, True]
+    assert cells == {x for x in free if ways(*x) not in straight}
+
+
+STACK = {  # of cubes, at new targets: drawn for each episode in this interval
+    "cube-single": (0, 0), "cube-double": (0, 0.25), "cube-triple": (0.05, 0.35),
+    "cube-quadruple": (0.1, 0.5), "scene": (0.5, 0.5), "puzzle-3x3": (0.5, 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["play", "noisy"])
+@pytest.mark.parametrize("domain", STACK)
+def test_noise_and_targets_of_the_arm(monkeypatch, domain, kind):
+    """Plans without noise of ours, or Markov oracles with uniform actions among theirs and noise
+    whose scale is the episode's; oracles with OGBench's defaults, a gripper that stays closed in
+    puzzles; the probability of stacking."""
+    made, style = [], "plan" if kind == "play" else "markov"
+
+    def oracle(name):
+        def make(**flags):
+            acts = dict(select_action=lambda ob, info: np.zeros(5), reset=lambda ob, info: None)
+            made.append(SimpleNamespace(name=name, flags=flags, done=True, **acts))
+            return made[-1]
+
+        return make
+
+    for task in ("cube", "button", "drawer", "window"):
+        name = f"{task.title()}{style.title()}Oracle"
+        module = importlib.import_module(f"ogbench.manipspace.oracles.{style}.{task}_{style}")
+        base = inspect.signature(getattr(module, name).__mro__[1].__init__).parameters
+        defaults = dict(noise=0.1, noise_smoothing=0.5) if kind == "play" else dict(min_norm=0.4)
+        assert {key: base[key].default for key in defaults} == defaults
+        monkeypatch.setattr(module, name, oracle(name))
+    env, info = mock.MagicMock(), {"privileged/target_task": "cube"}
+    env.reset.return_value = env.unwrapped.set_new_target.return_value = None, info
+    drawn, stack = [], []
+    np.random.seed(0)
+    for seed in range(100):
+        policy = c._manipulation_policy(env, f"{domain}-{kind}", seed)
+        own = [next(policy)[1], *(policy.send((None, info))[1] for _ in range(2))]
+        assert env.reset.call_args.kwargs == dict(seed=seed)
+        stack.append([call[1]["p_stack"] for call in env.unwrapped.set_new_target.call_args_list])
+        env.unwrapped.set_new_target.reset_mock()
+        for agent in made:
+            agent.done = False
+        drawn.append([*own, *(policy.send((None, info))[1] for _ in range(97))])
+    for agent in made:
+        grip = dict(gripper_always_closed=domain == "puzzle-3x3") if "Button" in agent.name else {}
+        assert agent.flags == dict(env=env) | grip
+    stack, drawn, (low, high) = np.array(stack), np.array(drawn), STACK[domain]
+    assert stack.shape == (100, 2) and (stack == stack[:, :1]).all()
+    assert low <= stack.min() and stack.max() <= high
+    assert low == high or scipy.stats.kstest(stack[:, 0], "uniform", (low, high - low))[1] > 1e-3
+    if kind == "play":
+        assert not drawn.any()
+        return
+    random = np.abs(drawn[..., :3]).max(-1) > 0.5  # of which 7 in 8 uniform ones are
+    rate = 0.2 if domain == "puzzle-3x3" else 0.1
+    assert np.abs(drawn).max() <= 1 and random.mean() == pytest.approx(7 / 8 * rate, rel=0.1)
+    assert scipy.stats.kstest(drawn[random][:, 4], "uniform", (-1, 2))[1] > 1e-3
+    drawn[random] = np.nan
+    half = np.nanmedian(np.abs(drawn), 1) / 0.6745  # deviations of an episode's normal numbers
+    assert scipy.stats.kstest(half[:, :3].mean(1), "uniform", (0, 0.1))[1] > 1e-3
+    ratios = np.median(half[half[:, 4] < 0.8] / half[half[:, 4] < 0.8, :3].mean(1)[:, None], 0)
+    np.testing.assert_allclose(ratios, [1, 1, 1, 3, 10], rtol=0.1)
 
 
 @pytest.mark.parametrize(
