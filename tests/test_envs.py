@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Toy(gymnasium.Env):
-    """An episode of seed % 100 steps that succeeds if seed // 100 is odd, and is cut off otherwise.
+    """An episode of seed % 100 steps that succeeds if seed // 100 is odd, and is cut off otherwise;
+    from seed 1000 on it also looks like a success after the first step, which does not count.
     Observes (seed, age, the action, a draw from the global generator)."""
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (5,))
@@ -42,7 +43,8 @@ class Toy(gymnasium.Env):
         self.age += 1
         over, good = self.age == self.seed % 100, self.seed // 100 % 2 == 1
         success = over and good
-        return self.observe(action), success - 1, success, over and not good, {"success": success}
+        info = dict(success=success or self.age == 1 and self.seed > 1000)
+        return self.observe(action), success - 1, success, over and not good, info
 
 
 gymnasium.register("Toy-v0", Toy)
@@ -179,13 +181,14 @@ def test_no_seed_of_training_is_one_of_an_evaluation():
 
 # --- episodes ------------------------------------------------------------------------------------
 
-SEEDS = np.array([[103, 7, 112, 1, 205, 4], [101, 302, 9, 108, 2, 105]], np.uint32)
+SEEDS = np.array([[103, 7, 112, 1, 1005, 4], [101, 302, 9, 1108, 2, 105]], np.uint32)
 
 
 @pytest.mark.parametrize("workers, slots", [(1, 1), (1, 6), (2, 2), (3, 3)])
 def test_play_counts_exactly(new_pool, workers, slots):
     """One episode per seed, wherever and beside whatever it is played: its length, the sum of its
-    rewards, the success of its last step and every state that it visits."""
+    rewards, the success of its last step and every state that it visits. Its random numbers are its
+    own, those of the global generator, too."""
     pool = new_pool([TOY] * 2 * slots, workers)
     for H in (1, 4):
         out = pool.play(noise(H, 2), SEEDS)
@@ -197,6 +200,8 @@ def test_play_counts_exactly(new_pool, workers, slots):
             path = np.array(path)
             assert (path[:, 0] == seed).all()
             assert path[:, 1].tolist() == list(range(1, seed % 100 + 1))
+            drawn = np.random.RandomState(seed).uniform(size=len(path) + 1)[1:]  # after the reset's
+            assert np.array_equal(path[:, 4], np.float32(drawn))
             starts = [age for age in range(len(path)) if age % H == 0]
             chunks = [noise(H, 2)(None, [seed], [age])[0] for age in starts]
             assert np.array_equal(path[:, 2:4], np.concatenate(chunks)[: len(path)])
