@@ -1,5 +1,6 @@
 """What every script promises, checked on its text and syntax tree: the same flags mean the same,
-sections come in the same order, equations are tagged, nothing happens on import, files stay short.
+sections come in the same order, equations are tagged, nothing happens on import, files stay short;
+and how the networks that they share start.
 """
 
 import ast
@@ -8,9 +9,14 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import scipy.stats
 
 from common.envs import ONLINE, resolve
+from common.networks import Critic, Field, TanhGaussian
 from tests import diffs, pages, shared_blocks
 
 ROOT, SCRIPTS = shared_blocks.ROOT, shared_blocks.scripts()
@@ -224,3 +230,23 @@ def test_modes_of_evaluations(name):
     assert isinstance(modes, tuple) and len(set(modes)) == len(modes) > 0
     assert all(type(mode) is str and mode.isidentifier() for mode in modes)
     assert "explore" not in modes
+
+
+def test_how_offline_networks_start():
+    """Kernels are uniform in +-sqrt(6 / (inputs + outputs)), those of different critics independent
+    of one another; biases are 0, scales of LayerNorm 1."""
+    s, a = jnp.zeros((1, 40)), jnp.zeros((1, 20))
+    bodies = Critic((128, 128), 3), Field((128, 128)), TanhGaussian((128, 128), 20)
+    for body, inputs in zip(bodies, ((s, a), (s, a, 0.0), (s, a))):
+        params = jax.jit(body.init)(jax.random.PRNGKey(0), *inputs)
+        for path, x in jax.tree_util.tree_leaves_with_path(params):
+            name = jax.tree_util.keystr(path)
+            if "kernel" not in name:
+                assert (x == ("scale" in name)).all(), name
+                continue
+            limit = (6 / sum(x.shape[-2:])) ** 0.5
+            law = "uniform", (-limit, 2 * limit)
+            assert scipy.stats.kstest(np.ravel(x), *law).pvalue > 1e-3, name
+            if x.ndim == 3:
+                together = np.corrcoef(np.reshape(x, (3, -1))) - np.eye(3)
+                assert x.shape[0] == 3 and np.abs(together).max() < 5 / x[0].size ** 0.5, name
