@@ -48,7 +48,8 @@ def make_batch(args, seed=0, observation_size=S):
 
 def make_state(module, args, seed=0, observation_size=S):
     """A new agent with random weights everywhere (biases and last layers, too), targets unlike the
-    online copies. In float64, where that is on, but for counters and keys."""
+    online copies; each of two critics is the lower one on half of all inputs. In float64, where
+    that is on, but for counters and keys."""
     return _make_state(module, args, seed, observation_size, jax.config.jax_enable_x64)
 
 
@@ -58,6 +59,12 @@ def _make_state(module, args, seed, observation_size, precision):
     rng = np.random.default_rng(seed)
     shake = lambda x: jnp.asarray(np.float64(x) + 0.3 * rng.normal(size=x.shape))
     params, targets = (jax.tree.map(shake, tree) for tree in (state.params, state.targets))
+    rng = np.random.default_rng(seed)
+    s, a = rng.normal(size=(199, observation_size)), rng.uniform(-1, 1, (199, args.action_size))
+    for trees in (params, targets):
+        q = module.critic(args, trees["critic"], s, a)
+        last = trees["critic"]["params"]["VmapMLP_0"][f"Dense_{len(args.hidden_dims)}"]
+        last["bias"] = last["bias"].at[1].add(jnp.median(q[0] - q[1]))
     widen = lambda x: jnp.asarray(np.float64(x)) if x.dtype == jnp.float32 else x
     return jax.tree.map(widen, state).replace(params=params, targets=targets)
 

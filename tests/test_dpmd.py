@@ -145,6 +145,8 @@ def test_defaults_are_those_of_the_specification(module):
     assert tuple(getattr(args, name) for name in names.split()) == table[module]
     assert (args.hidden_dims, args.batch_size, args.discount) == ((256,) * 3, 256, 0.99)
     assert args.target_rate == 0.005
+    if module is dpmd:
+        assert (args.num_candidates, args.alpha_period, args.actor_lr_end) == (32, 250, 3e-5)
 
 
 @each

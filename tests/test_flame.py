@@ -499,6 +499,17 @@ def test_acting(float64):
     assert flame.MODES == ("best", "single")
 
 
+def test_class_holds_the_values_of_the_specification():
+    args = flame.Args()
+    assert (args.num_candidates, args.num_proposals, args.entropy_steps) == (32, 100, 5)
+    assert (args.time_min, args.time_max, args.trace_clip) == (0.0054, 0.999, 10)
+    assert (args.alpha_init, args.alpha_lr, args.alpha_period) == (1, 5e-3, 100)
+    assert (args.target_entropy, args.noise_scale, args.q_gradient) == (-1, 0.01, 0)
+    assert (args.policy_delay, args.target_rate, args.reward_scale) == (2, 0.005, 0.2)
+    assert (args.actor_lr, args.actor_lr_end, args.critic_lr) == (3e-4, 3e-5, 3e-4)
+    assert (args.batch_size, args.discount) == (256, 0.99)
+
+
 def test_new_agents():
     """Actions are almost the clipped noise, the averages are copies, the temperature is alpha_init;
     sizes of networks by hand."""

@@ -717,6 +717,9 @@ def test_class_holds_the_values_of_the_paper_or_of_the_page():
     args = fmer.Args()
     assert (args.flow_steps, args.num_candidates, args.batch_size) == (10, 8, 256)
     assert (args.solver, args.weights, args.squash) == ("euler", "soft", "tanh")
+    assert (args.divergence, args.actor_states) == ("hutchinson", "current")
+    assert not (args.act_candidates or args.eta_fixed or args.policy_ema)
+    assert args.entropy_until > args.total_steps
     assert (args.reward_scale, args.discount, args.target_rate) == (0.2, 0.99, 0.005)
     assert (args.actor_lr, args.actor_lr_end, args.critic_lr) == (3e-4, 3e-5, 3e-4)
     assert args.latent_clip == pytest.approx(np.arctanh(1 - 1e-6), abs=1e-4)

@@ -1,5 +1,6 @@
 """Every online method finds the best action of a bandit of one dimension: critic, policy, averages
-and acting together, on what a fixed replay (PPO: its own rollouts) says about its rewards."""
+and acting together, on what a fixed replay (PPO: its own rollouts) says about its rewards; and its
+optimisers are those of the specification."""
 
 import importlib
 
@@ -10,7 +11,7 @@ import pytest
 
 from baselines import ppo
 from common.data import Replay
-from tests.online_reference import make_args
+from tests.online_reference import adam_steps, close, make_args
 from tests.shared_blocks import named
 
 OFF_POLICY = [name.replace("/", ".") for name in named("online") if "ppo" not in name]
@@ -70,3 +71,39 @@ def test_ppo():
         state, _ = ppo.train_chunk(args, state, rollout | dict(success=ones))
     after = played(ppo, args, state, "mean", 1)
     assert abs(before - 0.5) > 0.3 and abs(after - 0.5) < 0.15
+
+
+# Rates of Adam by network (or temperature), its b1 and eps, and the largest norm of a gradient.
+OPTIMISERS = {
+    "fmer": (dict(critic=3e-4, policy=3e-4), 0.9, 1e-8, np.inf),
+    "ppo": (dict(both=3e-4), 0.9, 1e-5, 0.5),
+    "sac": (dict(critic=1e-3, policy=3e-4, log_alpha=1e-3), 0.9, 1e-8, np.inf),
+    "td3": (dict(critic=3e-4, policy=3e-4), 0.9, 1e-8, np.inf),
+    "dipo": (dict(critic=3e-4, policy=3e-4), 0.9, 1e-8, 2),
+    "dpmd": (dict(critic=3e-4, policy=3e-4, alpha=7e-3), 0.9, 1e-8, np.inf),
+    "qvpo": (dict(critic=3e-4, policy=1e-4), 0.9, 1e-5, 2),
+    "sac_flow": (dict(critic=1e-3, policy=3e-4, log_alpha=1e-3), 0.5, 1e-8, np.inf),
+    "flame": (dict(critic=3e-4, policy=3e-4, alpha=5e-3), 0.9, 1e-8, np.inf),
+}
+
+
+@pytest.mark.parametrize("name", named("online"))
+def test_optimisers(float64, name):
+    """Three steps, of which the second has a large gradient: a first one alone, from moments of 0,
+    says nothing of b1 and b2. The small components show eps."""
+    script = importlib.import_module(name.replace("/", "."))
+    rates, b1, eps, limit = OPTIMISERS[name.split("/")[-1]]
+    both = lambda args: dict(both=script.optimizer(args))
+    found = getattr(script, "optimizers", both)(script.Args())
+    assert found.keys() == rates.keys()
+    grads = jnp.array([[0.3, 1e-5, -1e-8], [-20.0, 3e-5, 2e-8], [0.1, -2e-5, 3e-8]])
+    cut = grads * np.minimum(1, limit / np.linalg.norm(grads, axis=1))[:, None]
+    for part, rate in rates.items():
+        x = jnp.zeros(3)
+        state = found[part].init(x)
+        for g in grads:
+            step, state = found[part].update(g, state)
+            x = x + step
+        given = iter(cut)
+        expected = adam_steps(jnp.zeros(3), lambda _: next(given), [rate] * 3, b1, 0.999, eps)
+        close(x / expected, np.ones(3), 1e-4)  # PPO's rate has begun to fall

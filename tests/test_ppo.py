@@ -64,7 +64,8 @@ def make_batch(args, seed=0, B=40):
     s, a = rng.normal(size=(B, S)), rng.normal(size=(B, args.action_size))
     log_prob = density(state.params["policy"], s, a) + rng.normal(0, 0.2, B)
     V = plain(state.params["value"], s, activation=relu)[:, 0] + rng.normal(0, 0.3, B)
-    return ppo.Batch(*map(jnp.asarray, (s, a, log_prob, V, rng.normal(1, 2, B), V + rng.normal(B))))
+    A, R = rng.normal(1, 2, B), V + rng.normal(size=B)
+    return ppo.Batch(*map(jnp.asarray, (s, a, log_prob, V, A, R)))
 
 
 def make_rollout(args, seed=0):
@@ -195,6 +196,11 @@ def test_value_loss(float64):
     expected = lambda params, batch: expected_value(params, ARGS, batch)
     check_loss(loss, expected, params, batch)
     close(loss(params, batch)[1]["critic_loss"], expected(params, batch) / ARGS.value_weight)
+    V, c = plain(params, batch.observations, activation=relu)[:, 0], ARGS.clip_range
+    near = jnp.clip(V, batch.values - c, batch.values + c)
+    worse = np.abs(near - batch.returns) > np.abs(V - batch.returns)
+    sides = np.sign(V - near)  # of the range: above, below, within
+    assert {*zip(sides, worse)} == {(1, True), (1, False), (-1, True), (-1, False), (0, False)}
     near = batch.replace(values=plain(params, batch.observations, activation=relu)[:, 0])
     plain_loss = lambda params, batch: (
         0.25

@@ -94,6 +94,7 @@ def test_class_holds_the_values_of_the_comparison():
     args = sac.Args()
     assert (args.target_entropy, args.policy_delay, args.reward_scale) == (-1, 2, 1)
     assert (args.actor_lr, args.critic_lr, args.alpha_lr) == (3e-4, 1e-3, 1e-3)
+    assert (args.batch_size, args.target_rate) == (256, 0.005)
 
 
 def fixed_policy(mean, log_std):

@@ -76,6 +76,7 @@ def test_class_holds_the_values_of_the_comparison():
     assert (args.explore_noise, args.target_noise, args.target_noise_clip) == (0.1, 0.2, 0.5)
     assert args.actor_lr == args.critic_lr == 3e-4
     assert (args.policy_delay, args.reward_scale) == (2, 1)
+    assert (args.batch_size, args.target_rate) == (256, 0.005)
 
 
 def test_critic_loss(float64):
