@@ -86,10 +86,11 @@ def expected_update(args, state, batch):
 @pytest.mark.parametrize("mode, count", [("explore", 2), ("best", 4), ("single", 1)])
 def test_modes(float64, mode, count):
     """Online policy and online critics; the modes differ in the number of candidates."""
-    state, s = make_state(qvpo, ARGS), online.make_batch(ARGS).observations
-    found = jax.jit(qvpo.sample_actions, static_argnums=(0, 4))(ARGS, state, s, KEY, mode)
+    args = dataclasses.replace(ARGS, batch_size=40)
+    state, s = make_state(qvpo, args), online.make_batch(args).observations
+    found = jax.jit(qvpo.sample_actions, static_argnums=(0, 4))(args, state, s, KEY, mode)
     trees = state.params["policy"], state.params["critic"]
-    expected = jax.jit(lambda: pick(*offers(ARGS, *trees, s, KEY, count)))()
+    expected = jax.jit(lambda: pick(*offers(args, *trees, s, KEY, count)))()
     close(found, expected, 1e-7)
     assert qvpo.MODES == ("best", "single")
 

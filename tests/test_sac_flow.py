@@ -24,6 +24,7 @@ ARGS = reference.make_args(
     sac_flow, reward_scale=0.7, discount=0.9, target_entropy=-0.4, actor_lr=2e-3, critic_lr=5e-3,
     alpha_lr=3e-2, policy_width=8, renorm_after=100,
 )  # fmt: skip
+MANY = dataclasses.replace(ARGS, batch_size=40)  # rows: either critic is the lower one somewhere
 KEY = jax.random.PRNGKey(7)
 
 
@@ -277,7 +278,7 @@ def test_noise_alone(float64):
 def test_critic_loss(float64, step, mode):
     """G-1: both halves of the joint batch share one set of moments, through which the gradient
     passes; the target itself has none."""
-    state, batch = make_state(ARGS, step), make_batch()
+    state, batch = make_state(ARGS, step), make_batch(MANY)
     inputs, expected = (state.params["critic"], state, batch, KEY), partial(expected_critic, mode)
     check_loss(partial(sac_flow.critic_loss, ARGS), expected, *inputs)
     _, (metrics, moments) = jax.jit(partial(sac_flow.critic_loss, ARGS))(*inputs)
@@ -288,7 +289,7 @@ def test_critic_loss(float64, step, mode):
 @pytest.mark.parametrize("step, mode", [(99, PLAIN), (100, CORRECTED)])
 def test_policy_loss(float64, step, mode):
     """Through the whole path; the critics use their running moments and do not move them."""
-    state, s = make_state(ARGS, step), make_batch().observations
+    state, s = make_state(ARGS, step), make_batch(MANY).observations
     inputs, expected = (state.params["policy"], state, s, KEY), partial(expected_policy, mode)
     check_loss(partial(sac_flow.policy_loss, ARGS), expected, *inputs)
     _, (metrics, moments) = jax.jit(partial(sac_flow.policy_loss, ARGS))(*inputs)
