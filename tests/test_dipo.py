@@ -17,6 +17,7 @@ import pytest
 from baselines import dipo
 from common.data import Replay
 from tests import online_reference as online
+from tests import shared_blocks
 from tests.online_reference import S, adam, check_loss, close, polyak, values
 from tests.test_dpmd import KEY, MILD, chains, expected_denoising, make_state, predictor
 from tests.test_qvpo import clipped
@@ -200,6 +201,16 @@ def test_training_hands_over_its_own_replay(monkeypatch):
         expected = np.round(actions) + 10 + 100 * actions
         np.testing.assert_allclose(state.moved[agent][touched], expected[touched], rtol=1e-5)
     assert not np.allclose(state.moved[0], state.moved[1])
+
+
+def test_the_fork_changes_one_call():
+    """Of the block that scripts share, so that what is tested of theirs holds here."""
+    block = lambda path: shared_blocks.blocks(path.read_text())["many agents"]["text"]
+    call = "update(args, state.replace(key=key), batch)"
+    other = block(shared_blocks.CANONICAL["online"])
+    assert other.count(call) == 1
+    mine = block(shared_blocks.ROOT / "baselines" / "dipo.py")
+    assert mine == other.replace(call, call[:-1] + ", replay)")
 
 
 # --- acting, losses, update ----------------------------------------------------------------------

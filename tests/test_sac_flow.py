@@ -288,8 +288,13 @@ def test_critic_loss(float64, step, mode):
 
 @pytest.mark.parametrize("step, mode", [(99, PLAIN), (100, CORRECTED)])
 def test_policy_loss(float64, step, mode):
-    """Through the whole path; the critics use their running moments and do not move them."""
-    state, s = make_state(ARGS, step), make_batch(MANY).observations
+    """Through the whole path; the critics, of which either is the lower one somewhere, use their
+    running moments and do not move them."""
+    state, batch = make_state(ARGS, step), make_batch(MANY)
+    s, critic = batch.observations, jax.tree.map(jnp.copy, state.params["critic"])
+    q, _ = values(critic, state.statistics["critic"], s, batch.actions, RUNNING)
+    critic["Dense_2"]["bias"] = critic["Dense_2"]["bias"].at[1].add(np.median(q[0] - q[1]))
+    state = state.replace(params=state.params | dict(critic=critic))
     inputs, expected = (state.params["policy"], state, s, KEY), partial(expected_policy, mode)
     check_loss(partial(sac_flow.policy_loss, ARGS), expected, *inputs)
     _, (metrics, moments) = jax.jit(partial(sac_flow.policy_loss, ARGS))(*inputs)
