@@ -490,7 +490,7 @@ def test_acting(float64):
         assert (np.abs(found) <= 1).all()
     best, single = (act(state, s, key, mode=mode) for mode in ("best", "single"))
     q = [jnp.minimum(*values(state.params["critic"], s, a)).mean() for a in (best, single)]
-    assert q[0] > q[1] + 0.1
+    assert q[0] > q[1] + 0.05
     other = state.replace(
         params=state.params | dict(policy=jax.tree.map(lambda x: 0 * x, state.params["policy"])),
         targets=state.targets | dict(critic=state.params["critic"]),
