@@ -55,7 +55,8 @@ class Options:
 def restored(folder: Path, observation_size: int):
     """A run's script, its arguments, the agents' state at the checkpoint, (agents, ...), and the
     checkpoint's step and seconds."""
-    name = folder.resolve().parts[-3]
+    folder = folder.resolve()
+    name = folder.parts[-4 if folder.name.startswith("share-") else -3]  # of several hosts
     package = "" if (ROOT / f"{name}.py").exists() else "baselines."
     script = importlib.import_module(package + name)
     flags = {k: tuple(x) if isinstance(x, list) else x for k, x in flags_of(folder).items()}
@@ -79,6 +80,9 @@ def film(options: Options) -> Path:
         raise SystemExit("the plane is not a MuJoCo scene: its episodes are in rollouts.png")
     tasks = flags.get("tasks", [source.task])
     agents = [(task, flags["seed"] + i) for task in tasks for i in range(flags["num_seeds"])]
+    if folder.name.startswith("share-"):  # share-<i>-of-<n>: every n-th agent from the i-th on
+        _, i, _, n = folder.name.split("-")
+        agents = agents[int(i) :: int(n)]
     task = options.task or agents[0][0]
     seed = agents[0][1] if options.seed < 0 else options.seed
     if (task, seed) not in agents:

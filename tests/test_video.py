@@ -1,8 +1,10 @@
 """Films of runs: of the agent that was asked for, from its evaluation's seeds, every n-th step."""
 
+import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -69,6 +71,24 @@ def test_offline(offline, pictured, capsys):
         assert pictures.n_frames == Pictured.count == 2 * 11
         assert (pictures.size, pictures.info["duration"]) == ((SIZE, SIZE), 50)
     assert "episode 1: success 0, return -1000.0, 1000 steps" in capsys.readouterr().out
+
+
+def test_a_share(offline, tmp_path, pictured, monkeypatch):
+    """Of two hosts, the second has every other agent: those of seed 4."""
+    share = tmp_path / "qam/pointmaze-medium/default/share-1-of-2"
+    shutil.copytree(offline, share)
+    saved = video.restored(offline, 2)
+    half = saved[0], saved[1], jax.tree.map(lambda x: x[1::2], saved[2]), saved[3]
+    monkeypatch.setattr(video, "restored", lambda *_: half)
+    for task, i in ((2, 1), (1, 3)):
+        Pictured.visited.clear()
+        video.film(video.Options(str(share), task=task, every=1000, size=SIZE))
+        expected = np.load(offline / "rollouts.npz")[f"path{2 * i}"]
+        np.testing.assert_allclose(Pictured.visited[:50], expected[:50], atol=1e-3)
+    with pytest.raises(SystemExit, match=r"it has \[\(2, 4\), \(1, 4\)\]"):
+        video.film(video.Options(str(share), seed=3))
+    monkeypatch.undo()
+    assert video.restored(share, 2)[0].__name__ == "qam"
 
 
 def test_online(tmp_path, pictured, capsys):
