@@ -124,7 +124,7 @@ def test_optimizer(float64, name):
     params = dict(a=rng.normal(size=(3, 2)), b=rng.normal(size=4))
     adam = SCRIPTS[name].optimizer(args)
     state, m, v = adam.init(params), dict(a=0.0, b=0.0), dict(a=0.0, b=0.0)
-    for step, scale in enumerate((1.0, 0.01, 30.0, 0.0, 1e-8), 1):
+    for step, scale in enumerate((1e-8, 1.0, 0.01, 30.0, 0.0), 1):
         grads = {k: scale * rng.normal(size=x.shape) for k, x in params.items()}
         updates, state = adam.update(grads, state, params)
         norm = np.sqrt(sum((g**2).sum() for g in grads.values()))

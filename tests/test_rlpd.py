@@ -237,7 +237,7 @@ def chunk(source, start, H, discount):
 @pytest.mark.parametrize("replay_size, H", [(12, 3), (7, 3), (3, 3), (2, 1), (1, 1)])
 def test_batches_are_half_and_half(replay_size, H):
     """Every chunk of the first half is one of the dataset, with the task's rewards, every chunk of
-    the second half one of the replay alone; all of them come equally often, and no empty slot."""
+    the second half one of the replay alone; all of them come equally often, in all pairs, and no empty slot."""
     args = arguments(chunk_length=H, batch_size=4000, discount=0.9)
     data, replay = make_data(replay_size)
     draw = jax.jit(lambda key: rlpd.sample_halves(key, args, data, replay, TASK))
@@ -246,12 +246,13 @@ def test_batches_are_half_and_half(replay_size, H):
     old = states[rows], states[rows + 1], data.actions, data.rewards[TASK], data.masks[TASK]
     new = replay.observations, replay.next_observations, replay.actions, replay.rewards
     new = *(x[:replay_size] for x in new), replay.masks[:replay_size]
-    sources = (*old, data.terminals), (*new, replay.terminals[:replay_size])
+    sources, drawn = ((*old, data.terminals), (*new, replay.terminals[:replay_size])), []
     for source, half in zip(sources, (slice(None, 2000), slice(2000, None))):
         source, part = [*map(np.asarray, source)], [x[half] for x in batch]
         first = source[0][0, 0]
         starts = np.searchsorted(source[0][:, 0], part[0][:, 0])
         assert part[0].min() >= first and part[0].max() <= source[0][-1, 0]
+        drawn.append(starts)
         counts = np.bincount(starts)
         assert len(counts) == len(source[0]) - H + 1
         assert len(counts) == 1 or scipy.stats.chisquare(counts).pvalue > 1e-4
@@ -260,6 +261,8 @@ def test_batches_are_half_and_half(replay_size, H):
             for found, x in zip(part, expected):
                 x = np.broadcast_to(x, found[starts == start].shape)
                 np.testing.assert_allclose(found[starts == start], x, rtol=1e-5, atol=1e-6)
+    pairs = np.prod([len(np.unique(starts)) for starts in drawn])
+    assert len({*zip(*drawn)}) == pairs  # the halves are drawn independently
 
 
 def test_training_sees_both_halves(monkeypatch):
