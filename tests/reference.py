@@ -172,11 +172,19 @@ def memoryless_path(args, policy, last, s, key):
 def gradient(loss, args, state, batch, key):
     """Loss and its gradient with respect to everything that could move: all parameters."""
 
+    value, grads = with_metrics(loss, args, state, batch, key)
+    return value[0], grads
+
+
+def with_metrics(loss, args, state, batch, key):
+    """Loss and metrics, if it has any, and the gradient."""
+
     def value(params, state, batch, key):
         result = loss(args, params, state, batch, key)
-        return result[0] if isinstance(result, tuple) else result  # of the script: with metrics
+        return result if isinstance(result, tuple) else (result, {})
 
-    return jax.jit(jax.value_and_grad(value))(state.params, state, batch, key)
+    value = jax.jit(jax.value_and_grad(value, has_aux=True))
+    return value(state.params, state, batch, key)
 
 
 def close(found, expected, tolerance=1e-9):
@@ -185,11 +193,14 @@ def close(found, expected, tolerance=1e-9):
 
 
 def check_loss(script, args, loss, expected, own):
-    """A script's loss and its gradient are those of `expected(args, params, state, batch, key)`;
-    every network in `own` gets a gradient, and all others get exactly nothing."""
+    """A script's loss and its gradient are those of `expected(args, params, state, batch, key)`,
+    and so are the metrics, of which `expected` may know some; every network in `own` gets a
+    gradient, and all others get exactly nothing."""
     inputs = make_state(script, args), make_batch(args), jax.random.PRNGKey(7)
-    value, grads = gradient(loss, args, *inputs)
-    close((value, grads), gradient(expected, args, *inputs))
+    (value, metrics), grads = with_metrics(loss, args, *inputs)
+    (expected_value, known), expected_grads = with_metrics(expected, args, *inputs)
+    close((value, grads), (expected_value, expected_grads))
+    close({name: metrics[name] for name in known}, known, 1e-6)  # means of flags are float32
     for network, tree in grads.items():
         assert any(np.any(x) for x in jax.tree.leaves(tree)) == (network in own), network
 
@@ -199,9 +210,11 @@ def check_update(script, args, expected, keys, clipped):
     (see the script's `update`), with the joint norm of the gradient clipped or left alone; the
     targets move towards the parameters from before the step."""
     state, batch = make_state(script, args), make_batch(args)
-    total = lambda args, params, state, batch, keys: sum(
-        loss(args, params, state, batch, key) for loss, key in zip(expected, keys)
-    )
+
+    def total(args, params, state, batch, keys):
+        results = [loss(args, params, state, batch, key) for loss, key in zip(expected, keys)]
+        return sum(x[0] if isinstance(x, tuple) else x for x in results)
+
     _, grads = gradient(total, args, state, batch, keys)
     norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(grads)))
     assert norm > 1

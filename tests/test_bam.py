@@ -66,7 +66,9 @@ def expected_control(args, params, state, batch, key):
         change = policy(x, i / args.flow_steps) - behavior(x, i / args.flow_steps)
         total += 2 / variance(args, i) * (change**2).sum()
     value = pessimistic(args, values(state.params["critic"], s, end))
-    return (total - args.inv_temp * value.sum()) / len(s)
+    cost, value = total / len(s), value.sum() / len(s)
+    metrics = dict(control_cost=cost, end_value=value, outside=(abs(end) > 1).mean())
+    return cost - args.inv_temp * value, metrics
 
 
 LOSSES = {

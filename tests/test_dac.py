@@ -101,8 +101,11 @@ def expected_policy(args, params, state, batch, key):
     q = lambda b, a: values(state.targets["critic"], batch.observations[b], a).mean()
     gradient = jacobian(q, x)
     e = predicted_noise(args, params["policy"], batch.observations, x, i)
-    each = args.bc_coef * (e - noise) ** 2 + deviation * gradient * e
-    return jnp.dot(batch.valid, each).sum() / each.size
+    parts = (e - noise) ** 2, deviation * gradient * e
+    denoising, guidance = (jnp.dot(batch.valid, x).sum() / x.size for x in parts)
+    length = sum(jnp.sqrt((g**2).sum()) for g in gradient) / len(gradient)
+    metrics = dict(denoising_loss=denoising, guidance_loss=guidance, gradient_norm=length)
+    return args.bc_coef * denoising + guidance, metrics
 
 
 # --- sizes and losses ----------------------------------------------------------------------------

@@ -71,8 +71,10 @@ def expected_latent(args, params, state, batch, key):
     e, log_prob = drawn(state, batch.observations, key, params)
     q = values(state.params["latent_critic"], batch.observations, args.noise_scale * e)
     actor = jnp.exp(state.params["log_alpha"]) * log_prob.mean() - q.mean()
-    entropy = -jax.lax.stop_gradient(log_prob).mean()
-    return actor + jnp.exp(params["log_alpha"]) * (entropy + e.shape[-1] / 2)
+    entropy, alpha = -jax.lax.stop_gradient(log_prob).mean(), jnp.exp(params["log_alpha"])
+    metrics = dict(latent_entropy=entropy, latent_alpha=alpha, latent_q=q.mean())
+    metrics |= dict(latent_size=args.noise_scale * abs(e).sum() / e.size)
+    return actor + alpha * (entropy + e.shape[-1] / 2), metrics
 
 
 LOSSES = {  # name -> (of the script, from the specification, the only networks it may move)

@@ -51,7 +51,8 @@ def expected_critic(args, params, state, batch, key):
 def expected_value(args, params, state, batch, key):
     q = values(state.targets["critic"], batch.observations, batch.actions)
     v = values(params["value"], batch.observations)[0]
-    return sum((batch.valid * (member - v) ** 2).sum() for member in q) / q.size
+    loss = sum((batch.valid * (member - v) ** 2).sum() for member in q) / q.size
+    return loss, dict(value_loss=loss, value=sum(v) / len(v))
 
 
 def weights(args, state, batch):
@@ -61,7 +62,14 @@ def weights(args, state, batch):
 
 
 def expected_policy(args, params, state, batch, key):
-    return flow_matching(params["policy"], batch, batch.actions, key, weights(args, state, batch))
+    w, every = weights(args, state, batch), batch._replace(valid=jnp.ones_like(batch.valid))
+    loss = flow_matching(params["policy"], batch, batch.actions, key, w)
+    metrics = dict(policy_loss=loss, weight=sum(w) / len(w), capped=sum(w == 100) / len(w))
+    q = values(state.params["critic"], batch.observations, batch.actions).mean(0)
+    advantage = q - values(state.params["value"], batch.observations)[0]
+    spread = jnp.sqrt((advantage**2).mean() - advantage.mean() ** 2)
+    error = flow_matching(params["policy"], every, batch.actions, key)
+    return loss, metrics | dict(advantage_std=spread, flow_error=error)
 
 
 LOSSES = {  # name -> (of the script, from the specification, the only networks it may move)

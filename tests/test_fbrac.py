@@ -46,8 +46,10 @@ def expected_behavior(args, params, state, batch, key):
 
 def expected_backprop(args, params, state, batch, key):
     s, z = batch.observations, jax.random.normal(key, batch.actions.shape)
-    q = values(state.params["critic"], s, ode(args, params["policy"], s, z))
-    return -sum(member.sum() for member in q) / q.size / args.fbrac_alpha
+    actions = ode(args, params["policy"], s, z)
+    q = values(state.params["critic"], s, actions)
+    value, outside = sum(member.sum() for member in q) / q.size, (abs(actions) >= 1).mean()
+    return -value / args.fbrac_alpha, dict(policy_q=value, outside=outside)
 
 
 LOSSES = {

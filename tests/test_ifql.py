@@ -59,7 +59,9 @@ def expected_value(args, params, state, batch, key):
     difference = pessimistic(args, q) - values(params["value"], batch.observations)[0]
     above = args.expectile * difference**2
     below = (1 - args.expectile) * difference**2
-    return jnp.where(difference >= 0, above, below).sum() / len(difference)
+    loss = jnp.where(difference >= 0, above, below).sum() / len(difference)
+    v = values(params["value"], batch.observations)[0].mean()
+    return loss, dict(value_loss=loss, value=v, below=(difference < 0).mean())
 
 
 def expected_critic(args, params, state, batch, key):

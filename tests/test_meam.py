@@ -89,7 +89,8 @@ def reference_field(args, state, s, x, t):
 
 
 def path_and_adjoint(args, state, batch, key):
-    """x_0..x_{T-1}, x_T, g_0..g_{T-1} and g_T, step after step with explicit Jacobians."""
+    """x_0..x_{T-1}, x_T, g_0..g_{T-1}, g_T and its critics' part (less its sign), step after step
+    with explicit Jacobians."""
     T, s, B = args.flow_steps, batch.observations, len(batch.actions)
     policy = partial(velocity, state.params["policy"], s)
     path, x = memoryless_path(args, policy, partial(reference_field, args, state, s), s, key)
@@ -100,7 +101,7 @@ def path_and_adjoint(args, state, batch, key):
     if args.noisy_expansion:
         size = jnp.sqrt((gradient**2).sum(-1, keepdims=True))
         gradient = jnp.where(size > 1, gradient / size, gradient)
-    g = -args.inv_temp * gradient
+    g, tilt = -args.inv_temp * gradient, args.inv_temp * gradient
     if args.entropy_scale > 0:
         floor = jnp.full(B, args.sigma_min)
         query = jnp.clip(x, -1, 1) if args.score_gate else x
@@ -112,18 +113,22 @@ def path_and_adjoint(args, state, batch, key):
         f = lambda b, y: 2 * reference_field(args, state, s[b], y, t + h) - y / (t + h)
         g = g + h * jnp.einsum("bi,bij->bj", g, jacobian(f, path[i]))
         adjoint.insert(0, g)
-    return path, x, adjoint, end
+    return path, x, adjoint, end, tilt
 
 
 def expected_adjoint(args, params, state, batch, key, field=reference_field):
-    path, _, adjoint, _ = path_and_adjoint(args, state, batch, key)
+    path, x, adjoint, end, tilt = path_and_adjoint(args, state, batch, key)
+    length = lambda g: sum(jnp.sqrt((row**2).sum()) for row in g) / len(g)
+    metrics = dict(tilt_norm=length(tilt), score_norm=length(end + tilt))
+    metrics |= dict(adjoint_norm=length(adjoint[0]), outside=(abs(x) > 1).mean())
+    metrics |= dict(score_ratio=metrics["score_norm"] / metrics["tilt_norm"])
     T, total = args.flow_steps, 0
     for i, (x, g) in enumerate(zip(path, adjoint)):
         sigma = np.sqrt(2 * (1 - i / T + 1 / T) / (i / T + 1 / T))
         v = velocity(params["policy"], batch.observations, x, i / T)
         anchor = field(args, state, batch.observations, x, i / T)
         total += ((2 * (v - anchor) / sigma + sigma * g) ** 2).sum()
-    return total / len(batch.actions)
+    return total / len(batch.actions), metrics
 
 
 def expected_expansion(args, params, state, batch, key):
@@ -132,8 +137,10 @@ def expected_expansion(args, params, state, batch, key):
     log_prob = log_density(u, mean, log_std)
     q = values(state.params["critic"], batch.observations, jnp.tanh(u)).mean(0)
     actor = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()
-    entropy = -jax.lax.stop_gradient(log_prob).mean()
-    return actor + jnp.exp(params["log_alpha"]) * (entropy + mean.shape[-1] / 2)
+    entropy, alpha = -jax.lax.stop_gradient(log_prob).mean(), jnp.exp(params["log_alpha"])
+    move = abs(jnp.tanh(mean) - batch.actions).sum() / mean.size
+    metrics = dict(expansion_entropy=entropy, expansion_alpha=alpha, expansion_move=move)
+    return actor + alpha * (entropy + mean.shape[-1] / 2), metrics
 
 
 def expected_score(args, params, state, batch, key):
@@ -258,7 +265,7 @@ def test_adjoint_batch_is_inside_and_outside_of_the_box(float64):
     for args in VARIANTS.values():
         inputs = make_state(args), make_batch(args), jax.random.PRNGKey(7)  # the compared ones
         plain = dataclasses.replace(args, entropy_scale=0.0, noisy_expansion=False)
-        _, x, _, end = jax.jit(partial(path_and_adjoint, plain))(*inputs)
+        _, x, _, end, _ = jax.jit(partial(path_and_adjoint, plain))(*inputs)
         assert 0.2 < (jnp.abs(x) > 1).mean() < 0.8
         norms = jnp.linalg.norm(end, axis=-1) / args.inv_temp
         assert not args.noisy_expansion or 2 <= (norms > 1).sum() < len(norms) - 1
@@ -305,7 +312,7 @@ def test_proposition_1_gradient(float64):
     def weighted(args, params, *rest):
         single = lambda name: expected_adjoint(
             args, params, *rest, field=lambda args, state, *at: velocity(state.targets[name], *at)
-        )
+        )[0]
         return w * single("behavior") + (1 - w) * single("policy")
 
     _, grads = gradient(meam.adjoint_matching_loss, args, state, batch, key)

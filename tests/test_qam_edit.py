@@ -60,8 +60,10 @@ def expected_edit(args, params, state, batch, key):
     actions, log_prob = edited(args, params["edit"], s, flow_actions, edit_key)
     q = values(state.params["critic"], s, actions)
     actor = jnp.exp(state.params["log_alpha"]) * log_prob.mean() - q.mean()
-    entropy = -jax.lax.stop_gradient(log_prob).mean()
-    return actor + jnp.exp(params["log_alpha"]) * (entropy + z.shape[-1] / 2)
+    entropy, alpha = -jax.lax.stop_gradient(log_prob).mean(), jnp.exp(params["log_alpha"])
+    size = abs(actions - flow_actions).sum() / z.size
+    metrics = dict(edit_entropy=entropy, edit_alpha=alpha, edit_size=size)
+    return actor + alpha * (entropy + z.shape[-1] / 2), metrics
 
 
 LOSSES = {

@@ -44,13 +44,14 @@ def expected_critic(args, params, state, batch, key):
 
 def expected_one_step(args, params, state, batch, key):
     s, z = batch.observations, jax.random.normal(key, batch.actions.shape)
-    actions, total = student(params["one_step"], s, z), 0
+    actions, far, value = student(params["one_step"], s, z), 0, 0
     teacher = ode(args, state.params["policy"], s, z)
     for b in range(len(z)):
         distance = sum((actions[b, j] - teacher[b, j]) ** 2 for j in range(z.shape[-1]))
         q = values(state.params["critic"], s[b], jnp.clip(actions[b], -1, 1))
-        total += args.fql_alpha * distance / z.shape[-1] - sum(q) / len(q)
-    return total / len(z)
+        far += distance / z.size
+        value += sum(q) / len(q) / len(z)
+    return args.fql_alpha * far - value, dict(distillation_loss=far, one_step_q=value)
 
 
 LOSSES = {

@@ -68,8 +68,11 @@ def expected_policy(args, params, state, batch, key):
     q = lambda b, a: values(state.targets["critic"], batch.observations[b], a).mean()
     gradient = jacobian(q, x)
     e = predicted_noise(args, params["policy"], batch.observations, x, i)
-    each = (e + args.inv_temp * gradient) ** 2 + args.bc_coef * (e - noise) ** 2
-    return jnp.dot(batch.valid, each).sum() / each.size
+    parts = (e - noise) ** 2, (e + args.inv_temp * gradient) ** 2
+    denoising, matching = (jnp.dot(batch.valid, x).sum() / x.size for x in parts)
+    length = sum(jnp.sqrt((g**2).sum()) for g in gradient) / len(gradient)
+    metrics = dict(denoising_loss=denoising, matching_loss=matching, gradient_norm=length)
+    return args.bc_coef * denoising + matching, metrics
 
 
 # --- sizes and losses ----------------------------------------------------------------------------

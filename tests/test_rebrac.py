@@ -67,7 +67,9 @@ def expected_actor(args, params, state, batch, key):
     size = sum(abs(q) for q in value(state.params["actor"])) / B
     squares = (policy(params["actor"], s) - batch.actions) ** 2
     distance = sum(v * sum(row) for v, row in zip(batch.valid, squares)) / B
-    return -sum(value(params["actor"])) / B / size + args.rebrac_alpha * distance
+    q, far = sum(value(params["actor"])) / B, abs(policy(params["actor"], s)) > 0.99
+    metrics = dict(actor_q=q, bc=distance, saturated=far.mean())
+    return -q / size + args.rebrac_alpha * distance, metrics
 
 
 # --- sizes, losses, update -----------------------------------------------------------------------

@@ -60,14 +60,17 @@ def expected_actor(args, params, state, batch, key):
     value = pessimistic(args, values(state.params["critic"], s, jnp.tanh(u)))
     soft = sum(jnp.exp(state.params["log_alpha"]) * log_prob - value) / B
     entropy = -sum(jax.lax.stop_gradient(log_prob)) / B
-    return soft + jnp.exp(params["log_alpha"]) * (entropy + A / 2)
+    alpha = jnp.exp(params["log_alpha"])
+    metrics = dict(actor_q=sum(value) / B, entropy=entropy, alpha=alpha)
+    return soft + alpha * (entropy + A / 2), metrics
 
 
 def expected_cloning(args, params, state, batch, key):
     actions = jnp.minimum(jnp.maximum(batch.actions, -1 + 1e-5), 1 - 1e-5)
     u = 0.5 * jnp.log((1 + actions) / (1 - actions))
     log_prob = log_density(u, *gaussian(params["actor"], batch.observations))
-    return -args.rlpd_alpha * sum(batch.valid * log_prob) / len(actions)
+    loss = -sum(batch.valid * log_prob) / len(actions)
+    return args.rlpd_alpha * loss, dict(cloning_loss=loss)
 
 
 LOSSES = {  # name -> (of the script, from the specification, the only networks it may move)
@@ -128,7 +131,7 @@ def test_without_cloning(float64):
     loss, grads = gradient(rlpd.cloning_loss, args, *inputs)
     assert loss == 0 and not any(np.any(x) for x in jax.tree.leaves(grads))
     _, metrics = rlpd.cloning_loss(args, inputs[0].params, *inputs)
-    close(0.3 * metrics["cloning_loss"], expected_cloning(ARGS, inputs[0].params, *inputs))
+    close(0.3 * metrics["cloning_loss"], expected_cloning(ARGS, inputs[0].params, *inputs)[0])
 
 
 def test_temperature_seeks_half_an_entropy_per_dimension(float64):
@@ -237,7 +240,8 @@ def chunk(source, start, H, discount):
 @pytest.mark.parametrize("replay_size, H", [(12, 3), (7, 3), (3, 3), (2, 1), (1, 1)])
 def test_batches_are_half_and_half(replay_size, H):
     """Every chunk of the first half is one of the dataset, with the task's rewards, every chunk of
-    the second half one of the replay alone; all of them come equally often, in all pairs, and no empty slot."""
+    the second half one of the replay alone; all of them come equally often, each with each of the
+    other half, and no empty slot."""
     args = arguments(chunk_length=H, batch_size=4000, discount=0.9)
     data, replay = make_data(replay_size)
     draw = jax.jit(lambda key: rlpd.sample_halves(key, args, data, replay, TASK))
