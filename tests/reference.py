@@ -17,7 +17,7 @@ from common.data import Batch
 
 S = 3
 SMALL = dict(
-    chunk_length=2, action_size=2, hidden_dims=(8, 8), num_critics=2, batch_size=6, flow_steps=3
+    chunk_length=4, action_size=1, hidden_dims=(8, 8), num_critics=2, batch_size=6, flow_steps=3
 )
 
 
