@@ -205,10 +205,16 @@ def check_loss(script, args, loss, expected, own):
         assert any(np.any(x) for x in jax.tree.leaves(tree)) == (network in own), network
 
 
+def like(tree, other):
+    """`other` in the precision of `tree`, for which a function is compiled already."""
+    return jax.tree.map(lambda x, y: y.astype(x.dtype), tree, other)
+
+
 def check_update(script, args, expected, keys, clipped):
     """An update is one Adam step on the sum of the losses `expected`, each with its key of `keys`
     (see the script's `update`), with the joint norm of the gradient clipped or left alone; the
-    targets move towards the parameters from before the step."""
+    targets move towards the parameters from before the step. A second one goes on with its moments
+    and with other random numbers."""
     state, batch = make_state(script, args), make_batch(args)
 
     def total(args, params, state, batch, keys):
@@ -220,7 +226,8 @@ def check_update(script, args, expected, keys, clipped):
     assert norm > 1
     if clipped:
         grads = jax.tree.map(lambda g: g * args.grad_clip / norm, grads)
-    new, metrics = jax.jit(script.update, static_argnums=0)(args, state, batch)
+    step = jax.jit(partial(script.update, args))
+    new, metrics = step(state, batch)
     close(metrics["grad_norm"], norm)
     moment = optax.tree_utils.tree_get(new.opt_state, "mu")
     close(moment, jax.tree.map(lambda g: 0.1 * g, grads), 1e-6)  # its rates are float32
@@ -229,3 +236,11 @@ def check_update(script, args, expected, keys, clipped):
     online = {name: state.params[name] for name in state.targets}
     mean = lambda x, y: x + args.target_rate * (y - x)
     close(new.targets, jax.tree.map(mean, state.targets, online))
+    assert len({tuple(np.asarray(key)) for key in (state.key, new.key, *keys)}) == len(keys) + 2
+    # a second one, from the same parameters: other keys alone change the gradient
+    after = state.replace(key=new.key, opt_state=like(state.opt_state, new.opt_state))
+    third, others = step(after, batch)
+    assert abs(others["grad_norm"] / norm - 1) > 1e-3
+    assert optax.tree_utils.tree_get(third.opt_state, "count") == 2
+    squares = [optax.tree_utils.tree_get(x.opt_state, "nu") for x in (new, third)]
+    jax.tree.map(lambda x, y: np.testing.assert_array_less(0.99 * x, y + 1e-30), *squares)
