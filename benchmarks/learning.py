@@ -8,7 +8,7 @@
     python -m benchmarks.learning cube-double        the same
     python -m benchmarks.learning plane              every online method on multigoal
     python -m benchmarks.learning halfcheetah        FMER (small networks), SAC, TD3, 100,000 steps
-    python -m benchmarks.learning hopper             the same
+    python -m benchmarks.learning hopper             the same, 30,000 steps
     python -m benchmarks.learning mujoco-halfcheetah paper size, 1M steps, all nine: for a GPU
     python -m benchmarks.learning kitchen-1          the same (also -2, -4, -7, mujoco-hopper, ...)
     python -m benchmarks.learning pointmaze --table  only prints the table of the committed results
