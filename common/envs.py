@@ -63,7 +63,8 @@ def resolve(name: str) -> Source:
 
 def make_env(name: str, **options):
     """A gymnasium environment by its OGBench name, e.g. "cube-single-singletask-task1-v0", or its
-    name in ONLINE: then actions in [-1, 1]^d are mapped to its box. Exits if it cannot be made."""
+    name in ONLINE: then actions in [-1, 1]^d are mapped to its box. Exits if it cannot be made.
+    `options`: more arguments of gymnasium.make, such as render_mode."""
     os.environ.setdefault("MUJOCO_GL", "disable")  # look for a display only where one is wanted
     if name not in ONLINE:
         return gymnasium.make(name, disable_env_checker=True, **options)
