@@ -88,8 +88,7 @@ def table(script: str) -> str:
 @cache
 def ours(file: str, metric: str, digits: int) -> dict[str, tuple[str, int]]:
     """label -> result at the end of its runs, in words; and the end's step."""
-    path = ROOT / "benchmarks/results" / file
-    found = plot.organise(plot.read_results(path), metric) if path.exists() else {}
+    found = plot.organise(plot.read_results(ROOT / "benchmarks/results" / file), metric)
     rows = plot.summaries(found, plot.panels(found, plot.ALL, metric))
     show = lambda x, seeds: f"{plot.cell(x, digits, seeds)}, {seeds} seed" + "s" * (seeds > 1)
     ends = {label: row[plot.ALL] for label, row in rows.items()}

@@ -101,7 +101,8 @@ def path_and_adjoint(args, state, batch, key):
     if args.noisy_expansion:
         size = jnp.sqrt((gradient**2).sum(-1, keepdims=True))
         gradient = jnp.where(size > 1, gradient / size, gradient)
-    g, tilt = -args.inv_temp * gradient, args.inv_temp * gradient
+    tilt = args.inv_temp * gradient
+    g = -tilt
     if args.entropy_scale > 0:
         floor = jnp.full(B, args.sigma_min)
         query = jnp.clip(x, -1, 1) if args.score_gate else x
