@@ -33,7 +33,7 @@ import optax
 import tyro
 from tqdm import tqdm
 
-from common.data import spread
+from common.data import over_agents, spread
 from common.envs import TRAINING, EnvPool, make_env, resolve, seed_of
 from common.networks import MLP
 from common.run import Precision, Run, ours, parse
@@ -297,7 +297,7 @@ def act(args, state, observations, seeds, ages, mode):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
         return sample_actions(args, state, observation[None], key, mode)
 
-    return jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
+    return over_agents(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
 
 
 def learn(args, state, rollout):
@@ -316,7 +316,7 @@ def learn(args, state, rollout):
 def train_chunk(args, state, rollout):
     """What all agents learn from a rollout, name -> (agents, E, T, ...), without leaving the
     device. Returns the state and the metrics."""
-    return jax.vmap(partial(learn, args))(state, rollout)
+    return over_agents(partial(learn, args))(state, rollout)
 
 
 # --- end forked ---

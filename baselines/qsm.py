@@ -36,7 +36,7 @@ import optax
 import tyro
 from tqdm import tqdm
 
-from common.data import Replay, Shards, locate, sample, spread
+from common.data import Replay, Shards, locate, over_agents, sample, spread
 from common.envs import TRAINING, EnvPool, resolve, seed_of
 from common.networks import Critic, Dense
 from common.run import Precision, Run, ours, parse
@@ -271,7 +271,7 @@ def act(args, state, observations, seeds, ages):
         actions = sample_actions(args, state, observation[None], key)
         return actions.reshape(args.chunk_length, args.action_size)
 
-    return jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
+    return over_agents(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames="state")
@@ -294,7 +294,7 @@ def train_chunk(args, state, data, replay, task, updates):
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(step, state)[1])
         return jax.lax.fori_loop(0, updates, body, (state, zeros))
 
-    return jax.vmap(one)(state, replay, task)
+    return over_agents(one)(state, replay, task)
 
 
 # --- end shared ---

@@ -36,7 +36,7 @@ import optax
 import tyro
 from tqdm import tqdm
 
-from common.data import Replay, spread
+from common.data import Replay, over_agents, spread
 from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, make_env, multigoal, resolve, seed_of
 from common.networks import Critic, TimedMLP, mish
 from common.run import Precision, Run, ours, parse
@@ -291,7 +291,7 @@ def act(args, state, observations, seeds, ages, mode):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
         return sample_actions(args, state, observation[None], key, mode)
 
-    return jax.vmap(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
+    return over_agents(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
 
 
 def learn(args, state, sums, replay):
@@ -304,7 +304,7 @@ def learn(args, state, sums, replay):
         batch = jax.tree.map(lambda x: x[rows] if x.ndim else x, replay)
         return update(args, state.replace(key=key), batch)
 
-    state, metrics = jax.vmap(one)(state, replay)
+    state, metrics = over_agents(one)(state, replay)
     return state, jax.tree.map(jnp.add, sums, metrics) if sums else metrics
 
 

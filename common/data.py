@@ -135,6 +135,18 @@ def spread(tree, agents: int = 0):
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*split)) if count > 1 else None)
 
 
+def over_agents(one):
+    """`jax.vmap(one)` over arrays (agents, ...). For a single agent without the axis, which costs
+    a CPU 20 % of an update at the paper's size."""
+
+    def each(*inputs):
+        if len(jax.tree.leaves(inputs)[0]) > 1:
+            return jax.vmap(one)(*inputs)
+        return jax.tree.map(lambda x: x[None], one(*jax.tree.map(lambda x: x[0], inputs)))
+
+    return each
+
+
 class Shards:
     """The dataset on the official schedule: one file, or shards of a 100M set, of which the next
     one (cyclic) takes over before every `interval`-th update of a phase is drawn. A copy is on each

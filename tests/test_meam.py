@@ -73,7 +73,7 @@ def expected_critic(args, params, state, batch, key):
 def expected_behavior(args, params, state, batch, key):
     actions = batch.actions
     if args.rho > 0:
-        coin_key, noise_key = jax.random.split(jax.random.fold_in(key, 1))
+        coin_key, noise_key = jax.random.split(jax.random.fold_in(key, 2))
         mean, log_std = gaussian(state.params["expansion"], batch.observations, actions)
         noise = jax.random.normal(noise_key, actions.shape) * args.noisy_expansion
         coin = jax.random.bernoulli(coin_key, args.rho, (len(actions), 1))
