@@ -8,9 +8,11 @@
     python -m benchmarks.learning cube-double        the same
     python -m benchmarks.learning plane              every online method on multigoal
     python -m benchmarks.learning halfcheetah        FMER (small networks), SAC, TD3, 100,000 steps
-    python -m benchmarks.learning hopper             the same, 30,000 steps
+    python -m benchmarks.learning halfcheetah-300k   SAC and TD3, 300,000 steps
+    python -m benchmarks.learning hopper             FMER, SAC, TD3, 30,000 steps
+    python -m benchmarks.learning kitchen            the same on kitchen-7
     python -m benchmarks.learning mujoco-halfcheetah paper size, 1M steps, all nine: for a GPU
-    python -m benchmarks.learning kitchen-1          the same (also -2, -4, -7, mujoco-hopper, ...)
+    python -m benchmarks.learning kitchen-1          that (also -2, -4, -7, mujoco-hopper, ...)
     python -m benchmarks.learning pointmaze --table  only prints the table of the committed results
 
 A run that is complete is not run again, and an interrupted one continues. All evaluations go to
@@ -122,9 +124,16 @@ SUITES = {  # suite -> (label -> command line, flags of all, tasks)
     "cube-double": (sweep(0.01), f"--env cube-double {LARGE}", (1, 2, 3, 4, 5)),
     "plane": (labelled(NINE), "--env multigoal", ()),
 }
+FEW = "--env {} --total-steps {} --warmup-steps 5000"
 SUITES |= {
-    env: (SHORT, f"--env {env} --total-steps {steps} --warmup-steps 5000", ())
-    for env, steps in (("halfcheetah", 100_000), ("hopper", 30_000))
+    "halfcheetah": (SHORT, FEW.format("halfcheetah", 100_000), ()),
+    "halfcheetah-300k": (
+        {label: SHORT[label] for label in ("SAC", "TD3")},
+        FEW.format("halfcheetah", 300_000),
+        (),
+    ),
+    "hopper": (SHORT, FEW.format("hopper", 30_000), ()),
+    "kitchen": (SHORT, FEW.format("kitchen-7", 30_000), ()),
 }
 SUITES |= {
     env if "kitchen" in env else f"mujoco-{env}": (labelled(NINE), f"--env {env}", ())

@@ -95,9 +95,9 @@ class Trained:
         self.state = spread(jax.jit(partial(jax.lax.map, create))(keys))
         self.data = random_dataset(rng, transitions if self.offline else 1000, S, d)
         if self.offline:
-            self.data = spread(self.data, agents)
-            replay = spread(Replay.create(agents, 0, self.data))
-            self.inputs = self.data, replay, jnp.zeros(agents, jnp.int32)
+            self.data, task = spread(self.data, agents), jnp.zeros(agents, jnp.int32)
+        if hasattr(self.args, "offline_steps"):  # their replay is empty then
+            self.inputs = self.data, spread(Replay.create(agents, 0, self.data)), task
             return
         rollout = getattr(self.args, "rollout_steps", 0)  # PPO learns from rollouts alone
         length = (1, rollout) if rollout else (transitions,)
@@ -112,6 +112,9 @@ class Trained:
             self.inputs = (spread(rows),)
             return
         replay = spread(Replay(**rows, size=np.full(agents, transitions, np.int32)))
+        if self.offline:  # RLPD
+            self.inputs = self.data, replay, task
+            return
         shapes = jax.eval_shape(partial(self.script.learn, self.args), self.state, None, replay)[1]
         self.sums = spread(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes))
         self.inputs = self.sums, replay

@@ -174,6 +174,21 @@ def test_agents_sampled_at_once_are_sampled_as_if_alone(mixed):
             np.testing.assert_allclose(*both, rtol=1e-6, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.parametrize("agents", [1, 2])
+def test_one_agent_has_no_axis(agents):
+    """The numbers of a function of each agent, which is vmapped only if there are several."""
+    x, y, seen = jnp.arange(3.0 * agents).reshape(agents, 3), jnp.arange(agents), []
+
+    def one(tree, y):
+        seen.append(isinstance(tree["x"], jax.core.Tracer))  # else an array, without the axis
+        return dict(dot=tree["x"] @ tree["x"], y=y)
+
+    found = d.over_agents(one)(dict(x=x), y)
+    np.testing.assert_array_equal(found["dot"], (np.array(x) ** 2).sum(1))
+    np.testing.assert_array_equal(found["y"], y)
+    assert seen == [agents > 1]
+
+
 def test_the_key_decides():
     """The same key, the same chunks; another key, others."""
     data = dataset([50], np.arange(51)[:, None], np.zeros((50, 1)), np.zeros(50), np.ones(50))
