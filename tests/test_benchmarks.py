@@ -145,17 +145,17 @@ def test_operations_of_products():
     assert count(jax.grad(lambda x: (x @ w).sum()), x) == 2 * one  # the value, and one transposed
 
 
-@pytest.mark.parametrize("name", ["baselines.td3", "baselines.rebrac"])
+@pytest.mark.parametrize("name", ["baselines.td3", "baselines.rlpd"])
 def test_speed_of_a_script(quick_compile, tmp_path, name):
     """Rows of a script of each kind, with the loop for an offline one; measured again, a row
     replaces the old one; the arithmetic is that of the shapes."""
     path = tmp_path / "speed.csv"
     flags = dict(scripts=(name,), sizes=("small",), seconds=0.0, transitions=2000, out=str(path))
-    for _ in range(2):
-        throughput.main(throughput.Options(agents=(1, 2), peak=1.0, **flags))
+    for agents in (1, 2), (2,):
+        throughput.main(throughput.Options(agents=agents, peak=1.0, **flags))
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    ways = ["loop"] * (name == "baselines.rebrac") + ["chunk"] * 2
+    ways = ["loop"] * (name == "baselines.rlpd") + ["chunk"] * 2
     assert sorted(row["way"] for row in rows) == sorted(ways)
     chunks = [row for row in rows if row["way"] == "chunk"]
     assert [row["agents"] for row in chunks] == ["1", "2"]
