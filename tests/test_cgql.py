@@ -93,7 +93,8 @@ def expected_noisy(args, params, state, batch, key):
         delta = args.inv_temp * (clean - noisy)
         errors = jnp.exp(jnp.where(delta > 5, 0, delta)) + args.inv_temp * noisy
         errors = jnp.where(delta > 5, delta, errors)
-    return VARRHO[args.guidance] * sum((batch.valid * e).sum() for e in errors) / errors.size
+    loss = sum((batch.valid * e).sum() for e in errors) / errors.size
+    return VARRHO[args.guidance] * loss, dict(noisy_loss=loss)
 
 
 # --- sizes and losses ----------------------------------------------------------------------------
