@@ -33,6 +33,8 @@ RESULTS = dict(  # (file, what it is about)
         ("plane.csv", "multigoal"),
         ("hopper.csv", "hopper"),
         ("halfcheetah.csv", "halfcheetah"),
+        ("halfcheetah-300k.csv", "halfcheetah"),
+        ("kitchen.csv", "kitchen-7"),
     ],
 )
 EXPLAINED = dict(
@@ -43,7 +45,7 @@ has no offline phase: after 500,000 environment steps).""",
     online="""Return. *Ours*: mean over seeds [95 % bootstrap interval]; flags and commands in
 [benchmarks](../benchmarks/README.md). No run has a million steps yet. *Published*: table 2 of
 FMER's paper, mean (deviation) of five seeds, of each the best evaluation from 900,000 of 1M steps
-on; in the kitchen the share of completed tasks.""",
+on; in the kitchen the share of completed tasks (of ours: their number).""",
 )
 
 
@@ -134,7 +136,8 @@ def beside(script: str) -> str:
         texts = ["{}{}, {:,} steps".format(variant(x), *found[x]) for x in labels_of(script, found)]
         if texts:
             link = f"([{file}](../benchmarks/results/{file}))"
-            rows[where] = [f"{'<br>'.join(texts)} {link}", "-"]
+            above = [rows[where][0]] if where in rows else []
+            rows[where] = ["<br>".join([*above, *texts]) + f" {link}", "-"]
     for domain, theirs in published(kind).items():
         known = [x for x in labels if plot.plain(x) in theirs]
         if texts := [variant(x) + theirs[plot.plain(x)] for x in known]:
