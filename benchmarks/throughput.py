@@ -112,7 +112,7 @@ class Trained:
             self.inputs = (spread(rows),)
             return
         replay = spread(Replay(**rows, size=np.full(agents, transitions, np.int32)))
-        if self.offline:  # RLPD
+        if self.offline:  # RLPD learns from its own transitions, too
             self.inputs = self.data, replay, task
             return
         shapes = jax.eval_shape(partial(self.script.learn, self.args), self.state, None, replay)[1]
