@@ -227,7 +227,7 @@ def mixture(args, state, batch, key):
     """Targets of the base flow: each action of the data or, with probability rho, its expansion."""
     if args.rho == 0:
         return batch.actions
-    choice_key, noise_key = jax.random.split(jax.random.fold_in(key, 2))
+    choice_key, noise_key = jax.random.split(jax.random.fold_in(key, 2))  # 0 and 1 are split's
     u, log_std = expansion(args, state.params["expansion"], batch.observations, batch.actions)
     if args.noisy_expansion:
         u += jnp.exp(log_std) * jax.random.normal(noise_key, u.shape)
