@@ -257,7 +257,7 @@ def train_chunk(args, state, data, replay, task, updates):
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(step, state)[1])
         return jax.lax.fori_loop(0, updates, body, (state, zeros))
 
-    return over_agents(one)(state, replay, task)
+    return over_agents(one, chunk=not replay.rewards.size)(state, replay, task)
 
 
 # --- end shared ---

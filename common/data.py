@@ -135,14 +135,18 @@ def spread(tree, agents: int = 0):
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*split)) if count > 1 else None)
 
 
-def over_agents(one):
+def over_agents(one, chunk=False):
     """`jax.vmap(one)` over arrays (agents, ...). For a single agent without the axis, which makes
-    most scripts' updates slower on a CPU, QAM's by a fifth."""
+    most scripts' updates slower on a CPU, QAM's by a fifth. Where `one` is a `chunk` of many
+    updates, a CPU makes those of one agent after those of the other, whose networks its caches can
+    keep then."""
 
     def each(*inputs):
-        if len(jax.tree.leaves(inputs)[0]) > 1:
-            return jax.vmap(one)(*inputs)
-        return jax.tree.map(lambda x: x[None], one(*jax.tree.map(lambda x: x[0], inputs)))
+        if len(jax.tree.leaves(inputs)[0]) == 1:
+            return jax.tree.map(lambda x: x[None], one(*jax.tree.map(lambda x: x[0], inputs)))
+        if chunk and jax.default_backend() == "cpu" and jax.local_device_count() == 1:
+            return jax.lax.map(lambda x: one(*x), inputs)
+        return jax.vmap(one)(*inputs)
 
     return each
 
