@@ -98,6 +98,7 @@ class Trained:
         flags = dict(action_size=d, replay_size=transitions) | more | flags
         known = {key: x for key, x in flags.items() if key in self.script.Args.__dataclass_fields__}
         self.args, self.agents, self.rounds = self.script.Args(**known), agents, 1
+        self.train = self.script.train_chunk
         keys = jax.random.split(jax.random.PRNGKey(0), agents)
         create = partial(self.script.create, self.args, S)  # one by one, as baselines/ppo.py says
         self.state = spread(jax.jit(partial(jax.lax.map, create))(keys))
@@ -135,7 +136,7 @@ class Trained:
         """Makes so many updates (PPO: the nearest number that is possible) and waits for them."""
         start = time.perf_counter()
         for _ in range(1 if self.rounds == 1 else max(1, round(updates / self.rounds))):
-            self.state, metrics = self.script.train_chunk(*self.call(updates))
+            self.state, metrics = self.train(*self.call(updates))
         jax.block_until_ready((self.state, metrics))
         return time.perf_counter() - start
 
@@ -147,7 +148,7 @@ class Trained:
 
     def memory(self) -> float:
         """Megabytes of the compiled program: data, agents and what it works with."""
-        used = self.script.train_chunk.lower(*self.call(1)).compile().memory_analysis()
+        used = self.train.lower(*self.call(1)).compile().memory_analysis()
         total = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
         return (total - used.alias_size_in_bytes) / 2**20
 

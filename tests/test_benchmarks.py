@@ -2,6 +2,7 @@
 answers are known; operations, times and shares of programs and runs."""
 
 import csv
+import fcntl
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from baselines import sac
-from benchmarks import ant, cost, environments, failures, parts, precision, throughput
+from benchmarks import ant, cost, environments, failures, gpu, parts, precision, throughput
 from benchmarks.learning import keep, kept, online_table, reported, table
 from benchmarks.multigoal import grid, measure
 from benchmarks.shares import shares
@@ -207,6 +208,81 @@ def test_operations_of_td3():
     of_critics = mu + q + (3 * q - 2 * 4 * h)
     of_policy = (3 * mu - 2 * h) + 2 * q
     assert trained.flops() == 2 * 32 * (of_critics + of_policy)
+
+
+def test_alone(tmp_path):
+    """Who has the file's lock is alone; without a file nobody waits."""
+    path = tmp_path / "lock"
+    path.touch()
+    with throughput.alone(str(path)), open(path) as other, throughput.alone(""):
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with throughput.alone(str(path)):
+        pass
+
+
+def test_kernels_of_a_program():
+    """A loop of ten rounds of two kernels, one before it. Arrays of 4 x 4 numbers: before, one
+    in and one out; a product, two in and one out, without work space; a fusion, one and one."""
+    text = """HloModule m
+%fused (p: f32[4,4]) -> f32[4,4] {
+  %p = f32[4,4]{1,0} parameter(0)
+  ROOT %double = f32[4,4]{1,0} add(%p, %p)
+}
+%body (state: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
+  %state = (s32[], f32[4,4]{1,0}) parameter(0)
+  %x = f32[4,4]{1,0} get-tuple-element(%state), index=1
+  %dot = (f32[4,4]{1,0}, s8[1024]{0}) custom-call(%x, %x), custom_call_target="gemm"
+  %y = f32[4,4]{1,0} get-tuple-element(%dot), index=0
+  ROOT %z = f32[4,4]{1,0} fusion(%y), kind=kLoop, calls=%fused
+}
+ENTRY %main (x: f32[4,4]) -> f32[4,4] {
+  %x.1 = f32[4,4]{1,0} parameter(0)
+  %copy = f32[4,4]{1,0} copy(%x.1)
+  %loop = (s32[], f32[4,4]{1,0}) while(%copy), body=%body, config={"known_trip_count":{"n":"10"}}
+}
+"""
+    assert gpu.program(text) == (1 + 10 * 2, 64 * (2 + 10 * (3 + 2)))
+
+
+def test_variants_of_a_program():
+    """Each changes what is traced, where it is meant, and nothing afterwards."""
+
+    def traced():
+        norm = gpu.nn.LayerNorm(use_bias=False, use_scale=False)
+        step = lambda x, _: (norm.apply({}, x) @ x, None)
+        return str(jax.make_jaxpr(lambda x: jax.lax.scan(step, x, None, 20))(jnp.ones((4, 4))))
+
+    before, seen = traced(), {}
+    for variant in gpu.VARIANTS:
+        with gpu.changed(variant):
+            seen[variant] = traced()
+        assert traced() == before
+    assert seen["as it is"] == seen["no Triton"] == before
+    assert "unroll=1\n" in before and "unroll=10\n" in seen["unrolled"]
+    assert len({*seen.values()}) == len(gpu.VARIANTS) - 1
+
+
+def test_shapes_of_many_agents():
+    """What `train_chunk` takes for three agents, from one: the data and the count have no axis."""
+    trained = throughput.Trained("baselines.rebrac", "small", 1, 100)
+    state, data, replay, task, updates = gpu.shapes(trained, 3, jax.devices()[0])
+    assert {x.shape[0] for x in jax.tree.leaves((state, replay, task))} == {3}
+    assert data.actions.shape == trained.data.actions.shape and updates.shape == ()
+    kept = jax.eval_shape(trained.train, trained.args, state, data, replay, task, updates)[0]
+    assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, state)
+
+
+def test_estimated_times():
+    """In proportion to the bytes of QAM's program, of which the time is known: 100 GB for 30 ms of
+    40 agents, so 50 GB are 15 ms: 0.375 ms for an agent, 400M of which are 41.7 hours."""
+    common = dict(agents="40", variant="as it is")
+    rows = [common | dict(script="qam", device="NVIDIA H200", gb="110", ms_update="30")]
+    ahead = common | dict(device="for NVIDIA H200, not run", ms_update="")
+    rows += [ahead | dict(script="qam", gb="100"), ahead | dict(script="fql", gb="50")]
+    rows += [rows[2] | dict(variant="unrolled", gb="1"), rows[2] | dict(agents="1", gb="1")]
+    assert gpu.estimates(rows).splitlines()[2:] == ["| fql | 50 | 0.375 | 42 |"]
+    assert gpu.estimates(rows[1:]) == ""
 
 
 def test_projected_hours():

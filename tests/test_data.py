@@ -175,7 +175,8 @@ def test_agents_sampled_at_once_are_sampled_as_if_alone(mixed):
 
 
 @pytest.mark.parametrize("agents", [1, 2])
-def test_one_agent_has_no_axis(agents):
+@pytest.mark.parametrize("chunk", [False, True])
+def test_one_agent_has_no_axis(agents, chunk):
     """The numbers of a function of each agent, which is vmapped only if there are several."""
     x, y, seen = jnp.arange(3.0 * agents).reshape(agents, 3), jnp.arange(agents), []
 
@@ -183,10 +184,29 @@ def test_one_agent_has_no_axis(agents):
         seen.append(isinstance(tree["x"], jax.core.Tracer))  # else an array, without the axis
         return dict(dot=tree["x"] @ tree["x"], y=y)
 
-    found = d.over_agents(one)(dict(x=x), y)
+    found = d.over_agents(one, chunk)(dict(x=x), y)
     np.testing.assert_array_equal(found["dot"], (np.array(x) ** 2).sum(1))
     np.testing.assert_array_equal(found["y"], y)
     assert seen == [agents > 1]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "backend", "devices", "sequential"),
+    [
+        (True, "cpu", 1, True),
+        (False, "cpu", 1, False),
+        (True, "gpu", 1, False),
+        (True, "cpu", 8, False),
+    ],
+)
+def test_chunks_on_a_cpu(monkeypatch, chunk, backend, devices, sequential):
+    """There, on a single device, many updates of one agent come after those of the other: a loop
+    whose product is one agent's."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_device_count", lambda: devices)
+    x = jnp.ones((3, 4, 4))
+    text = str(jax.make_jaxpr(d.over_agents(lambda x: x @ x, chunk))(x))
+    assert ("scan" in text, "f32[4,4] = dot_general" in text) == (sequential, sequential)
 
 
 def test_the_key_decides():
