@@ -2,7 +2,6 @@
 
     python -m benchmarks.throughput --scripts qam meam --agents 1 8 40
     python -m benchmarks.throughput --scripts all --sizes paper --agents 1 8 40 --no-loop
-    python -m benchmarks.throughput --scripts fql --sizes paper --agents 40 --lock lock
     python -m benchmarks.throughput --table          prints the committed rows and the projection
 
 A row per script, size and number of agents: milliseconds per update of all agents and per agent's
@@ -12,15 +11,9 @@ most codebases have: NumPy sampling and one dispatch per update (offline scripts
 are random, which costs the same as real data. Environments and evaluations are not in these
 numbers (`python -m benchmarks.shares`, `python -m benchmarks.online_throughput`). The row of a
 configuration replaces an older one in benchmarks/results/throughput.csv.
-
-With --lock several of these commands share a device: each measures while it alone holds that file.
-Only compilation, which may use the device too, goes on beside a measurement; so compile first, with
-JAX_COMPILATION_CACHE_DIR set (no compile time is reported then).
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import importlib
 import importlib.metadata
 import os
@@ -67,7 +60,6 @@ class Options:
     seconds: float = 5.0  # measured time of each row, at least
     transitions: int = 200_000  # in the random data
     loop: bool = True  # measure the plain loop, too
-    lock: str = ""  # file that is locked while measuring
     peak: float = 0.0  # TFLOP/s of a device at its default precision (0: those known here)
     table: bool = False  # measure nothing, print what is committed
     out: str = str(OUT)
@@ -229,15 +221,6 @@ def measure_chunk(trained, seconds):
     return 1e3 * timed(lambda: trained.seconds(updates), seconds) / made, one * trained.rounds
 
 
-@contextlib.contextmanager
-def alone(lock: str):
-    """Nobody else is in here with the same file at the same time."""
-    with open(lock or os.devnull) as file:
-        if lock:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def describe() -> str:
     """The devices that a program uses, and the cores."""
     devices = jax.local_devices()
@@ -260,12 +243,11 @@ def measure(name, options):
                 ms = f"{1e3 * timed(lambda: one.seconds(1), options.seconds):.3f}"
                 yield row | dict(way="loop", agents=1, ms_update=ms, ms_agent_update=ms)
             first, flops = trained.seconds(1), trained.flops()  # compiles
-            with alone(options.lock):
-                ms, one = measure_chunk(trained, options.seconds)
+            ms, one = measure_chunk(trained, options.seconds)
             new = row | dict(way="chunk", agents=agents, ms_update=f"{ms:.3f}")
             new |= dict(ms_agent_update=f"{ms / agents:.3f}", gflop=f"{flops / 1e9:.3f}")
             new |= dict(memory_mb=f"{trained.memory():.0f}")
-            if not jax.config.jax_compilation_cache_dir:
+            if not jax.config.jax_compilation_cache_dir:  # else it may come from there
                 new |= dict(compile_s=f"{first - one:.1f}")
             share = flops * agents / (1e-3 * ms) / peak if peak else 0
             yield new | (dict(peak=f"{share:.3f}") if peak else {})
@@ -312,12 +294,9 @@ def put_row(path: Path, new: dict, key: tuple, columns: tuple) -> dict:
 
 def main(options: Options) -> None:
     path = Path(options.out)
-    if options.lock:
-        Path(options.lock).touch()
     scripts = EVERY if options.scripts == ("all",) else options.scripts
     for new in (row for name in scripts if not options.table for row in measure(name, options)):
-        with alone(options.lock):
-            new = put_row(path, new, KEY, COLUMNS)
+        new = put_row(path, new, KEY, COLUMNS)
         print(" ".join(f"{name} {x}" for name, x in new.items() if x), flush=True)
     rows = read_rows(path)
     print(table(rows), projection(rows), sep="\n\n")

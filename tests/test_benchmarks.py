@@ -2,7 +2,6 @@
 answers are known; operations, times and shares of programs and runs."""
 
 import csv
-import fcntl
 from types import SimpleNamespace
 
 import jax
@@ -208,17 +207,6 @@ def test_operations_of_td3():
     of_critics = mu + q + (3 * q - 2 * 4 * h)
     of_policy = (3 * mu - 2 * h) + 2 * q
     assert trained.flops() == 2 * 32 * (of_critics + of_policy)
-
-
-def test_alone(tmp_path):
-    """Who has the file's lock is alone; without a file nobody waits."""
-    path = tmp_path / "lock"
-    path.touch()
-    with throughput.alone(str(path)), open(path) as other, throughput.alone(""):
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with throughput.alone(str(path)):
-        pass
 
 
 def test_kernels_of_a_program():
