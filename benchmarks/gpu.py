@@ -4,12 +4,14 @@
     python -m benchmarks.gpu --scripts offline --without-gpu     compiles for an H200, runs nothing
 
 A row per script, number of agents and variant of the program: kernels that an update launches,
-gigabytes that it moves if every kernel reads its operands and writes its results once, and on a GPU
+gigabytes that it moves if every kernel reads its operands and writes its results once (of arrays
+that it only slices or updates in place, that part), and on a GPU
 the time of an update. --without-gpu needs jax[cuda13] alone (set JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1)
 and compiles without autotuning. The row of a configuration replaces an older one in
 benchmarks/results/gpu.csv.
 """
 
+import collections
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -25,7 +27,7 @@ import tyro
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.throughput import EVERY, TABLE_1, Trained, describe, measure_chunk, put_row
+from benchmarks.throughput import EVERY, OFFLINE, TABLE_1, Trained, describe, measure_chunk, put_row
 from plot import markdown, read_rows
 from tests.shared_blocks import named
 
@@ -46,6 +48,7 @@ H200 = """gpu_device_info {
 dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 minor: 0 }"""
 BYTES = dict(f64=8, s64=8, u64=8, f32=4, s32=4, u32=4, f16=2, bf16=2, s8=1, u8=1, pred=1)
 FREE = "parameter get-tuple-element tuple constant bitcast fusion-done copy-done".split()
+SLICES = "dynamic-update-slice", "dynamic-slice", "gather"
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 
@@ -67,6 +70,38 @@ def size(shape: str) -> int:
     return sum(BYTES.get(kind, 0) * number(axes) for kind, axes in arrays if kind != "s8")
 
 
+def names(rest: str) -> list[str]:
+    """The operands, from what follows an instruction's opening bracket."""
+    return re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+
+
+def traffic(body: list[tuple]) -> int:
+    """Bytes that a fused computation reads and writes: of an array of which it only takes slices,
+    these; of one that it updates in place, the update."""
+    of = {result: (shape, operation, names(rest)) for result, shape, operation, rest, _ in body}
+    origin, uses = {}, collections.defaultdict(list)
+    for result, (shape, operation, operands) in of.items():
+        if operation == "bitcast":
+            origin[result] = origin.get(operands[0], operands[0])
+            continue
+        for place, x in enumerate(operands):
+            uses[origin.get(x, x)].append((operation, place, shape))
+
+    def read(x):
+        if all(operation in SLICES and place == 0 for operation, place, _ in uses[x]):
+            return sum(size(shape) for operation, _, shape in uses[x] if operation != SLICES[0])
+        return size(of[x][0])
+
+    def written(x):
+        shape, operation, operands = of[origin.get(x, x)]
+        if operation == "tuple":
+            return sum(map(written, operands))
+        return size(of[operands[1]][0] if operation == SLICES[0] else shape)
+
+    read_in = sum(read(x) for x, (_, operation, _) in of.items() if operation == "parameter")
+    return read_in + written(next(result for result, *_, line in body if "ROOT" in line))
+
+
 def program(text: str) -> tuple[int, int]:
     """Kernels and bytes of a compiled program, a loop without a known number of rounds once."""
     bodies, body = {}, []
@@ -79,15 +114,17 @@ def program(text: str) -> tuple[int, int]:
     def count(name):
         kernels, moved, shapes = 0, 0, {result: shape for result, shape, *_ in bodies[name]}
         for _, shape, operation, rest, line in bodies[name]:
+            inner = re.search(r"(?:body|to_apply|calls)=%?([\w.\-]+)", line)
             if operation in ("while", "call"):
                 rounds = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                inner = re.search(r"(?:body|to_apply)=%?([\w.\-]+)", line)[1]
-                more = [(int(rounds[1]) if rounds else 1) * x for x in count(inner)]
+                more = [(int(rounds[1]) if rounds else 1) * x for x in count(inner[1])]
                 kernels, moved = kernels + more[0], moved + more[1]
             elif operation not in FREE:
-                operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
                 kernels += 1
-                moved += size(shape) + sum(size(shapes.get(x, "")) for x in operands)
+                if operation.startswith("fusion"):
+                    moved += traffic(bodies[inner[1]])
+                else:
+                    moved += size(shape) + sum(size(shapes.get(x, "")) for x in names(rest))
         return kernels, moved
 
     return count("entry")
@@ -156,7 +193,7 @@ def estimates(rows: list[dict]) -> str:
     lines = [["script", "GB", "ms per agent-update", "hours"]]
     for script, gb in ahead.items() if known and "qam" in ahead else ():
         ms = known[0] / ahead["qam"] * gb / 40
-        if script not in run:
+        if script in OFFLINE and script not in run:
             hours = ms * math.prod(TABLE_1.values()) / 3.6e6
             lines.append([script, f"{gb:g}", f"{ms:.3f}", f"{hours:.0f}"])
     return markdown(lines) if lines[1:] else ""

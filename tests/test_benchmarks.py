@@ -210,19 +210,31 @@ def test_operations_of_td3():
 
 
 def test_kernels_of_a_program():
-    """A loop of ten rounds of two kernels, one before it. Arrays of 4 x 4 numbers: before, one
-    in and one out; a product, two in and one out, without work space; a fusion, one and one."""
+    """A loop of ten rounds of three kernels, one before it. Arrays of 4 x 4 numbers: before, one in
+    and one out; a product, two in, one out, without work space; a fusion, one in and one out; one
+    that takes a slice of 4 numbers and puts 4 into another array of 4 x 4."""
     text = """HloModule m
 %fused (p: f32[4,4]) -> f32[4,4] {
   %p = f32[4,4]{1,0} parameter(0)
   ROOT %double = f32[4,4]{1,0} add(%p, %p)
 }
+%put (p.1: f32[4,4], p.2: f32[16], i: s32[]) -> f32[4,4] {
+  %p.1 = f32[4,4]{1,0} parameter(0)
+  %p.2 = f32[16]{0} parameter(1)
+  %i = s32[] parameter(2)
+  %rows = f32[4,4]{1,0} bitcast(%p.2)
+  %row = f32[1,4]{1,0} dynamic-slice(%rows, %i, %i), dynamic_slice_sizes={1,4}
+  ROOT %new = f32[4,4]{1,0} dynamic-update-slice(%p.1, %row, %i, %i)
+}
 %body (state: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
   %state = (s32[], f32[4,4]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state), index=0
   %x = f32[4,4]{1,0} get-tuple-element(%state), index=1
   %dot = (f32[4,4]{1,0}, s8[1024]{0}) custom-call(%x, %x), custom_call_target="gemm"
   %y = f32[4,4]{1,0} get-tuple-element(%dot), index=0
-  ROOT %z = f32[4,4]{1,0} fusion(%y), kind=kLoop, calls=%fused
+  %flat = f32[16]{0} bitcast(%y)
+  %w = f32[4,4]{1,0} fusion(%x, %flat, %i.1), kind=kLoop, calls=%put
+  ROOT %z = f32[4,4]{1,0} fusion(%w), kind=kLoop, calls=%fused
 }
 ENTRY %main (x: f32[4,4]) -> f32[4,4] {
   %x.1 = f32[4,4]{1,0} parameter(0)
@@ -230,7 +242,8 @@ ENTRY %main (x: f32[4,4]) -> f32[4,4] {
   %loop = (s32[], f32[4,4]{1,0}) while(%copy), body=%body, config={"known_trip_count":{"n":"10"}}
 }
 """
-    assert gpu.program(text) == (1 + 10 * 2, 64 * (2 + 10 * (3 + 2)))
+    row, index = 4 * 4, 4
+    assert gpu.program(text) == (1 + 10 * 3, 64 * (2 + 10 * (3 + 2)) + 10 * (2 * row + index))
 
 
 def test_variants_of_a_program():
