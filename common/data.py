@@ -137,9 +137,8 @@ def spread(tree, agents: int = 0):
 
 def over_agents(one, chunk=False):
     """`jax.vmap(one)` over arrays (agents, ...). For a single agent without the axis, which makes
-    most scripts' updates slower on a CPU, QAM's by a fifth. Where `one` is a `chunk` of many
-    updates, a CPU makes those of one agent after those of the other, whose networks its caches can
-    keep then."""
+    most scripts' updates slower on a CPU, QAM's by a fifth. If `one` is a `chunk` of many updates,
+    a CPU makes those of one agent after those of the other, whose networks its caches keep."""
 
     def each(*inputs):
         if len(jax.tree.leaves(inputs)[0]) == 1:

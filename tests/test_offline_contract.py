@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.data import Batch
+from common.data import Batch, Replay
 from common.envs import resolve
 from common.run import configure
 from tests import reference, shared_blocks
@@ -286,16 +286,18 @@ def test_acting(monkeypatch, name):
             np.testing.assert_allclose(found[n, e], expected, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("slots", [0, 1])
 @each_script
-def test_training(monkeypatch, name):
+def test_training(monkeypatch, name, slots):
     """Every update of every agent gets a batch of its own replay and task, of the flags' sizes,
-    drawn with a key of its own, and leaves its key to the next; the metrics are summed."""
+    drawn with a key of its own, and leaves its key to the next; the metrics are summed. Offline,
+    where the replay has no slots, as online."""
     script, args = arguments(name, discount=0.9)
     sizes = args.batch_size, args.chunk_length, args.discount
 
     def sampled(key, data, replay, task, *rest):
         assert (data, rest) == ("data", sizes)
-        return dict(key=key, replay=replay, task=task)
+        return dict(key=key, replay=replay.size, task=task)
 
     def halves(key, own, data, replay, task):
         assert own is args
@@ -312,11 +314,8 @@ def test_training(monkeypatch, name):
     else:
         monkeypatch.setattr(script, "sample", sampled)
     monkeypatch.setattr(script, "update", update)
-    keys, replay, task = (
-        jax.random.split(jax.random.PRNGKey(3), 2),
-        jnp.array([7, 9]),
-        jnp.array([2, 0]),
-    )
+    keys, task = jax.random.split(jax.random.PRNGKey(3), 2), jnp.array([2, 0])
+    replay = Replay(*[jnp.zeros((2, slots))] * 6, size=jnp.array([7, 9]))
     state = script.State(jnp.array([0.0, 10.0]), (), (), keys)
     new, sums = script.train_chunk.__wrapped__(args, state, "data", replay, task, 3)
     words = lambda key: np.float64([np.asarray(key) >> 16, np.asarray(key) & 0xFFFF])
@@ -327,7 +326,7 @@ def test_training(monkeypatch, name):
             expected["key"] += words(key)
             expected["batch_key"] += words(batch_key)
             key = key ^ 5
-        expected |= dict(replay=3 * replay[n], task=3 * task[n], one=3)
+        expected |= dict(replay=3 * replay.size[n], task=3 * task[n], one=3)
         for word, x in expected.items():
             np.testing.assert_array_equal(sums[word][n], x, err_msg=word)
         assert np.array_equal(new.key[n], key) and new.params[n] == 3 + 10 * n
