@@ -28,6 +28,7 @@ RESULTS = dict(  # (file, what it is about)
         ("methods.csv", "pointmaze-medium, task 1"),
         ("cube-task-1.csv", "cube-single, task 1"),
         ("cube-methods.csv", "cube-single, task 1"),
+        ("cube.csv", "cube-single, tasks 1 to 5"),
     ],
     online=[
         ("plane.csv", "multigoal"),
