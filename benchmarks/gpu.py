@@ -5,10 +5,9 @@
 
 A row per script, number of agents and variant of the program: kernels that an update launches,
 gigabytes that it moves if every kernel reads its operands and writes its results once (of arrays
-that it only slices or updates in place, that part), and on a GPU
-the time of an update. --without-gpu needs jax[cuda13] alone (set JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1)
-and compiles without autotuning. The row of a configuration replaces an older one in
-benchmarks/results/gpu.csv.
+that it only slices or updates in place, that part), and on a GPU the time of an update.
+--without-gpu needs jax[cuda13] alone (set JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1) and compiles without
+autotuning. The row of a configuration replaces an older one in benchmarks/results/gpu.csv.
 """
 
 import collections
@@ -27,9 +26,8 @@ import tyro
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.throughput import EVERY, OFFLINE, TABLE_1, Trained, describe, measure_chunk, put_row
+from benchmarks.throughput import EVERY, OFFLINE, Trained, describe, hours, measure_chunk, put_row
 from plot import markdown, read_rows
-from tests.shared_blocks import named
 
 COLUMNS = "script agents variant device kernels gb ms_update ms_agent_update jax".split()
 KEY = tuple(COLUMNS[:4])
@@ -46,7 +44,7 @@ H200 = """gpu_device_info {
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
 } platform_name: "CUDA" device_description_str: "NVIDIA H200"
 dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 minor: 0 }"""
-BYTES = dict(f64=8, s64=8, u64=8, f32=4, s32=4, u32=4, f16=2, bf16=2, s8=1, u8=1, pred=1)
+BYTES = dict(f64=8, s64=8, u64=8, f32=4, s32=4, u32=4, f16=2, bf16=2, u8=1, pred=1)
 FREE = "parameter get-tuple-element tuple constant bitcast fusion-done copy-done".split()
 SLICES = "dynamic-update-slice", "dynamic-slice", "gather"
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -67,7 +65,7 @@ def size(shape: str) -> int:
     """Bytes of an array or a tuple of arrays, as HLO writes its type; work space (s8) is free."""
     arrays = re.findall(r"\b(\w+)\[([\d,]*)\]", shape)
     number = lambda axes: math.prod(int(n) for n in axes.split(",") if n)
-    return sum(BYTES.get(kind, 0) * number(axes) for kind, axes in arrays if kind != "s8")
+    return sum(BYTES.get(kind, 0) * number(axes) for kind, axes in arrays)
 
 
 def names(rest: str) -> list[str]:
@@ -194,8 +192,7 @@ def estimates(rows: list[dict]) -> str:
     for script, gb in ahead.items() if known and "qam" in ahead else ():
         ms = known[0] / ahead["qam"] * gb / 40
         if script in OFFLINE and script not in run:
-            hours = ms * math.prod(TABLE_1.values()) / 3.6e6
-            lines.append([script, f"{gb:g}", f"{ms:.3f}", f"{hours:.0f}"])
+            lines.append([script, f"{gb:g}", f"{ms:.3f}", f"{hours(ms):.0f}"])
     return markdown(lines) if lines[1:] else ""
 
 
@@ -203,7 +200,7 @@ def main(options: Options) -> None:
     variants = VARIANTS if options.variants == ("all",) else options.variants
     if unknown := set(variants) - set(VARIANTS):
         raise SystemExit(f"no variant {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
-    groups = dict(all=EVERY, offline=[x.replace("/", ".") for x in named("offline")])
+    groups = dict(all=EVERY, offline=[x for x in EVERY if x.split(".")[-1] in OFFLINE])
     if options.without_gpu:  # what the scripts ask
         jax.default_backend = lambda: "gpu"
     for name in [y for x in options.scripts for y in groups.get(x, [x])]:

@@ -177,7 +177,7 @@ class EnvPool:
         self.names, self._workers, n = names, [], len(names)
         self.states, self.plans = [np.zeros(())] * n, [()] * n  # the actions still to be played
         self.seeds, self.ages = np.zeros(n, np.uint32), np.zeros(n, np.int32)
-        paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         for _ in range(min(workers or os.cpu_count(), n)):
             ours, theirs = Pipe()

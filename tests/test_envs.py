@@ -207,6 +207,15 @@ def test_play_counts_exactly(new_pool, workers, slots):
             assert np.array_equal(path[:, 2:4], np.concatenate(chunks)[: len(path)])
 
 
+def test_workers_keep_the_path(new_pool, monkeypatch, tmp_path):
+    """An environment from a folder that PYTHONPATH names."""
+    text = f"import gymnasium\ngymnasium.register('Elsewhere-v0', '{Toy.__module__}:Toy')\n"
+    (tmp_path / "elsewhere.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pool = new_pool(["elsewhere:Elsewhere-v0"], 1)
+    assert pool.play(noise(1, 2), np.array([[103]], np.uint32))["success"].tolist() == [[True]]
+
+
 def test_no_more_environments_than_a_hundred(new_pool):
     """One of each name at least. They are made when they are started."""
     for agents, each, n in ((1, 10, 10), (40, 10, 80), (60, 2, 60), (200, 3, 200), (0, 5, 0)):
