@@ -32,7 +32,13 @@ from plot import markdown, read_rows
 COLUMNS = "script agents variant device kernels gb ms_update ms_agent_update jax".split()
 KEY = tuple(COLUMNS[:4])
 PRECISION = {"float32": "float32", "bfloat16": "BF16_BF16_F32"}  # of the products
-FLAGS = {"no Triton": {"xla_gpu_enable_triton_gemm": False}}  # cuBLAS makes all products
+GRAPHS = "FUSION CUBLAS CUBLASLT CUDNN CUSTOM_CALL DYNAMIC_SLICE_FUSION CONDITIONAL WHILE".split()
+LOOPS = {"xla_gpu_enable_command_buffer": ",".join(GRAPHS)}  # XLA's own choice has no WHILE
+FLAGS = {  # the same program, compiled otherwise
+    "no Triton": {"xla_gpu_enable_triton_gemm": False},  # cuBLAS makes all products
+    "graphs": LOOPS,  # loops, too, are launched as CUDA graphs
+    "graphs, unrolled": LOOPS | {"xla_gpu_command_buffer_unroll_loops": True},
+}
 VARIANTS = "as it is", "unrolled", "two-pass", *PRECISION, *FLAGS
 OUT = Path(__file__).resolve().parent / "results/gpu.csv"
 H200 = """gpu_device_info {
@@ -208,7 +214,6 @@ def main(options: Options) -> None:
             for variant in variants:
                 row = measure(name, agents, variant, options)
                 put_row(Path(options.out), row, KEY, COLUMNS)
-                print(" ".join(f"{name} {x}" for name, x in row.items() if x), flush=True)
     rows = read_rows(Path(options.out))
     print(markdown([COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]), estimates(rows),
           sep="\n\n")  # fmt: skip

@@ -67,8 +67,7 @@ def main(options: Options) -> None:
     for name in options.scripts:
         for size in options.sizes:
             for row in measure(name, size, options):
-                row = put_row(Path(options.out), row, COLUMNS[:4], COLUMNS)
-                print(" ".join(f"{key} {x}" for key, x in row.items()), flush=True)
+                put_row(Path(options.out), row, COLUMNS[:4], COLUMNS)
 
 
 if __name__ == "__main__":

@@ -289,20 +289,19 @@ OFFLINE = [name.split("/")[-1] for name in named("offline")]
 EVERY = [name.replace("/", ".") for kind in ("offline", "online") for name in named(kind)]
 
 
-def put_row(path: Path, new: dict, key: tuple, columns: tuple) -> dict:
-    """Writes a row in place of the one with the same key, or at the end. Returns it as read."""
+def put_row(path: Path, new: dict, key: tuple, columns: tuple) -> None:
+    """Writes a row in place of the one with the same key, or at the end, and prints it."""
     new = {name: str(new.get(name, "")) for name in columns}
     rows = [row for row in read_rows(path) if any(row[name] != new[name] for name in key)]
     write_rows(path, [*rows, new], columns)
-    return new
+    print(" ".join(f"{name} {x}" for name, x in new.items() if x), flush=True)
 
 
 def main(options: Options) -> None:
     path = Path(options.out)
     scripts = EVERY if options.scripts == ("all",) else options.scripts
     for new in (row for name in scripts if not options.table for row in measure(name, options)):
-        new = put_row(path, new, KEY, COLUMNS)
-        print(" ".join(f"{name} {x}" for name, x in new.items() if x), flush=True)
+        put_row(path, new, KEY, COLUMNS)
     rows = read_rows(path)
     print(table(rows), projection(rows), sep="\n\n")
 
