@@ -39,7 +39,7 @@ FLAGS = {  # the same program, compiled otherwise
     "graphs": LOOPS,  # loops, too, are launched as CUDA graphs
     "graphs, unrolled": LOOPS | {"xla_gpu_command_buffer_unroll_loops": True},
 }
-VARIANTS = "as it is", "unrolled", "two-pass", *PRECISION, *FLAGS
+VARIANTS = "as it is", "unrolled", "two-pass", "bfloat16 layers", *PRECISION, *FLAGS
 OUT = Path(__file__).resolve().parent / "results/gpu.csv"
 H200 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
@@ -137,17 +137,19 @@ def program(text: str) -> tuple[int, int]:
 @contextlib.contextmanager
 def changed(variant: str):
     """What is traced meanwhile is traced as this variant."""
-    scan, norm = jax.lax.scan, nn.LayerNorm
+    scan, norm, dense = jax.lax.scan, nn.LayerNorm, nn.Dense
     precision = PRECISION.get(variant, jax.config.jax_default_matmul_precision)
     try:
         if variant == "unrolled":  # ten steps from noise to action are one piece of program
             jax.lax.scan = lambda *inputs, **options: scan(*inputs, unroll=10, **options)
         if variant == "two-pass":  # LayerNorm's variance is the mean of (x - mean)^2
             nn.LayerNorm = partial(norm, use_fast_variance=False)
+        if variant == "bfloat16 layers":  # every layer computes and leaves bfloat16
+            nn.LayerNorm, nn.Dense = (partial(f, dtype=jnp.bfloat16) for f in (norm, dense))
         with jax.default_matmul_precision(precision):
             yield
     finally:
-        jax.lax.scan, nn.LayerNorm = scan, norm
+        jax.lax.scan, nn.LayerNorm, nn.Dense = scan, norm, dense
 
 
 def shapes(trained: Trained, agents: int, device) -> list:

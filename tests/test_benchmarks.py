@@ -251,7 +251,8 @@ def test_variants_of_a_program():
 
     def traced():
         norm = gpu.nn.LayerNorm(use_bias=False, use_scale=False)
-        step = lambda x, _: (norm.apply({}, x) @ x, None)
+        dense, weights = gpu.nn.Dense(4, use_bias=False), {"params": {"kernel": jnp.ones((4, 4))}}
+        step = lambda x, _: (x + dense.apply(weights, x) @ norm.apply({}, x), None)
         return str(jax.make_jaxpr(lambda x: jax.lax.scan(step, x, None, 20))(jnp.ones((4, 4))))
 
     before, seen = traced(), {}
@@ -261,6 +262,8 @@ def test_variants_of_a_program():
         assert traced() == before
     assert all(seen[variant] == before for variant in ("as it is", *gpu.FLAGS))
     assert "unroll=1\n" in before and "unroll=10\n" in seen["unrolled"]
+    # the product in Dense, and that of what Dense and LayerNorm leave
+    assert seen["bfloat16 layers"].count("bf16[4,4] = dot_general") == 2
     assert len({*seen.values()}) == len(gpu.VARIANTS) - len(gpu.FLAGS)
 
 
