@@ -67,7 +67,7 @@ class Args:
     # --- end shared ---
 
     # method
-    rho: float = 0.1  # share of the base flow's targets that the expansion actor replaces
+    rho: float = 0.1  # share of the base flow's targets from the expansion actor; tune it from 0 up
     entropy_scale: float = 0.01  # lambda: weight of the policy's score, flattens the prior
     path_weight: float = 1.0  # w: 1 anchors to the mixture flow alone, 0 to the policy's average
     sigma_min: float = 0.1  # noise floor of the score network, at which it is asked
