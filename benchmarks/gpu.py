@@ -32,13 +32,7 @@ from plot import markdown, read_rows
 COLUMNS = "script agents variant device kernels gb ms_update ms_agent_update jax".split()
 KEY = tuple(COLUMNS[:4])
 PRECISION = {"float32": "float32", "bfloat16": "BF16_BF16_F32"}  # of the products
-GRAPHS = "FUSION CUBLAS CUBLASLT CUDNN CUSTOM_CALL DYNAMIC_SLICE_FUSION CONDITIONAL WHILE".split()
-LOOPS = {"xla_gpu_enable_command_buffer": ",".join(GRAPHS)}  # XLA's own choice has no WHILE
-FLAGS = {  # the same program, compiled otherwise
-    "no Triton": {"xla_gpu_enable_triton_gemm": False},  # cuBLAS makes all products
-    "graphs": LOOPS,  # loops, too, are launched as CUDA graphs
-    "graphs, unrolled": LOOPS | {"xla_gpu_command_buffer_unroll_loops": True},
-}
+FLAGS = {"no Triton": {"xla_gpu_enable_triton_gemm": False}}  # cuBLAS makes all products
 VARIANTS = "as it is", "unrolled", "two-pass", "bfloat16 layers", *PRECISION, *FLAGS
 OUT = Path(__file__).resolve().parent / "results/gpu.csv"
 H200 = """gpu_device_info {
