@@ -112,7 +112,9 @@ SUITES = {  # suite -> (label -> command line, flags of all, tasks)
     "pointmaze": (ABLATIONS, "--offline-steps 10000 --eval-interval 10000", (1, 2, 3, 4, 5)),
     "cube": (ABLATIONS, CUBE + OFFLINE + FLOW, (1, 2, 3, 4, 5)),
     "cube-task-1": (
-        ABLATIONS | {"ME-AM, rho = 0, lambda = 0.05": "meam --rho 0 --entropy-scale 0.05"},
+        ABLATIONS
+        | {"ME-AM, rho = 0.02": "meam --rho 0.02"}
+        | {"ME-AM, rho = 0, lambda = 0.05": "meam --rho 0 --entropy-scale 0.05"},
         CUBE + OFFLINE + FLOW,
         (1,),
     ),

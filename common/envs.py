@@ -109,7 +109,7 @@ gymnasium.register("MultiGoal-v0", MultiGoal, max_episode_steps=MULTIGOAL_STEPS)
 
 class Kitchen(gymnasium.Wrapper):
     """Observes the robot and the objects alone, (59,): the goals never change, and what is achieved
-    repeats positions of objects. Hands out no infos, for these change with later steps."""
+    repeats positions of objects. Of infos only success: the others change with later steps."""
 
     def __init__(self, env):
         super().__init__(env)

@@ -105,7 +105,7 @@ mish.defjvp(lambda x, dx: (mish(*x), mish_slope(*x) * dx[0]))
 
 class TimedMLP(nn.Module):
     """Noise or velocity f(s, x, t, ...) of the online methods: an MLP with Mish on s, x and, for
-    every time, `sinusoids` waves of it (angular frequencies from 1 to 3e-4, so for steps that count
+    every time, `sinusoids` waves of it (angular frequencies from 1 to 2e-4, so for steps that count
     to 100 or so), through a small MLP of widths `embed` where there is one. (B, S), (..., B, A),
     times that broadcast to (..., B) -> (..., B, A). The last layer's start is scaled by `scale`."""
 
