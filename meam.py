@@ -74,7 +74,7 @@ class Args:
     sigma_max: float = 1.0  # its largest noise
     score_gate: bool = True  # no score outside of the action box, as for the critic's gradient
     noisy_expansion: bool = False  # ablation: sampled expansions, critic gradient of norm <= 1
-    inv_temp: float = 1.0  # tau: inverse temperature of exp(tau Q); 0: no critic
+    inv_temp: float = 1.0  # tau: inverse temperature of exp(tau Q); 0: Q moves expansions alone
     pessimism: float = 0.5  # a target's value is mean - this times std over the critics
     flow_steps: int = 10  # T: steps from noise to action, of the flow or the diffusion
 

@@ -67,7 +67,7 @@ class Args:
     # --- end shared ---
 
     # method
-    inv_temp: float = 1.0  # tau: inverse temperature of exp(tau Q); 0 is behaviour cloning
+    inv_temp: float = 1.0  # tau: weight of Q, the optimum is exp(tau Q / T); 0: cloning
     pessimism: float = 0.5  # a target's value is mean - this times std over the critics
     flow_steps: int = 10  # T: steps from noise to action, of the flow or the diffusion
 

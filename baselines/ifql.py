@@ -2,8 +2,8 @@
 Hansen-Estruch et al. 2023, arXiv:2304.10573), as in Li and Levine (ICLR 2026, arXiv:2601.14234).
 
 Values are learned as in implicit Q-learning (Kostrikov et al., ICLR 2022): V is an upper expectile
-of Q over the data's actions, and Q's target is V, so that no critic is ever asked about an action
-that the data do not have. The policy is a flow f that imitates the data; acting draws N of its
+of Q over the data's actions, and Q's target is V, so that no value is learned from an action that
+the data do not have. The policy is a flow f that imitates the data; acting draws N of its
 actions and takes the one with the highest value.
 
     L(phi) = E (Q(s, a) - R - gamma^H m V(s'))^2                                          Eq. (85)

@@ -72,7 +72,7 @@ class Args:
     # --- end shared ---
 
     # method
-    inv_temp: float = 1.0  # tau: inverse temperature of exp(tau Q); 0: cloning, less noisy
+    inv_temp: float = 1.0  # tau: weight of grad Q, against eta; 0: cloning, less noisy
     bc_coef: float = 1.0  # eta: weight of the denoising loss on the data (behaviour cloning)
     pessimism: float = 0.5  # a target's value is mean - this times std over the critics
     flow_steps: int = 10  # T: steps from noise to action, of the flow or the diffusion

@@ -27,8 +27,8 @@ labelling = Lock()  # one thread at a time: they share these environments
 
 def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path]:
     """The sorted shards of a 100M set (`dataset_dir` alone may hold them), or the dataset's file:
-    there or, if no folder is named, in OGBench's cache or data/; else collected (if asked to, or a
-    point maze); else, if no folder is named, downloaded."""
+    there (the only one of another name, too) or, if no folder is named, in OGBench's cache or
+    data/; else collected (if asked to, or a point maze); else, without a folder, downloaded."""
     here, file = Path(dataset_dir or "data").expanduser(), f"{source.dataset}-v0.npz"
     found = sorted(here.glob(f"**/{source.dataset}-*.npz")) if dataset_dir else []
     others = [path for path in found if not path.stem.endswith("-val") and path.name != file]
@@ -37,13 +37,13 @@ def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path
     for folder in [here] if dataset_dir else [CACHE, here]:
         if (folder / file).is_file():
             return [folder / file]
-    if others:
+    if len(others) == 1:
         return others
     try:
         if collect or source.dataset.startswith("pointmaze"):
             return [common.collect.collect(source.dataset, collect or 200_000, str(here))]
         if dataset_dir:
-            raise OSError("only -val files" if found else "OGBench fills its own cache alone")
+            raise OSError(f"but {', '.join(map(str, found))}" if found else "nor any other")
         ogbench.utils.download_datasets([f"{source.dataset}-v0"], CACHE)
         return [CACHE / file]
     except Exception as e:

@@ -54,7 +54,7 @@ def resolve(name: str) -> Source:
         names = [*known, *ONLINE, *(other + kind for other in known for kind in kinds)]
         near = difflib.get_close_matches(name, names, cutoff=0.4) or [*known, *ONLINE]
         raise SystemExit(f"unknown environment {name!r}; did you mean {', '.join(near)}?")
-    default = 4 if "soccer" in env or "puzzle" in env else 1 if maze else 2
+    default = 4 if "soccer" in env or env in ("puzzle-3x3", "puzzle-4x4") else 1 if maze else 2
     protocol = dict(chunk_length=1 if env.startswith(("ant", "humanoid")) else 5,
                     discount=0.995 if slow else 0.99, pessimism=0.0 if "humanoid" in env else 0.5,
                     sparse="scene" in env or "puzzle" in env)  # fmt: skip

@@ -557,6 +557,9 @@ def test_shards_come_before_the_ordinary_file(places):
     assert [path.name for path in d.locate(CUBE, "own")] == [FILE]
     (folder / FILE).unlink()
     assert [path.stem[-3:] for path in d.locate(CUBE, "own")] == ["old"]
+    (folder / "cube-double-play-v0-new.npz").touch()  # not trained on in turns, as shards are
+    with pytest.raises(SystemExit, match="but .*new.npz, .*old.npz"):
+        d.locate(CUBE, "own")
 
 
 def test_point_mazes_collect_themselves_and_others_on_request(places):

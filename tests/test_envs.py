@@ -130,7 +130,9 @@ def test_short_dataset_and_full_names(name, env, dataset, task):
     assert resolve(name)[:3] == (env, dataset, task)
 
 
-@pytest.mark.parametrize("env", ["pointmaze-medium", "cube-single", "scene", "puzzle-3x3"])
+@pytest.mark.parametrize(
+    "env", "pointmaze-medium antsoccer-arena cube-single scene puzzle-3x3 puzzle-4x5".split()
+)
 def test_default_tasks_are_those_of_ogbench(env):
     made = make_env(f"{env}-singletask-v0")
     made.reset()
