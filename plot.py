@@ -211,26 +211,30 @@ def method_names(runs: list[tuple[str, dict]]) -> list[str]:
     return names
 
 
-def read_runs(folders: list[Path]) -> list[dict]:
-    """Rows of eval.csv of all folders, with `label` and `env` (the domain)."""
-    folders, flags = list(dict.fromkeys(folder.resolve() for folder in folders)), []
+def read_runs(paths: list[Path]) -> list[dict]:
+    """Rows of all folders' eval.csv, then of all files of results, with `label` and `env` (the
+    domain). Of an agent that several have, the first one's count."""
+    paths, flags, found = list(dict.fromkeys(path.resolve() for path in paths)), [], {}
+    folders = [path for path in paths if path.is_dir()]
     for folder in folders:
         parts = (folder.parent if folder.name.startswith("share-") else folder).parts
         flags.append((parts[-3], flags_of(folder)))
-    rows, owner, twice = [], {}, {}
     for folder, label, (_, own) in zip(folders, method_names(flags), flags):
-        if not (found := read_rows(folder / "eval.csv")):
+        more = dict(label=label, env=domain_of(own["env"]))
+        found[folder] = [row | more for row in read_rows(folder / "eval.csv")]
+        if not found[folder]:
             say(f"{folder} has no evaluation yet: left out")
-        for row in found:
-            row |= dict(label=label, env=domain_of(own["env"]))
-            agent = label, row["env"], row["task"], row["seed"]
-            if (first := owner.setdefault(agent, folder)) == folder:
-                rows.append(row)
-            else:
-                who = f"task {row['task']}, seed {row['seed']}"
-                twice.setdefault((folder, first), {})[who] = None
-    for (folder, first), agents in twice.items():
-        say(f"{folder} repeats {first}, which counts: {'; '.join(agents)}")
+    found |= {path: read_results(path) for path in paths if path.is_file()}
+    rows, owner, twice = [], {}, {}
+    for path, row in ((path, row) for path, own in found.items() for row in own):
+        agent = row["label"], row["env"], row["task"], row["seed"]
+        if (first := owner.setdefault(agent, path)) == path:
+            rows.append(row)
+        else:
+            who = f"{row['label']}, " * path.is_file() + f"task {row['task']}, seed {row['seed']}"
+            twice.setdefault((path, first), {})[who] = None
+    for (path, first), agents in twice.items():
+        say(f"{path} repeats {first}, which counts: {'; '.join(agents)}")
     return rows
 
 
@@ -244,7 +248,10 @@ def read_rows(path: Path) -> list[dict]:
 
 def read_results(path: Path) -> list[dict]:
     """Rows of a benchmarks/results/<suite>.csv; labels' environments are in <suite>.json."""
-    rows, notes = read_rows(path), path.with_suffix(".json")
+    try:
+        rows, notes = read_rows(path), path.with_suffix(".json")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SystemExit(f"{path} is no CSV file that can be read: {error}") from None
     if not rows or not {"task", "seed", "step"} <= rows[0].keys():
         raise SystemExit(f"{path} has no evaluations: columns task, seed, step and metrics")
     try:
@@ -688,9 +695,7 @@ def compare(options: Options) -> None:
             raise SystemExit(f"{name} must end with {' or '.join(ends)}")
         if any(Path(name).resolve() == path.resolve() for path in paths):
             raise SystemExit(f"{name} is read: choose another file to write")
-    rows = read_runs([path for path in paths if path.is_dir()])
-    rows += [row for path in paths if path.is_file() for row in read_results(path)]
-    if not rows:
+    if not (rows := read_runs(paths)):
         raise SystemExit("there are no evaluations")
     online = all(row["env"] in ONLINE for row in rows)
     success = not online and any(row.get("success", "") != "" for row in rows)
@@ -756,7 +761,8 @@ def main(options: Options) -> None:
     if options.committed:
         return committed()
     if not options.paths:
-        raise SystemExit("name run folders; --help says more")
+        raise SystemExit("name run folders, before all flags: some take what follows them as their "
+                         "values; --help says more")  # fmt: skip
     if options.out or options.table:
         compare(options)
         for name in (*([options.out] if options.out else []), *options.table):

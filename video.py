@@ -7,7 +7,6 @@ plays with the last checkpoint, from the seeds of its evaluation, and writes vid
 into the run's folder. MuJoCo draws with OpenGL: EGL, or what the variable MUJOCO_GL names.
 """
 
-import importlib
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -30,9 +29,10 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from benchmarks import script_of
 from common.envs import ONLINE, Slot, resolve, seed_of
 from common.run import CHECKPOINT, read_checkpoint
-from plot import ROOT, flags_of
+from plot import flags_of
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,11 @@ def restored(folder: Path, observation_size: int):
     """A run's script, its arguments, the agents' state at the checkpoint, (agents, ...), and the
     checkpoint's step and seconds."""
     folder = folder.resolve()
-    name = folder.parts[-4 if folder.name.startswith("share-") else -3]  # of several hosts
-    package = "" if (ROOT / f"{name}.py").exists() else "baselines."
-    script = importlib.import_module(package + name)
+    run = folder.parent if folder.name.startswith("share-") else folder  # of several hosts
+    try:
+        script = script_of(run.parent.parent.name)
+    except SystemExit as error:
+        raise SystemExit(f"{folder} is not runs/<script>/<env>/<name>: {error}") from None
     flags = {k: tuple(x) if isinstance(x, list) else x for k, x in flags_of(folder).items()}
     args = script.Args(**{k: flags[k] for k in script.Args.__dataclass_fields__ if k in flags})
     try:
@@ -70,6 +72,19 @@ def restored(folder: Path, observation_size: int):
     like = jax.eval_shape(jax.vmap(create), keys)
     state = flax.serialization.from_state_dict(like, saved["tree"]["state"])
     return script, args, state, {name: saved[name] for name in ("step", "seconds")}
+
+
+def check(path: Path) -> None:
+    """Exits if a film cannot be written there; of a file that is there nothing changes."""
+    if path.suffix.lower() != ".gif":
+        raise SystemExit(f"{path} must end with .gif")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
+        path.open("ab").close()
+        there or path.unlink()
+    except OSError as error:
+        raise SystemExit(f"cannot write {path}: {error.strerror}") from None
 
 
 def film(options: Options) -> Path:
@@ -87,6 +102,8 @@ def film(options: Options) -> Path:
     seed = agents[0][1] if options.seed < 0 else options.seed
     if (task, seed) not in agents:
         raise SystemExit(f"no agent of task {task}, seed {seed} in {folder}: it has {agents}")
+    path = Path(options.out or folder / f"video-task{task}-seed{seed}.gif")
+    check(path)  # before there is something to lose
     name = flags["env"] if online else f"{source.env}-singletask-task{task}-v0"
     pixels = dict(width=options.size, height=options.size)
     slot = Slot(name, render_mode="rgb_array", **pixels)
@@ -112,7 +129,6 @@ def film(options: Options) -> Path:
                 if over:
                     break
         print(f"episode {episode}: success {success:.0f}, return {total:.1f}, {age} steps")
-    path = Path(options.out or folder / f"video-task{task}-seed{seed}.gif")
     first, *others = map(Image.fromarray, frames)
     first.save(path, save_all=True, append_images=others, duration=1000 // options.fps, loop=0)
     print(f"{path}: {len(frames)} pictures")

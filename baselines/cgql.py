@@ -83,6 +83,8 @@ class Args:
     target_rate: float = 0.005  # rate of the moving averages (target networks)
 
     def __post_init__(self):
+        if self.flow_steps < 2:
+            raise SystemExit("--flow-steps must be at least 2: the first step is not guided")
         if not {len(self.guidance_coef), len(self.noisy_coef)} <= {1, 3}:
             raise SystemExit("--guidance-coef and --noisy-coef need one value or three")
 

@@ -314,8 +314,10 @@ def main(args):
         inputs = [x.reshape(N, -1, *x.shape[1:]) for x in inputs]
         return np.concatenate(act(args, state, *inputs))
 
-    def explore(_, seeds, ages):  # one uniform action in place of a chunk: the same distribution
-        draw = lambda at: np.random.default_rng(at).uniform(-1, 1, (1, args.action_size))
+    # One uniform action in place of a chunk: the same distribution. Without the 1, age 0 would
+    # repeat the reset's draws.
+    def explore(_, seeds, ages):
+        draw = lambda at: np.random.default_rng((*at, 1)).uniform(-1, 1, (1, args.action_size))
         return np.float32([draw(at) for at in zip(seeds, ages)])
 
     eval_pool = EnvPool(names, args.workers, min(args.eval_slots, args.eval_episodes))

@@ -1,9 +1,20 @@
 """Measurements and learning runs; what several of them write."""
 
 import csv
+import importlib
 from pathlib import Path
 
-from plot import markdown
+from plot import ROOT, markdown
+
+
+def script_of(name: str):
+    """The module of a method: `fql` and `baselines.fql` are the same one."""
+    for module in (name, f"baselines.{name}"):
+        if (ROOT / f"{module.replace('.', '/')}.py").is_file():
+            script = importlib.import_module(module)
+            if hasattr(script, "train_chunk"):
+                return script
+    raise SystemExit(f"there is no script {name!r}: name one, such as qam or fql")
 
 
 def names_of(rows: list[dict]) -> list[str]:

@@ -7,10 +7,13 @@
 Measured are the speed along the wanted direction [m/s] and the falls in episodes of its training
 environment, and the share of OGBench's five tasks of each maze that it solves when it is sent to
 the next cell of the shortest way, with the noise of the datasets (0.2) and without, and in how many
-steps (mean over the solved episodes). Writes benchmarks/results/ant-expert.csv.
+steps (mean over the solved episodes). Writes benchmarks/results/ant-expert.csv, then the
+policy.
 """
 
 import dataclasses
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from benchmarks.learning import ROOT
 from common import ant
 from common.collect import heading, search_of
 from common.envs import make_env, seed_of
+from plot import flags_of
 from video import restored
 
 
@@ -32,16 +36,20 @@ class Options:
     out: str = str(ROOT / "benchmarks/results/ant-expert.csv")
 
 
-def keep(folder: Path) -> None:
+def keep(folder: Path, path: Path) -> None:
     """The policy's layers, the last one without its half for the deviation."""
-    _, args, state, _ = restored(folder, 29)
+    if (env := flags_of(folder)["env"]) != "online-ant-xy":
+        raise SystemExit(f"{folder} is a run on {env}: the expert learns on online-ant-xy")
+    script, args, state, _ = restored(folder, 29)
+    if script.__name__ != "baselines.sac":
+        raise SystemExit(f"{folder} is a run of {script.__name__}: the expert is one of SAC")
     layers = state.params["policy"]["params"]
     arrays = {}
     for i in range(len(layers)):
         for name, x in layers[f"Dense_{i}"].items():
             x = x[0] if i < len(layers) - 1 else x[0, ..., : args.action_size]
             arrays[f"{name}_{i}"] = np.asarray(x, np.float32)
-    np.savez_compressed(ant.WEIGHTS, **arrays)
+    np.savez_compressed(path, **arrays)
 
 
 def on_the_plane(episodes: int) -> dict:
@@ -79,15 +87,28 @@ def in_a_maze(maze: str, noise: float, episodes: int) -> dict:
     return row | dict(steps=round(float(np.nanmean(steps))) if solved.any() else "")
 
 
-def main(options: Options) -> None:
-    if options.run:
-        keep(Path(options.run))
+def measure(options: Options) -> None:
+    """Of the policy in ant.WEIGHTS."""
     rows = [on_the_plane(options.episodes)]
     for maze in options.mazes:
         rows += [in_a_maze(maze, noise, options.episodes) for noise in (0.0, 0.2)]
     names = "place noise speed falls success steps".split()
     write_rows(options.out, rows, names)
     print(as_table(rows, names))
+
+
+def main(options: Options) -> None:
+    if not options.run:
+        return measure(options)
+    kept = ant.WEIGHTS
+    with tempfile.TemporaryDirectory() as folder:  # until all has been measured
+        ant.WEIGHTS = Path(folder, kept.name)
+        try:
+            keep(Path(options.run), ant.WEIGHTS)
+            measure(options)
+            shutil.copyfile(ant.WEIGHTS, kept)
+        finally:
+            ant.WEIGHTS = kept
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from benchmarks.throughput import Loop, Trained
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    scripts: tuple[str, ...] = ("qam", "meam")  # modules; the first is the yardstick
+    scripts: tuple[str, ...] = ("qam", "meam")  # the first is the yardstick
     sizes: tuple[str, ...] = ("paper",)  # or small, see benchmarks/throughput.py
     rounds: int = 15  # measurements of each script, interleaved
     seconds: float = 0.3  # of updates in a measurement, about

@@ -7,13 +7,21 @@ radius, and the least number of cells between them. Writes benchmarks/results/co
 """
 
 import json
-import sys
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
 
 from common.envs import make_env
+
+
+@dataclass(frozen=True)
+class Options:
+    dataset: Annotated[Path, tyro.conf.Positional]  # a file pointmaze-medium-*.npz
+    out: str = str(Path(__file__).resolve().parent / "results/coverage.json")
 
 
 def steps_between(maze, start, goal):
@@ -28,7 +36,10 @@ def steps_between(maze, start, goal):
     return distance[goal]
 
 
-def main(path):
+def main(options: Options) -> None:
+    path = options.dataset
+    if not (path.name.startswith("pointmaze-medium-") and path.is_file()):
+        raise SystemExit(f"{path} is no file pointmaze-medium-*.npz: that maze's tasks are counted")
     with np.load(path) as file:
         states = file["observations"][:, :2]
     env = make_env("pointmaze-medium-singletask-task1-v0").unwrapped
@@ -46,10 +57,9 @@ def main(path):
     cells = {tuple(env.xy_to_ij(state)) for state in states}
     free = int((maze == 0).sum())
     print(f"{len(cells)} of {free} free cells are visited, {len(states):,} states")
-    result = dict(dataset=Path(path).name, states=len(states), visited=len(cells), free=free)
-    target = Path(__file__).parent / "results/coverage.json"
-    target.write_text(json.dumps(result | dict(tasks=rows), indent=1) + "\n")
+    result = dict(dataset=path.name, states=len(states), visited=len(cells), free=free)
+    Path(options.out).write_text(json.dumps(result | dict(tasks=rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:]) if len(sys.argv) == 2 else sys.exit(__doc__)
+    main(tyro.cli(Options, description=__doc__))

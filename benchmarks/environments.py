@@ -21,7 +21,7 @@ import psutil
 import tyro
 
 from benchmarks import as_table, write_rows
-from common.envs import ONLINE, make_env
+from common.envs import ONLINE, make_env, resolve
 
 OFFLINE = """pointmaze-medium pointmaze-giant antmaze-large antmaze-giant humanoidmaze-medium
     humanoidmaze-large antsoccer-arena cube-single cube-double cube-triple cube-quadruple scene
@@ -36,7 +36,8 @@ class Options:
 
 def measure(env: str) -> dict:
     """A row."""
-    name, process = env if env in ONLINE else f"{env}-singletask-task1-v0", psutil.Process()
+    name = env if env in ONLINE else f"{resolve(env).env}-singletask-task1-v0"
+    process = psutil.Process()
     made, memory, start = [], [], 0.0
     for i in range(3):
         start = time.process_time() if i == 1 else start
@@ -58,6 +59,8 @@ def measure(env: str) -> dict:
 
 
 def main(options: Options) -> None:
+    for env in options.envs:
+        resolve(env)  # exits here where it is unknown: in a process of a pool that would wait
     packages = ("mujoco", "gymnasium", "ogbench", "gymnasium-robotics")
     made_with = [f"{x} {importlib.metadata.version(x)}" for x in packages]
     made_with = ", ".join([f"{os.cpu_count()} CPU cores, {platform.machine()}", *made_with])

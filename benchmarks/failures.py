@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 from benchmarks import write_rows
-from common.envs import make_env
+from common.envs import make_env, resolve
 from plot import flags_of, read_csv
 
 
@@ -54,7 +54,10 @@ def main(options: Options) -> None:
         raise SystemExit("name the folders of complete runs")
     rows = []
     for folder in options.folders:
-        env = make_env(f"{flags_of(folder)['env']}-singletask-task1-v0").unwrapped
+        env = resolve(flags_of(folder)["env"]).env
+        if not env.startswith("pointmaze") or not (folder / "rollouts.npz").exists():
+            raise SystemExit(f"{folder} is no complete run of a point maze")
+        env = make_env(f"{env}-singletask-task1-v0").unwrapped
         rows += rows_of(folder, env.xy_to_ij)
     write_rows(options.out, rows)
     print(Path(options.out).read_text(), end="")

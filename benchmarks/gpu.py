@@ -53,7 +53,7 @@ INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    scripts: tuple[str, ...] = ("qam",)  # modules, e.g. qam or baselines.fql; or offline; or all
+    scripts: tuple[str, ...] = ("qam",)  # e.g. qam or fql; or offline; or all
     agents: tuple[int, ...] = (40,)  # agents trained in one program
     variants: tuple[str, ...] = VARIANTS[:1]  # or all
     without_gpu: bool = False  # compile for an H200, on a machine without a GPU
@@ -202,6 +202,8 @@ def main(options: Options) -> None:
     variants = VARIANTS if options.variants == ("all",) else options.variants
     if unknown := set(variants) - set(VARIANTS):
         raise SystemExit(f"no variant {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
+    if min(options.agents, default=1) < 1:
+        raise SystemExit("--agents must be at least 1")
     groups = dict(all=EVERY, offline=[x for x in EVERY if x.split(".")[-1] in OFFLINE])
     if options.without_gpu:  # what the scripts ask
         jax.default_backend = lambda: "gpu"

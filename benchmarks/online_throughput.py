@@ -12,7 +12,6 @@ configuration replaces an older one in benchmarks/results/online-throughput.csv.
 """
 
 import dataclasses
-import importlib
 import importlib.metadata
 import os
 import time
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks import as_table
+from benchmarks import as_table, script_of
 from benchmarks.throughput import put_row
 from common.data import Replay, spread
 from common.envs import EnvPool, make_env, seed_of
@@ -47,7 +46,7 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    script: str = "fmer"  # module to measure, e.g. fmer or baselines.sac
+    script: str = "fmer"  # to measure, e.g. fmer or sac
     env: str = "halfcheetah"
     agents: int = 1  # trained in one program
     hidden_dims: tuple[int, ...] = ()  # of the networks (default: the script's own)
@@ -58,7 +57,11 @@ class Options:
 
 
 def measure(options: Options) -> dict:
-    script, agents = importlib.import_module(options.script), options.agents
+    script, agents = script_of(options.script), options.agents
+    if agents < 1:
+        raise SystemExit("--agents must be at least 1")
+    if hasattr(script.Args, "tasks"):
+        raise SystemExit(f"{options.script} is no online method")
     own = dict(hidden_dims=options.hidden_dims, batch_size=options.batch_size)
     own = {name: x for name, x in own.items() if x}
     args = configure(script.Args, script.ENV_DEFAULTS, options.env, **own)
@@ -101,7 +104,7 @@ def measure(options: Options) -> dict:
     times = np.array([[block(way) for way in ways] for _ in range(6)])[1:]  # the first compiles
     loop, without, update = np.median(times, 0)
     return dict(
-        script=options.script, env=options.env, agents=agents, hidden_dims=args.hidden_dims,
+        script=script.__name__, env=options.env, agents=agents, hidden_dims=args.hidden_dims,
         batch_size=args.batch_size,
         device=f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
         steps_per_s=round(1e3 * agents / loop, 1), updates_per_s=round(1e3 * agents / update, 1),

@@ -25,7 +25,7 @@ OUT = Path(__file__).resolve().parent / "results/parts.csv"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    scripts: tuple[str, ...] = ("qam", "meam")  # modules of offline methods
+    scripts: tuple[str, ...] = ("qam", "meam")  # offline methods
     sizes: tuple[str, ...] = ("small", "paper")  # see benchmarks/throughput.py
     seconds: float = 3.0  # measured time of each part, at least
     transitions: int = 50_000  # in the random data
@@ -52,6 +52,9 @@ def parts(trained) -> dict:
 def measure(name, size, options):
     """Rows of a script."""
     trained = Trained(name, size, transitions=options.transitions)
+    if not trained.offline:
+        raise SystemExit(f"{name} is no offline method: its updates have other parts")
+    name = trained.script.__name__  # of fql and of baselines.fql
     for part, (function, arguments) in parts(trained).items():
         compiled = jax.jit(function).lower(*arguments).compile()
         step = lambda compiled=compiled, inputs=arguments: jax.block_until_ready(compiled(*inputs))

@@ -12,12 +12,12 @@ that is complete is not run again.
 
 import contextlib
 import dataclasses
-import importlib
 from pathlib import Path
 
 import jax
 import tyro
 
+from benchmarks import script_of
 from benchmarks.learning import keep, portable, table
 from common.run import configure
 from plot import read_rows
@@ -27,7 +27,7 @@ BITS = dict(float32=23, tf32=10, bfloat16=7)  # of the operands' mantissas
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    scripts: tuple[str, ...] = ("qam", "meam")  # modules of offline methods, at their default
+    scripts: tuple[str, ...] = ("qam", "meam")  # offline methods, at their default
     precisions: tuple[str, ...] = tuple(BITS)  # of float32, tf32, bfloat16
     seeds: int = 4  # 0, 1, ...
     dataset_dir: str = ""  # where the dataset is or is made
@@ -54,7 +54,8 @@ def rounded(bits: int):
 def main(options: Options) -> None:
     rows = []
     for name in options.scripts:
-        script = importlib.import_module(name)
+        script = script_of(name)
+        name = script.__name__.split(".")[-1]  # of its folders
         for precision in options.precisions:
             args = configure(
                 script.Args, script.ENV_DEFAULTS, script.Args.env, num_seeds=options.seeds,

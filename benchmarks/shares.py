@@ -7,10 +7,18 @@ compilation and environment steps between updates included, counts as training. 
 continued counts from its start, with the time that was not lost.
 """
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from plot import read_csv
+
+
+@dataclass(frozen=True)
+class Options:
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]  # of runs
 
 
 def shares(folder: Path) -> dict[str, float]:
@@ -25,10 +33,12 @@ def shares(folder: Path) -> dict[str, float]:
     return dict(seconds=total, evaluation=spent, share=spent / total)
 
 
-def main(*folders: str) -> None:
+def main(options: Options) -> None:
+    if not options.folders:
+        raise SystemExit("name the folders of runs")
     print("| run | seconds | evaluation | share |")
     print("|---" * 4 + "|")
-    for folder in map(Path, folders):
+    for folder in options.folders:
         found = shares(folder)
         name = "/".join(folder.resolve().parts[-3:])
         print(f"| {name} | {found['seconds']:.0f} | {found['evaluation']:.0f} "
@@ -36,4 +46,4 @@ def main(*folders: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:]) if len(sys.argv) > 1 else sys.exit(__doc__)
+    main(tyro.cli(Options, description=__doc__))

@@ -14,7 +14,6 @@ configuration replaces an older one in benchmarks/results/throughput.csv.
 """
 
 import dataclasses
-import importlib
 import importlib.metadata
 import os
 import time
@@ -27,7 +26,7 @@ import numpy as np
 import tyro
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from benchmarks import write_rows
+from benchmarks import script_of, write_rows
 from common.data import Batch, Dataset, Replay, spread
 from plot import markdown, read_rows
 from tests.shared_blocks import named
@@ -54,7 +53,7 @@ OUT = Path(__file__).resolve().parent / "results/throughput.csv"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    scripts: tuple[str, ...] = ("qam",)  # modules, e.g. qam or baselines.fql; or all
+    scripts: tuple[str, ...] = ("qam",)  # e.g. qam or fql; or all
     sizes: tuple[str, ...] = ("small", "paper")
     agents: tuple[int, ...] = (1, 2, 4, 8)  # agents trained in one program
     seconds: float = 5.0  # measured time of each row, at least
@@ -84,7 +83,9 @@ class Trained:
     """Agents of a script of either family on random data, ready to make updates."""
 
     def __init__(self, name, size, agents=1, transitions=200_000, **flags):
-        self.script, rng = importlib.import_module(name), np.random.default_rng(0)
+        if agents < 1:
+            raise SystemExit("--agents must be at least 1")
+        self.script, rng = script_of(name), np.random.default_rng(0)
         self.offline = hasattr(self.script.Args, "tasks")
         more, S, d = (OFFLINE_SIZES if self.offline else ONLINE_SIZES)[size]
         flags = dict(action_size=d, replay_size=transitions) | more | flags

@@ -21,6 +21,7 @@ from benchmarks import as_table, write_rows
 from benchmarks.learning import ROOT
 from common.data import locate
 from common.envs import make_env, resolve
+from plot import flags_of
 from video import restored
 
 
@@ -53,6 +54,11 @@ def by_table(states, ends, goal, radius, H, discount):
 
 def measure(options: Options) -> list[dict]:
     """A row per free cell."""
+    flags = flags_of(Path(options.folder))
+    if not flags["env"].startswith("pointmaze"):
+        raise SystemExit(f"{options.folder} is a run on {flags['env']}, which is no point maze")
+    if options.task not in flags["tasks"]:
+        raise SystemExit(f"{options.folder} has no task {options.task}: it has {flags['tasks']}")
     script, args, state, _ = restored(Path(options.folder), 2)
     state = jax.tree.map(lambda x: x[args.tasks.index(options.task) * args.num_seeds], state)
     source = resolve(args.env)

@@ -7,6 +7,7 @@ Every episode is seeded by itself: neither the workers nor an interruption chang
 """
 
 import difflib
+import fcntl
 import functools
 import importlib.metadata
 import itertools
@@ -29,6 +30,7 @@ import tqdm
 import tyro
 
 from common.ant import WEIGHTS, walk
+from common.envs import cores
 
 # Official (training episodes, rows per episode); the last row is only the final state.
 EPISODES = dict.fromkeys(("cube-single", "cube-double", "scene", "puzzle-3x3", "puzzle-4x4"), 1000)
@@ -194,7 +196,7 @@ def collect(
             size); a tenth as many episodes, at least one, come on top for validation
         dataset_dir: folder of the files, made if needed
         seed: seed of the dataset
-        workers: number of processes (default: CPU count); does not change the contents
+        workers: number of processes (default: one per core); does not change the contents
     """
     name = dataset.removesuffix("-v0")
     if "explore" in name or name.startswith(("antsoccer", "humanoidmaze")):
@@ -202,7 +204,7 @@ def collect(
     if name not in OFFICIAL:
         near = ", ".join(difflib.get_close_matches(name, OFFICIAL, cutoff=0))
         raise CollectError(f"unknown dataset {name!r}; nearest names: {near}")
-    workers = (os.cpu_count() or 1) if workers is None else workers
+    workers = cores() if workers is None else workers
     limits = {"transitions": (transitions, 1), "workers": (workers, 1), "seed": (seed, 0)}
     for option, (value, least) in limits.items():
         if value is not None and value < least:
@@ -217,39 +219,42 @@ def collect(
     settings |= {"expert": zlib.crc32(WEIGHTS.read_bytes())} if name.startswith("ant") else {}
     base = f"{Path(dataset_dir).expanduser()}/{name}-v0"
     train, val, parts, sidecar = (Path(base + e) for e in (".npz", "-val.npz", ".parts", ".json"))
-    if train.exists() or val.exists() or parts.exists():
-        old = json.loads(sidecar.read_text()) if sidecar.exists() else {}
-        differ = [f"{k}: {old.get(k)}, now {v}" for k, v in settings.items() if old.get(k) != v]
-        if differ:
-            advice = f"use those, another --dataset-dir, or move {base}* away"
-            raise CollectError(f"{base} has other settings ({'; '.join(differ)}): {advice}")
-    if train.exists() and val.exists():
-        print(f"{train} and {val} are already there.")
-        shutil.rmtree(parts, ignore_errors=True)
-        return train
+    train.parent.mkdir(parents=True, exist_ok=True)
+    with open(sidecar, "a") as lock:  # a second process waits until the first has made the files
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if train.exists() or val.exists() or parts.exists():
+            old = json.loads(sidecar.read_text() or "{}")
+            differ = [f"{k}: {old.get(k)}, now {v}" for k, v in settings.items() if old.get(k) != v]
+            if differ:
+                advice = f"use those, another --dataset-dir, or move {base}* away"
+                raise CollectError(f"{base} has other settings ({'; '.join(differ)}): {advice}")
+        if train.exists() and val.exists():
+            print(f"{train} and {val} are already there.")
+            shutil.rmtree(parts, ignore_errors=True)
+            return train
 
-    parts.mkdir(parents=True, exist_ok=True)
-    sidecar.write_text(json.dumps(settings, indent=2))
-    size = max(10_000 // steps, num_train // 100)  # the unit of parallel work and of resuming
-    edges = [*range(0, num_train, size), *range(num_train, num_all, size), num_all]
-    blocks = {parts / f"{i:06d}-{j:06d}.npz": range(i, j) for i, j in itertools.pairwise(edges)}
-    todo = {path: block for path, block in blocks.items() if not path.exists()}
-    done = num_all - sum(len(block) for block in todo.values())
-    print(f"Collecting {base}: {num_all} episodes of {steps} steps, {done} done", flush=True)
-    context = multiprocessing.get_context("spawn")
-    reader, writer = context.Pipe(duplex=False)
-    pool = futures.ProcessPoolExecutor(workers, context, _start_worker, (reader,))
-    bar = tqdm.tqdm(total=num_all * steps, initial=done * steps, unit=" steps", disable=None)
-    with bar, pool, writer:
-        jobs = [pool.submit(_collect_block, name, seed, b, part) for part, b in todo.items()]
-        for job in futures.as_completed(jobs):
-            bar.update(job.result() * steps)
-    for path, episodes in ((val, range(num_train, num_all)), (train, range(num_train))):
-        chosen = [np.load(part) for part, block in blocks.items() if block[0] in episodes]
-        _write(path, chosen, zipfile.ZIP_DEFLATED)
-    shutil.rmtree(parts)
-    print(f"Wrote {train} ({num_train * steps} transitions) and {val}")
-    return train
+        parts.mkdir(exist_ok=True)
+        sidecar.write_text(json.dumps(settings, indent=2))
+        size = max(10_000 // steps, num_train // 100)  # the unit of parallel work and of resuming
+        edges = [*range(0, num_train, size), *range(num_train, num_all, size), num_all]
+        blocks = {parts / f"{i:06d}-{j:06d}.npz": range(i, j) for i, j in itertools.pairwise(edges)}
+        todo = {path: block for path, block in blocks.items() if not path.exists()}
+        done = num_all - sum(len(block) for block in todo.values())
+        print(f"Collecting {base}: {num_all} episodes of {steps} steps, {done} done", flush=True)
+        context = multiprocessing.get_context("spawn")
+        reader, writer = context.Pipe(duplex=False)
+        pool = futures.ProcessPoolExecutor(workers, context, _start_worker, (reader,))
+        bar = tqdm.tqdm(total=num_all * steps, initial=done * steps, unit=" steps", disable=None)
+        with bar, pool, writer:
+            jobs = [pool.submit(_collect_block, name, seed, b, part) for part, b in todo.items()]
+            for job in futures.as_completed(jobs):
+                bar.update(job.result() * steps)
+        for path, episodes in ((val, range(num_train, num_all)), (train, range(num_train))):
+            chosen = [np.load(part) for part, block in blocks.items() if block[0] in episodes]
+            _write(path, chosen, zipfile.ZIP_DEFLATED)
+        shutil.rmtree(parts)
+        print(f"Wrote {train} ({num_train * steps} transitions) and {val}")
+        return train
 
 
 def main(args=None):

@@ -48,17 +48,17 @@ def resolve(name: str) -> Source:
     kind = "-navigate|-stitch|-explore|-play|-noisy"
     pattern = rf"(?s)(.+?)({kind})?(?:-singletask(?:-task([1-5]))?)?(?:-v0)?"
     env, kind, task = re.fullmatch(pattern, name or "-").groups()
-    maze, slow = "maze" in env or "soccer" in env, "giant" in env or "humanoid" in env
-    kinds = ("-navigate", "-stitch", "-explore") if maze else ("-play", "-noisy")
-    if env not in known or (kind or kinds[0]) not in kinds:
-        names = [*known, *ONLINE, *(other + kind for other in known for kind in kinds)]
+    maze, slow = lambda x: "maze" in x or "soccer" in x, "giant" in env or "humanoid" in env
+    kinds = lambda x: ["-navigate", "-stitch", "-explore"] if maze(x) else ["-play", "-noisy"]
+    if env not in known or (kind or kinds(env)[0]) not in kinds(env):
+        names = [*known, *ONLINE, *(other + kind for other in known for kind in kinds(other))]
         near = difflib.get_close_matches(name, names, cutoff=0.4) or [*known, *ONLINE]
         raise SystemExit(f"unknown environment {name!r}; did you mean {', '.join(near)}?")
-    default = 4 if "soccer" in env or env in ("puzzle-3x3", "puzzle-4x4") else 1 if maze else 2
+    default = 4 if "soccer" in env or env in ("puzzle-3x3", "puzzle-4x4") else 1 if maze(env) else 2
     protocol = dict(chunk_length=1 if env.startswith(("ant", "humanoid")) else 5,
                     discount=0.995 if slow else 0.99, pessimism=0.0 if "humanoid" in env else 0.5,
                     sparse="scene" in env or "puzzle" in env)  # fmt: skip
-    return Source(env, env + (kind or kinds[0]), int(task or default), protocol)
+    return Source(env, env + (kind or kinds(env)[0]), int(task or default), protocol)
 
 
 def make_env(name: str, **options):
@@ -123,6 +123,11 @@ class Kitchen(gymnasium.Wrapper):
         return state["observation"], reward, terminated, truncated, {"success": terminated}
 
 
+def cores() -> int:
+    """The processor's cores that this process may use, fewer under Slurm or taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def seed_of(*parts: int) -> int:
     """A 32-bit seed from non-negative integers such as (seed, task, step, episode). Up to four;
     zeros at the end change nothing."""
@@ -179,7 +184,7 @@ class EnvPool:
         self.seeds, self.ages = np.zeros(n, np.uint32), np.zeros(n, np.int32)
         paths = filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-        for _ in range(min(workers or os.cpu_count(), n)):
+        for _ in range(min(workers or cores(), n)):
             ours, theirs = Pipe()
             # Signals, which may go to the whole group of processes, are the parent's to answer.
             code = "import signal; [signal.signal(x, signal.SIG_IGN) for x in (2, 15)]\n"

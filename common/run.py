@@ -6,8 +6,10 @@ import csv
 import fcntl
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,7 +39,8 @@ SIGNED = "target_entropy target_entropy_start target_entropy_end noise_entropy".
 Precision = Literal["default", "float32", "bfloat16"]
 CHECKPOINT, PREVIOUS = "checkpoint.msgpack", "checkpoint-before.msgpack"
 # flags that change no result
-FREE = "run_dir dataset_dir collect workers eval_slots eval_only track compile_cache".split()
+FREE = "run_dir name dataset_dir collect workers eval_slots eval_only track compile_cache".split()
+TABLES = "train.csv", "eval.csv", "eval_only.csv"
 
 
 def configure(Args, env_defaults: dict, env: str, **flags):
@@ -68,8 +71,10 @@ def parse(Args, env_defaults: dict, argv=None):
         raise SystemExit("--tasks must name no task twice")
     if hasattr(args, "tasks") and resolve(args.env).env not in env_defaults:
         print(f"nothing is tuned for {args.env}: the flags have the class's defaults")
+    if args.name in ("", ".", "..") or "/" in args.name:
+        raise SystemExit(f"--name {args.name!r}: expected the name of a folder, without /")
     less = "out of memory: lower --num-seeds, --tasks (agents trained at once) or --batch-size\n"
-    full = lambda error: isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    full = lambda e: re.search("MemoryError|RESOURCE_EXHAUSTED|Out of memory", f"{e!r} {e}")
     sys.excepthook = lambda *e: sys.stderr.write(less) if full(e[1]) else sys.__excepthook__(*e)
     if args.precision != "default":  # jax's own "bfloat16" means TF32 on a GPU
         name = args.precision.replace("bfloat16", "BF16_BF16_F32")
@@ -120,8 +125,9 @@ class Run:
             self.folder /= "share-{}-of-{}".format(*share())
         self.start, self.wandb, self.eval_only = time.time(), None, args.eval_only
         self.last, self.lost = defaultdict(int), set()  # step of each table's last row; agents
+        here = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
         made_with = dict(
-            commit=subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>&-"),
+            commit=subprocess.run("git rev-parse HEAD", **here).stdout.strip(),
             device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             python=sys.version.split()[0],
             packages={d.name: d.version for d in importlib.metadata.distributions()},
@@ -133,7 +139,9 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            old = defaults | json.loads(path.read_text())["flags"] if path.exists() else new
+            # before the first of these is there, another configuration may have the folder
+            begun = any((self.folder / x).exists() for x in (CHECKPOINT, PREVIOUS, *TABLES))
+            old = defaults | json.loads(path.read_text())["flags"] if begun else new
         free = FREE + ["eval_episodes"] * args.eval_only
         keys = [key for key in old | new if key not in free and old.get(key) != new.get(key)]
         if differ := "".join(f"\n  {k}: {old.get(k)} there, {new.get(k)} now" for k in keys):
@@ -141,7 +149,7 @@ class Run:
                 f"{self.folder} holds a run with another configuration:{differ}\nTo start "
                 "another run, give it a --name; to continue that one, repeat its flags."
             )
-        if not path.exists():
+        if not begun:
             self.write("config.json", json.dumps(config, indent=1).encode())
         print(f"{self.folder}:", *(f"{k} {v}" for k, v in new.items() if k not in FREE), sep=" | ")
         if args.track:
@@ -245,10 +253,15 @@ class Run:
         step = content["step"]
         if self.eval_only and not step:
             raise SystemExit(f"{self.folder} holds no checkpoint that could be evaluated")
-        for table in self.folder.glob("*.csv"):
-            head, *lines = table.read_text().splitlines(keepends=True) or [""]
+        for table in filter(Path.exists, (self.folder / x for x in TABLES)):
             with self._writing(table.name):
+                head, *lines = table.read_text().splitlines(keepends=True) or [""]
                 steps = [int(x.split(",")[2]) if x[-1:] == "\n" else step + 1 for x in lines]
+            if lines and not step and table.name != "train.csv":  # else they would be dropped
+                raise SystemExit(
+                    f"{self.folder} has results but no checkpoint to go on from: move it away, or "
+                    "start another run with a --name"
+                )
             whole = len(steps) // len(self.agents) * len(self.agents)  # no step with rows missing
             old = [x for x, at in zip(lines[:whole], steps) if at <= step]
             self.write(table.name, "".join([head, *old]).encode()) if old else table.unlink()
@@ -269,8 +282,10 @@ class Run:
         if result:
             paths = {f"path{i}": np.array(path) for i, path in enumerate(result["path"].flat)}
             info = dict(task=[task for task, _ in self.agents], success=result["success"])
-            with self._writing("rollouts.npz"):
-                np.savez(self.folder / "rollouts.npz", **info, **paths)
-            if (plot := Path(__file__).parent.parent / "plot.py").exists():
+            np.savez(content := io.BytesIO(), **info, **paths)
+            self.write("rollouts.npz", content.getvalue())
+        plot = Path(__file__).parent.parent / "plot.py"
+        if result or not (self.folder / "curve.png").exists():  # killed before it was drawn
+            if plot.exists() and "def draw_rollouts" in plot.read_text():  # not one of your own
                 subprocess.run([sys.executable, plot, self.folder], check=False)
         print(f"{self.folder} is {'not ' * (step < total)}complete: {step:,} of {total:,} steps")

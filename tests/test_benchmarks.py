@@ -1,7 +1,9 @@
 """What the tables are made of: the paper's statistic; measures on the plane, with policies whose
 answers are known; operations, times and shares of programs and runs."""
 
+import contextlib
 import csv
+import json
 from types import SimpleNamespace
 
 import jax
@@ -10,15 +12,31 @@ import numpy as np
 import pytest
 
 from baselines import sac
-from benchmarks import ant, cost, environments, failures, gpu, parts, precision, throughput
+from benchmarks import (
+    ant,
+    cost,
+    coverage,
+    environments,
+    failures,
+    gpu,
+    online_throughput,
+    parts,
+    precision,
+    script_of,
+    throughput,
+    values,
+)
 from benchmarks.learning import keep, kept, online_table, reported, table
 from benchmarks.multigoal import grid, measure
+from benchmarks.shares import Options as Shares
+from benchmarks.shares import main as shares_main
 from benchmarks.shares import shares
 from benchmarks.values import by_table
 from common import ant as common_ant
-from common.envs import GOALS
+from common.envs import GOALS, make_env
 from common.run import parse
 from plot import read_rows
+from tests.test_run import stops
 from video import restored
 
 AGENTS = 2
@@ -306,6 +324,52 @@ def test_share_of_evaluation(tmp_path):
         shares(tmp_path / "nothing")
 
 
+def test_names_of_scripts(tmp_path):
+    """With and without the package; others, and what else cannot be measured, end in a line."""
+    assert script_of("fql") is script_of("baselines.fql") and script_of("qam").__name__ == "qam"
+    out = str(tmp_path / "rows.csv")
+    speed = lambda **flags: throughput.main(throughput.Options(sizes=("small",), out=out, **flags))
+    online = lambda **x: online_throughput.main(online_throughput.Options(out=out, **x))
+    for words, call in (
+        ("there is no script 'nope'", lambda: speed(scripts=("nope",))),
+        ("there is no script 'plot'", lambda: speed(scripts=("plot",))),
+        ("there is no script 'nope'", lambda: online(script="nope")),
+        ("fql is no online method", lambda: online(script="fql")),
+        ("sac is no offline method", lambda: parts.main(parts.Options(("sac",), out=out))),
+        ("--agents must be at least 1", lambda: speed(agents=(0,))),
+        ("--agents must be at least 1", lambda: online(agents=0)),
+        ("--agents must be at least 1", lambda: gpu.main(gpu.Options(agents=(0,), out=out))),
+        ("unknown environment 'nope'",
+         lambda: environments.main(environments.Options(("nope",), out=out))),
+        ("name the folders of runs", lambda: shares_main(Shares(()))),
+    ):  # fmt: skip
+        stops(words, call=call)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_the_mazes_data_cover(tmp_path):
+    """A dataset with a state at the start of task 1; of another maze's, and none: a line."""
+    env = make_env("pointmaze-medium-singletask-task1-v0").unwrapped
+    start = env.ij_to_xy(tuple(env.task_infos[0]["init_ij"]))
+    data, out = tmp_path / "pointmaze-medium-navigate-v0.npz", tmp_path / "coverage.json"
+    np.savez(data, observations=np.array([start, start]))
+    coverage.main(coverage.Options(data, str(out)))
+    found = json.loads(out.read_text())
+    assert (found["dataset"], found["states"], found["visited"]) == (data.name, 2, 1)
+    assert found["tasks"][0]["at_start"] == 2 and found["tasks"][0]["at_goal"] == 0
+    before, other = out.read_bytes(), data.rename(tmp_path / "pointmaze-large-navigate-v0.npz")
+    for path in (data, other):
+        call = lambda path=path: coverage.main(coverage.Options(path, str(out)))
+        stops("is no file pointmaze-medium-*.npz", call=call)
+    assert out.read_bytes() == before
+
+
+def test_values_of_a_task_that_is_there(tmp_path):
+    for env, words in (("cube-single", "is no point maze"), ("pointmaze-medium", "it has [1, 2]")):
+        (tmp_path / "config.json").write_text(json.dumps(dict(flags=dict(env=env, tasks=[1, 2]))))
+        stops(words, call=lambda: values.measure(values.Options(str(tmp_path), task=4)))
+
+
 def test_values_by_table():
     """A corridor of ten squares, seen one step at a time in two halves, and another one beside it
     without a goal: the discounted number of steps to the goal, and none at all."""
@@ -368,6 +432,12 @@ def test_where_failed_episodes_go(tmp_path):
     before = out.read_bytes()
     with pytest.raises(SystemExit, match="folders"):
         failures.main(failures.Options((), out=str(out)))
+    for name, env in (("cube", "cube-single"), ("unfinished", "pointmaze-medium")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(f'{{"flags": {{"env": "{env}"}}}}')
+        call = lambda folder=folder: failures.main(failures.Options((folder,), out=str(out)))
+        stops(f"{name} is no complete run of a point maze", call=call)
     assert out.read_bytes() == before
 
 
@@ -409,7 +479,7 @@ def test_the_ants_expert_is_a_runs_policy(tmp_path, monkeypatch):
     flags += " --eval-interval 30 --eval-episodes 1 --batch-size 4 --replay-size 30"
     sac.main(parse(sac.Args, sac.ENV_DEFAULTS, [*flags.split(), "--run-dir", str(tmp_path)]))
     folder = tmp_path / "sac/online-ant-xy/default"
-    ant.keep(folder)
+    ant.keep(folder, common_ant.WEIGHTS)
     _, args, state, _ = restored(folder, 29)
     states = np.random.default_rng(0).normal(size=(5, 31))  # with x and y, and a direction
     one = jax.tree.map(lambda x: x[0], state)
@@ -417,6 +487,17 @@ def test_the_ants_expert_is_a_runs_policy(tmp_path, monkeypatch):
     actions = np.stack([common_ant.walk(x[:29], x[29:]) for x in states])
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(actions, expected, atol=1e-5)
+    kept = dict(run=str(folder), episodes=1, mazes=())
+    common_ant.WEIGHTS.write_text("before")
+    for out, text in ((folder / "config.json/rows.csv", "before"), (tmp_path / "rows.csv", "")):
+        with contextlib.suppress(OSError):  # the first cannot be written
+            ant.main(ant.Options(out=str(out), **kept))
+        assert (common_ant.WEIGHTS.read_bytes() == b"before") == bool(text)
+    assert common_ant.WEIGHTS == tmp_path / "ant.npz" and len(read_rows(tmp_path / "rows.csv")) == 1
+    before, config = common_ant.WEIGHTS.read_bytes(), folder / "config.json"
+    config.write_text(config.read_text().replace('"online-ant-xy"', '"hopper"'))
+    stops("is a run on hopper", call=lambda: ant.main(ant.Options(**kept)))
+    assert common_ant.WEIGHTS.read_bytes() == before
 
 
 def test_what_the_ants_expert_can(tmp_path, capsys):

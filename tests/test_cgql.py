@@ -6,6 +6,7 @@ Shapes as in cgql.py: B batch, S observation, A chunk of actions, T flow steps, 
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +218,21 @@ def test_noisy_critic_converges(float64, monkeypatch, mode):
     best["linex"] = jnp.log(jnp.exp(args.inv_temp * 0.5 * clean).mean(-1)) / args.inv_temp
     close(slope(best[mode]), jnp.zeros(args.num_critics))
     assert (slope(best[mode] - 0.1) < -0.01).all() and (slope(best[mode] + 0.1) > 0.01).all()
+
+
+def test_linex_is_finite_far_from_its_target(monkeypatch):
+    """Where a value is so far below its target that float32 has no exp of it, the slope is -tau."""
+    args = ARGS["linex"]
+    batch = jax.tree.map(jnp.float32, make_batch(args))
+    monkeypatch.setattr(cgql, "critic", lambda args, params, *inputs: params)
+    clean = jnp.full((args.num_critics, args.batch_size), 40.0)  # exp(3 * 40) is inf
+    state = SimpleNamespace(targets=dict(critic=clean))
+
+    def loss(q):
+        return cgql.noisy_critic_loss(args, dict(critic=q), state, batch, jax.random.PRNGKey(0))[0]
+
+    expected = -VARRHO["linex"] * args.inv_temp * jnp.broadcast_to(batch.valid, clean.shape)
+    np.testing.assert_allclose(jax.grad(loss)(0 * clean), expected / clean.size, rtol=1e-5)
 
 
 # --- flags ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -83,6 +84,18 @@ def test_workers_and_interruption_do_not_change_the_files(maze, tmp_path, monkey
     assert "110 episodes of 200 steps, 60 done" in capsys.readouterr().out
     for path in maze.parent.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_two_processes_make_one_dataset(tmp_path):
+    """The second waits, and finds it there."""
+    command = [sys.executable, "-m", "common.collect", MAZE, "--transitions", "2000"]
+    command += ["--workers", "1", "--dataset-dir", str(tmp_path)]
+    start = partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    both = [start(command, cwd=pathlib.Path(c.__file__).parents[1]) for _ in range(2)]
+    texts = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], texts
+    assert sum("already there" in text for text in texts) == 1
+    assert sum("Wrote" in text for text in texts) == 1
 
 
 def test_finished_files_are_never_overwritten(maze, tmp_path, capsys):

@@ -599,6 +599,16 @@ def number(data):
     return int(data.observations[0, 0])
 
 
+def test_the_next_shard_is_read_ahead(three, monkeypatch):
+    """By the thread, before it is asked for."""
+    seen, read = [], d.read
+    monkeypatch.setattr(d, "read", lambda path, *rest: seen.append(path) or read(path, *rest))
+    shards = d.Shards(three, MAZE, (1,), False, interval=4)
+    shards.at(1)
+    shards._thread.shutdown()
+    assert seen == three[:2]
+
+
 def test_the_official_schedule(three):
     """The next shard takes over before each `interval`-th update, cyclically; `stays` counts the
     updates until then, this one included."""

@@ -49,9 +49,13 @@ def scaled(replay):
 # --- the formulas again, straight from the specification -----------------------------------------
 
 
-def expected_critic(args, state, batch, next_actions, params):
+def expected_target(args, state, batch, next_actions):
     next_q = jnp.minimum(*values(state.targets["critic"], batch.next_observations, next_actions))
-    y = args.reward_scale * batch.rewards + args.discount * batch.masks * next_q
+    return args.reward_scale * batch.rewards + args.discount * batch.masks * next_q
+
+
+def expected_critic(args, state, batch, next_actions, params):
+    y = expected_target(args, state, batch, next_actions)
     return sum(((q - y) ** 2).mean() for q in values(params, batch.observations, batch.actions))
 
 
@@ -237,7 +241,8 @@ def test_critic_loss(float64):
     found, _ = check_loss(loss, expected, state.params["critic"])
     metrics = loss(state.params["critic"])[1]
     q = values(state.params["critic"], batch.observations, batch.actions)
-    close((metrics["critic_loss"], metrics["q"]), (found, q.mean()))
+    target = expected_target(ARGS, state, batch, next_actions).mean()
+    close(metrics, dict(critic_loss=found, q=q.mean(), target=target))
 
 
 @pytest.mark.parametrize("step", [0, 1])

@@ -65,6 +65,14 @@ def new_pool():
         pool.close()
 
 
+def test_actions_that_are_no_numbers_are_zeros(new_pool):
+    """A lost agent's; the others play theirs."""
+    pool = new_pool([TOY] * 2, 1)
+    pool.start([0, 1], [5, 6])
+    lost = lambda observations, seeds, ages: np.float32([[[np.nan, np.nan]], [[0.5, 0.25]]])
+    assert pool.step(lost, [0, 1])["actions"].tolist() == [[0, 0], [0.5, 0.25]]
+
+
 def noise(H, d):
     """A policy: numbers that depend on the episode's seed and age alone."""
 
@@ -145,6 +153,7 @@ def test_default_tasks_are_those_of_ogbench(env):
         ("cube-tripel", "cube-triple"),
         ("puzzle-3x4", "puzzle-3x3"),
         ("pointmase-medium", "pointmaze-medium"),
+        ("pointmze-medium", "pointmaze-medium"),
         ("antmaze-large-play", "antmaze-large-navigate"),
         ("cube-double-navigate", "cube-double-play"),
         ("scene-stitch", "scene"),
@@ -162,6 +171,8 @@ def test_unknown_names_end_in_a_line_with_near_ones(name, near):
         resolve(name)
     line = str(error.value)
     assert f"'{name}'" in line and near in line.split("did you mean")[1] and "\n" not in line
+    for offered in line.split("did you mean ")[1].rstrip("?").split(", "):
+        resolve(offered)
 
 
 def test_seeds_are_32_bits_and_differ():

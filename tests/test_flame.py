@@ -72,10 +72,14 @@ def expected_entropy(args, tree, s, key):
     return result
 
 
-def expected_critic(params, args, state, batch, actions, entropies):
+def expected_target(args, state, batch, actions, entropies):
     q = values(state.targets["critic"], batch.next_observations, actions)
     value = jnp.minimum(q[0], q[1]) + jnp.exp(state.log_alpha) * entropies
-    y = args.reward_scale * batch.rewards + args.discount * batch.masks * value
+    return args.reward_scale * batch.rewards + args.discount * batch.masks * value
+
+
+def expected_critic(params, args, state, batch, *after):
+    y = expected_target(args, state, batch, *after)
     found = values(params, batch.observations, batch.actions)
     return sum(((member - y) ** 2).mean() for member in found)
 
@@ -140,10 +144,15 @@ def make_points(args, seed=1):
 def test_critic_loss(float64):
     state, batch = make_state(ARGS), make_batch(ARGS)
     rng = np.random.default_rng(3)
-    inputs = rng.uniform(-1, 1, (6, 2)), rng.normal(size=6)
+    after = map(jnp.asarray, (rng.uniform(-1, 1, (6, 2)), rng.normal(size=6)))
+    inputs = state, batch, *after
     loss = lambda params, *x: flame.critic_loss(ARGS, params, *x)
     expected = lambda params, *x: expected_critic(params, ARGS, *x)
-    check_loss(loss, expected, state.params["critic"], state, batch, *map(jnp.asarray, inputs))
+    value, _ = check_loss(loss, expected, state.params["critic"], *inputs)
+    _, metrics = loss(state.params["critic"], *inputs)
+    q = values(state.params["critic"], batch.observations, batch.actions)
+    target = expected_target(ARGS, *inputs).mean()
+    close(metrics, dict(critic_loss=value, q=q.mean(), target=target))
 
 
 def test_entropy_is_added_where_the_episode_goes_on(float64):

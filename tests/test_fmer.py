@@ -71,13 +71,17 @@ def noise(args, key, s, count):
     return jax.random.normal(key, (count, len(s), args.action_size))
 
 
-def expected_critic(args, params, state, batch, actions):
+def expected_target(args, state, batch, actions):
     online, average = state.params["critic"], state.targets["critic"]
     q = values(online, batch.next_observations, actions)
     pick = jnp.minimum(q[0], q[1]).argmax(0)
     chosen = jnp.stack([actions[pick[b], b] for b in range(len(pick))])
     v1, v2 = values(average, batch.next_observations, chosen)
-    y = args.reward_scale * batch.rewards + args.discount * batch.masks * jnp.minimum(v1, v2)
+    return args.reward_scale * batch.rewards + args.discount * batch.masks * jnp.minimum(v1, v2)
+
+
+def expected_critic(args, params, state, batch, actions):
+    y = expected_target(args, state, batch, actions)
     q1, q2 = values(params, batch.observations, batch.actions)
     return jnp.mean((q1 - y) ** 2) + jnp.mean((q2 - y) ** 2)
 
@@ -178,6 +182,9 @@ def test_critic_loss(float64):
     loss = partial(fmer.critic_loss, args)
     inputs = state.params["critic"], state, batch, actions
     value, _ = check_loss(loss, partial(expected_critic, args), *inputs)
+    q = values(inputs[0], batch.observations, batch.actions)
+    target = expected_target(args, *inputs[1:]).mean()
+    close(loss(*inputs)[1], dict(critic_loss=value, q=q.mean(), target=target))
     for name in ("params", "targets"):
         trees = state.targets if name == "params" else state.params
         other = state.replace(**{name: getattr(state, name) | dict(critic=trees["critic"])})

@@ -17,6 +17,7 @@ from jax.tree_util import DictKey
 
 import meam
 import qam
+from common.run import configure
 from tests import reference
 from tests.reference import (
     S,
@@ -390,7 +391,7 @@ def test_temperature_seeks_half_an_entropy_per_dimension(float64):
 @pytest.mark.parametrize("gate", (True, False))
 def test_score_gate(float64, gate):
     """Where all of a(1) is outside of the box there is no gradient of the critic and, behind the
-    gate, no score either."""
+    gate, no score either; what is logged is finite all the same."""
     args = dataclasses.replace(FULL, score_gate=gate)
     state, batch = make_state(args), make_batch(args)
     push = lambda path, x: x + 50 * (path[-2:] == (DictKey("Dense_2"), DictKey("bias")))
@@ -401,6 +402,17 @@ def test_score_gate(float64, gate):
     _, metrics = loss(state.params, state, batch, state.key)
     assert metrics["outside"] == 1 and metrics["tilt_norm"] == 0
     assert (metrics["score_norm"] == 0) == gate
+    assert np.isfinite(metrics["score_ratio"])
+
+
+def test_values_on_the_default_environment():
+    """Those that the README's first table is of (the ten domains of the papers:
+    tests/test_offline_contract.py)."""
+    common = dict(inv_temp=0.3, target_rate=0.05, offline_steps=15_000)
+    for script, own in ((qam, {}), (meam, dict(rho=0.02, entropy_scale=0.01))):
+        args = vars(configure(script.Args, script.ENV_DEFAULTS, script.Args().env))
+        assert "pointmaze-medium" in args["env"]
+        assert {name: args[name] for name in common | own} == common | own
 
 
 def test_sigma_limits():

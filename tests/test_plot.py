@@ -171,6 +171,26 @@ def test_agents_that_are_there_twice(tmp_path, capsys):
     assert said == [f"{b} repeats {a}, which counts: task 1, seed 1; task 2, seed 1"]
 
 
+def test_files_that_have_the_same_agents(tmp_path, capsys):
+    """As of folders, and of both. Other seeds are joined, the same file counts once."""
+    head, a, b, c = "label,task,seed,step,success\n", *(tmp_path / f"{x}.csv" for x in "abc")
+    a.write_text(head + "one,1,0,100,0.25\n")
+    b.write_text(head + "one,1,0,100,0.75\none,1,1,100,0.5\n")
+    for path in (a, b):
+        path.with_suffix(".json").write_text('{"flags": {"env": "cube-double"}}')
+    numbers = found(a, b, a)["one"]["cube-double-play"][1][1]
+    np.testing.assert_allclose(numbers[:, 0], [0.25, 0.5])
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{b} repeats {a}, which counts: one, task 1, seed 0"]
+    folder = run_folder(tmp_path, tasks=(1,), seeds=(0,))
+    c.write_text(head + "qam,1,0,100,0.75\n")
+    c.with_suffix(".json").write_text('{"flags": {"env": "cube-double"}}')
+    numbers = found(c, folder)["qam"]["cube-double-play"][1][1]
+    np.testing.assert_allclose(numbers, [[score(1, 0, step) for step in STEPS]])
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{c} repeats {folder}, which counts: qam, task 1, seed 0"]
+
+
 def test_shares_of_several_hosts(tmp_path, capsys):
     """The folder above them stands for all; a missing share is said."""
     for i in (0, 1):
@@ -570,11 +590,13 @@ def test_what_cannot_be_done(tmp_path):
     damaged = run_folder(tmp_path / "other")
     (damaged / "config.json").write_text("{")
     (tmp_path / "file").write_text("")
-    out = str(tmp_path / "out.png")
+    out, picture = str(tmp_path / "out.png"), tmp_path / "picture.png"
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n\x00")
     for words, flags in [
         ("no run folder", dict(paths=(str(tmp_path / "nothing"),))),
         ("no run folder", dict(paths=(str(tmp_path),), out=out)),
-        ("name run folders", dict()),
+        ("name run folders, before all flags", dict()),
+        ("is no CSV file that can be read", dict(paths=(str(picture),), out=out)),
         ("--out or --table", dict(paths=(str(table),))),
         ("a row is not made of numbers", dict(paths=(str(table),), out=out)),
         ("has no evaluations", dict(paths=(str(tmp_path / "file"),), out=out)),

@@ -195,8 +195,10 @@ def test_value_loss(float64):
     loss = lambda params, batch: ppo.value_loss(ARGS, params, batch)
     expected = lambda params, batch: expected_value(params, ARGS, batch)
     check_loss(loss, expected, params, batch)
-    close(loss(params, batch)[1]["critic_loss"], expected(params, batch) / ARGS.value_weight)
     V, c = plain(params, batch.observations, activation=relu)[:, 0], ARGS.clip_range
+    logged = dict(critic_loss=expected(params, batch) / ARGS.value_weight)
+    logged |= dict(q=V.mean(), target=batch.returns.mean())
+    close(loss(params, batch)[1], logged)
     near = jnp.clip(V, batch.values - c, batch.values + c)
     worse = np.abs(near - batch.returns) > np.abs(V - batch.returns)
     sides = np.sign(V - near)  # of the range: above, below, within

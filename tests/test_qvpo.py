@@ -38,12 +38,16 @@ def pick(actions, q):
     return jnp.stack([actions[jnp.argmax(q[:, b]), b] for b in range(q.shape[1])])
 
 
-def expected_critic(args, state, batch, next_actions, params):
+def expected_target(args, state, batch, next_actions):
     """Targets choose among the actions, and value their choice."""
     q = jnp.minimum(*values(state.targets["critic"], batch.next_observations, next_actions))
     chosen = pick(next_actions, q)
     next_q = jnp.minimum(*values(state.targets["critic"], batch.next_observations, chosen))
-    y = args.reward_scale * batch.rewards + args.discount * batch.masks * next_q
+    return args.reward_scale * batch.rewards + args.discount * batch.masks * next_q
+
+
+def expected_critic(args, state, batch, next_actions, params):
+    y = expected_target(args, state, batch, next_actions)
     return sum(((q - y) ** 2).mean() for q in values(params, batch.observations, batch.actions))
 
 
@@ -54,7 +58,7 @@ def clipped(grads, limit):
 
 @partial(jax.jit, static_argnums=0)
 def expected_update(args, state, batch):
-    """Parameters, norms of the gradients, weights of the best actions."""
+    """Parameters, norms of the gradients, weights of the best actions and their values."""
     _, next_key, now_key, uniform_key, loss_key = jax.random.split(state.key, 5)
     old, s, params, norms = state.params, batch.observations, {}, {}
 
@@ -77,7 +81,7 @@ def expected_update(args, state, batch):
     weights = jnp.stack([advantage] + [e * advantage] * args.entropy_actions)
     loss = lambda p: expected_denoising(qvpo, args, p, s, rows, weights, loss_key)
     descend("policy", loss, args.actor_lr)
-    return params, norms, advantage, e, next_q
+    return params, norms, advantage, e, next_q, q.max(0)
 
 
 # --- choosing actions ----------------------------------------------------------------------------
@@ -121,7 +125,8 @@ def test_critic_loss(float64):
     found, _ = check_loss(loss, expected, state.params["critic"])
     metrics = loss(state.params["critic"])[1]
     q = values(state.params["critic"], batch.observations, batch.actions)
-    close((metrics["critic_loss"], metrics["q"]), (found, q.mean()))
+    target = expected_target(ARGS, state, batch, next_actions).mean()
+    close(metrics, dict(critic_loss=found, q=q.mean(), target=target))
 
 
 def test_weights(float64):
@@ -176,7 +181,7 @@ def test_update(float64):
     args, limit = ARGS, ARGS.max_grad_norm
     batch, state = online.make_batch(args), make_state(qvpo, args).replace(step=jnp.int32(5000))
     new, metrics = jax.jit(qvpo.update, static_argnums=0)(args, state, batch)
-    params, norms, advantage, e, next_q = expected_update(args, state, batch)
+    params, norms, advantage, e, next_q, best = expected_update(args, state, batch)
     assert next_q.argmax(0).max() > 5  # more candidates than others have do matter
     assert norms["critic"] > limit > norms["policy"]
     close(new.params, params, 1e-5)
@@ -187,6 +192,7 @@ def test_update(float64):
         close(optax.global_norm(mu), 0.1 * norms[name] * factor, 1e-5)
     close(new.targets, {k: polyak(state.targets[k], params[k], 0.005) for k in params}, 1e-7)
     close((metrics["weight"], metrics["entropy_weight"]), (advantage.mean(), e), 1e-5)
+    close(metrics["q_best"], best.mean(), 1e-5)
     close(e, 0.02 * (1 - 5000 / 14000))
     assert new.step == 5001 and np.array_equal(new.key, jax.random.split(state.key, 5)[0])
 

@@ -19,7 +19,7 @@ import scipy.stats
 
 from baselines import rlpd
 from common.data import Shards, locate
-from common.envs import resolve
+from common.envs import resolve, seed_of
 from tests.conftest import ENV, ROOT, tiny_args
 from tests.test_script_runs import (  # noqa: F401 (tests that run here, too)
     assert_same,
@@ -151,6 +151,10 @@ def test_first_actions_are_uniform(script, module, args, here, monkeypatch):
     lagged = [np.corrcoef(first[:, lag:].ravel(), first[:, :-lag].ravel())[0, 1] for lag in (1, 5)]
     assert np.abs(lagged).max() < 0.15
     assert abs(np.corrcoef(first[0].ravel(), first[1].ravel())[0, 1]) < 0.15
+    # nor do they repeat what the environment's reset draws with the episode's seed
+    for i, seed in enumerate(range(args.seed, args.seed + len(first))):
+        reset = np.random.default_rng(seed_of(seed, args.tasks[0], 0)).uniform(-1, 1, 2)
+        assert np.abs(first[i, 0] - reset).min() > 1e-3
 
 
 def test_agents_alone_and_together(script, module, args, reference, here):

@@ -9,6 +9,7 @@ import gc
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -364,7 +365,10 @@ def test_the_end_says_whether_all_is_done(run, capsys, step, words):
 
 def test_another_configuration_is_refused(run):
     """The message names each flag that differs with both values, and nothing is touched."""
-    folder = run(lr=0.5, hidden_dims=(4, 4)).folder
+    first = run(lr=0.5, hidden_dims=(4, 4))
+    first.log("train", 10, metrics())
+    folder = first.folder
+    del first
     before = (folder / "config.json").read_bytes()
     message = stops(
         folder, "lr: 0.5 there, 0.75 now", "hidden_dims: [4, 4] there, [4] now",
@@ -376,9 +380,79 @@ def test_another_configuration_is_refused(run):
     run(lr=0.75, name="other")
 
 
+def test_before_anything_is_logged_or_saved_flags_may_change(run):
+    """A mistaken flag does not lock the folder for the right one; what made a run then stays."""
+    path = run(lr=0.5).folder / "config.json"
+    first = run(lr=0.75)
+    assert json.loads(path.read_text())["flags"]["lr"] == 0.75
+    first.log("train", 10, metrics())
+    del first
+    path.write_text(path.read_text().replace('"python": "', '"python": "0.'))
+    before = path.read_bytes()
+    run(lr=0.75)
+    assert path.read_bytes() == before
+
+
+def test_a_renamed_folder_goes_on(run):
+    folder = logged(run)[0]
+    folder.rename(folder.with_name("renamed"))
+    assert run(name="renamed").restore(dict(x=np.zeros(3)))[0] == 20
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "../a"])
+def test_names_that_are_no_folder(name):
+    stops("--name", call=lambda: parse(Args, ENV_DEFAULTS, ["--name", name]))
+
+
+def test_other_files_in_the_folder_stay(run):
+    """Whatever they look like."""
+    folder, _ = logged(run)
+    (folder / "notes.csv").write_text("who,what,count\nme,x,500\n")
+    (folder / "empty.csv").write_text("a,b,c\n")
+    run().restore(dict(x=np.zeros(3)))
+    assert (folder / "notes.csv").read_text() == "who,what,count\nme,x,500\n"
+    assert (folder / "empty.csv").exists()
+
+
+def test_results_without_a_checkpoint_are_not_overwritten(run):
+    """A run has evaluations only after a checkpoint: somebody has removed it."""
+    folder, contents = logged(run, "eval")
+    (folder / "checkpoint.msgpack").unlink()
+    stops(folder, "no checkpoint", "--name", call=lambda: run().restore(dict(x=np.zeros(3))))
+    assert (folder / "eval.csv").read_bytes() == contents[2]
+
+
+def test_signals_are_given_back(run):
+    before = [signal.default_int_handler, signal.SIG_DFL]
+    for number, handler in zip((2, 15), before):
+        signal.signal(number, handler)
+    first = run()
+    first.restore({})
+    assert signal.getsignal(15) != before[1]
+    first.finish(1, 1, None)
+    assert [signal.getsignal(x) for x in (2, 15)] == before
+
+
+@pytest.mark.parametrize("text, calls", [("def draw_rollouts(folder):", 1), ("# of one's own", 0)])
+def test_the_picture_is_drawn_where_it_is_missing(run, monkeypatch, tmp_path, text, calls):
+    """By our plot.py, not by another one beside a copied script; once."""
+    first, drawn = run(), []
+    (tmp_path / "plot.py").write_text(text)
+    monkeypatch.setattr("common.run.__file__", str(tmp_path / "common" / "run.py"))
+    monkeypatch.setattr("common.run.subprocess.run", lambda *x, **_: drawn.append(x))
+    first.finish(9, 9, None)
+    assert len(drawn) == calls
+    (first.folder / "curve.png").touch()
+    first.finish(9, 9, None)
+    assert len(drawn) == calls
+
+
 def test_a_flag_that_is_newer_than_the_run(run):
     """Had its default there, by which the run may be continued."""
-    path = run().folder / "config.json"
+    first = run()
+    first.log("train", 10, metrics())
+    path = first.folder / "config.json"
+    del first
     config = json.loads(path.read_text())
     assert config["flags"].pop("precision") == "default"
     path.write_text(json.dumps(config))
@@ -390,7 +464,7 @@ def test_a_flag_that_is_newer_than_the_run(run):
 def test_flags_that_change_no_result_may_differ(run):
     """The number of workers, where the runs and the data are, ..."""
     assert {"workers", "run_dir", "dataset_dir", "eval_slots", "eval_only", "track"} <= {*FREE}
-    assert not {"env", "tasks", "seed", "name", "lr", "offline_steps", "eval_interval"} & {*FREE}
+    assert not {"env", "tasks", "seed", "lr", "offline_steps", "eval_interval"} & {*FREE}
     folder = run(workers=1).folder
     assert run(workers=2).folder == folder
 
@@ -697,11 +771,11 @@ def test_the_checkpoint_before_a_damaged_one(run, capsys):
     assert first.restore(state(3))[0] == 10
 
 
-@pytest.mark.parametrize("bad", ["1,0,x,0.1,0.5,0.5", "1,1"])
+@pytest.mark.parametrize("bad", [b"1,0,x,0.1,0.5,0.5", b"1,1", b"\xff"])
 def test_a_damaged_row(run, bad):
     """A row that is not the last and has no step: one line that names the file, which stays."""
     folder, contents = logged(run)
-    damaged = contents[1].replace(b"\n1,1,10,", f"\n{bad}\n1,1,10,".encode())
+    damaged = contents[1].replace(b"\n1,1,10,", b"\n" + bad + b"\n1,1,10,")
     (folder / "train.csv").write_bytes(damaged)
     stops(folder, "train.csv", call=lambda: run().restore(dict(x=np.zeros(3))))
     assert (folder / "train.csv").read_bytes() == damaged
@@ -732,7 +806,7 @@ def test_a_checkpoint_of_something_else(run):
 
 
 def test_a_damaged_configuration(run):
-    folder = run().folder
+    folder = logged(run)[0]
     (folder / "config.json").write_text('{"flags": {"lr"')
     stops(folder, "config.json", call=run)
 

@@ -50,11 +50,15 @@ def draw(tree, s, key):
     return jnp.tanh(u), (normal - jnp.log(1 - jnp.tanh(u) ** 2)).sum(1)
 
 
-def expected_critic(params, state, batch, key):
+def expected_target(state, batch, key):
     a, log_prob = draw(state.params["policy"], batch.next_observations, key)
     q = values(state.targets["critic"], batch.next_observations, a)
     soft = jnp.minimum(q[0], q[1]) - jnp.exp(state.params["log_alpha"]) * log_prob
-    y = 0.7 * batch.rewards + 0.9 * batch.masks * soft
+    return 0.7 * batch.rewards + 0.9 * batch.masks * soft
+
+
+def expected_critic(params, state, batch, key):
+    y = expected_target(state, batch, key)
     q = values(params, batch.observations, batch.actions)
     return jnp.mean((q[0] - y) ** 2) + jnp.mean((q[1] - y) ** 2)
 
@@ -132,8 +136,13 @@ def test_deviation_stays_in_its_range():
 
 
 def test_critic_loss(float64):
-    check_loss(partial(sac.critic_loss, ARGS), expected_critic,
-               make_state(ARGS).params["critic"], make_state(ARGS), make_batch(), KEY)  # fmt: skip
+    state, batch = make_state(ARGS), make_batch()
+    inputs = state.params["critic"], state, batch, KEY
+    loss, _ = check_loss(partial(sac.critic_loss, ARGS), expected_critic, *inputs)
+    _, metrics = sac.critic_loss(ARGS, *inputs)
+    q = values(inputs[0], batch.observations, batch.actions)
+    logged = dict(critic_loss=loss, q=q.mean(), target=expected_target(state, batch, KEY).mean())
+    close(metrics, logged)
 
 
 def test_target_by_hand(float64):

@@ -42,11 +42,15 @@ def box(x, limit):
     return jnp.where(x > limit, limit, jnp.where(x < -limit, -limit, x))
 
 
-def expected_critic(params, state, batch, key):
+def expected_target(state, batch, key):
     mean = mu(state.targets["policy"], batch.next_observations)
     a = box(mean + box(0.6 * jax.random.normal(key, mean.shape), 0.55), 1.0)
     q = values(state.targets["critic"], batch.next_observations, a)
-    y = 0.7 * batch.rewards + 0.9 * batch.masks * jnp.minimum(q[0], q[1])
+    return 0.7 * batch.rewards + 0.9 * batch.masks * jnp.minimum(q[0], q[1])
+
+
+def expected_critic(params, state, batch, key):
+    y = expected_target(state, batch, key)
     q = values(params, batch.observations, batch.actions)
     return jnp.mean((q[0] - y) ** 2) + jnp.mean((q[1] - y) ** 2)
 
@@ -84,7 +88,11 @@ def test_critic_loss(float64):
     args = dataclasses.replace(ARGS, batch_size=40)
     state, batch = make_state(args), make_batch(args)
     inputs = state.params["critic"], state, batch, KEY
-    check_loss(partial(td3.critic_loss, args), expected_critic, *inputs)
+    loss, _ = check_loss(partial(td3.critic_loss, args), expected_critic, *inputs)
+    _, metrics = td3.critic_loss(args, *inputs)
+    q = values(inputs[0], batch.observations, batch.actions)
+    logged = dict(critic_loss=loss, q=q.mean(), target=expected_target(state, batch, KEY).mean())
+    close(metrics, logged)
 
 
 def test_smoothing(float64, monkeypatch):

@@ -111,17 +111,25 @@ def test_refusals(offline, tmp_path, pictured):
         (dict(task=3), r"no agent of task 3, seed 3 .*\(2, 3\), \(2, 4\), \(1, 3\), \(1, 4\)"),
         (dict(seed=5), "no agent of task 2, seed 5"),
         (dict(every=0), "--every must be at least 1"),
+        (dict(out=str(tmp_path / "film.foo")), "film.foo must end with .gif"),
+        (dict(out=str(offline / "config.json/film.gif")), "cannot write .*film.gif: "),
     ):
         with pytest.raises(SystemExit, match=answer):
             video.film(video.Options(str(offline), size=SIZE, **options))
     with pytest.raises(SystemExit, match="config.json is damaged or missing"):
         video.film(video.Options(str(tmp_path)))
+    assert not Pictured.count  # nothing was played
     text = (offline / "config.json").read_text()
     copy = tmp_path / "qam/pointmaze-medium/copy"
     copy.mkdir(parents=True)
     (copy / "config.json").write_text(text)
     with pytest.raises(SystemExit, match="has no checkpoint that can be read"):
         video.film(video.Options(str(copy), size=SIZE))
+    moved = tmp_path / "elsewhere/run"
+    shutil.copytree(offline, moved)
+    with pytest.raises(SystemExit, match=r"is not runs/<script>/<env>/<name>: there is no script"):
+        video.film(video.Options(str(moved), size=SIZE))
+    assert not any(tmp_path.glob("film*"))
     (copy / "config.json").write_text(text.replace('"pointmaze-medium"', '"multigoal"'))
     with pytest.raises(SystemExit, match="the plane is not a MuJoCo scene"):
         video.film(video.Options(str(copy)))

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 
 import psutil
 import pytest
@@ -41,8 +42,18 @@ def test_a_process_and_its_children(tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts file descriptors")
 def test_until_the_process_ends(tmp_path):
     """A row per interval; a file that is there is not overwritten."""
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
-    reaper = threading.Thread(target=process.wait)
+    line = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    process = subprocess.Popen(line, stdin=subprocess.PIPE)
+
+    def end():
+        """As soon as there are two rows."""
+        for _ in range(600):
+            if len(read_csv(tmp_path / "rows.csv").get("seconds", ())) >= 2:
+                break
+            time.sleep(0.1)
+        process.communicate()
+
+    reaper = threading.Thread(target=end)
     reaper.start()
     options = Options(pid=process.pid, out=str(tmp_path / "rows.csv"), interval=0.1)
     main(options)

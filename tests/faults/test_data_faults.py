@@ -43,7 +43,7 @@ def environment(name):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(d, "make_env", environment)
+    monkeypatch.setattr(d, "labelling_env", environment)
 
 
 @pytest.fixture(scope="module")

@@ -217,13 +217,18 @@ def test_strange_environments(name):
 # --- memory, and whole programs ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["device", "host"])
+@pytest.mark.parametrize("kind", ["device", "host", "program"])
 def test_a_lack_of_memory(kind, capsys, monkeypatch):
     """Of a device or the host: one line with the flags that would help. Everything else is shown
     as ever."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     parse(qam.Args, qam.ENV_DEFAULTS, [])
-    for call in (lambda: (jnp if kind == "device" else np).zeros(2**55), lambda: [][1]):
+
+    def program():  # what a CPU's program says in the middle of a call
+        raise RuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 9")
+
+    calls = dict(device=lambda: jnp.zeros(2**55), host=lambda: np.zeros(2**55), program=program)
+    for call in (calls[kind], lambda: [][1]):
         try:
             call()
         except Exception as error:
