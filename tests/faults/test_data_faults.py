@@ -584,7 +584,7 @@ def test_a_folder_with_validation_files_alone(tmp_path):
     beside them either."""
     for name in ("cube-single-play", "pointmaze-medium-navigate"):
         (tmp_path / f"{name}-v0-val.npz").touch()
-    located("cube-single", tmp_path, "only -val files", "cube-single-play-v0.npz")
+    located("cube-single", tmp_path, "cube-single-play-v0-val.npz", "cube-single-play-v0.npz")
     located("pointmaze-medium", tmp_path, "pointmaze-medium-navigate")
     assert len([*tmp_path.iterdir()]) == 2
 
