@@ -226,6 +226,7 @@ def collect(
             old = json.loads(sidecar.read_text() or "{}")
             differ = [f"{k}: {old.get(k)}, now {v}" for k, v in settings.items() if old.get(k) != v]
             if differ:
+                old or sidecar.unlink()  # it was empty, so made by the lock
                 advice = f"use those, another --dataset-dir, or move {base}* away"
                 raise CollectError(f"{base} has other settings ({'; '.join(differ)}): {advice}")
         if train.exists() and val.exists():
