@@ -57,7 +57,7 @@ def test_names():
         ("hopper-v0", "hopper"),
         ("HalfCheetah-v5", "halfcheetah"),
         ("walker", "walker2d"),
-        ("humanoid-navigate", "humanoid"),
+        ("humanoid-navigate", "humanoidmaze-large-navigate"),
         ("multi-goal", "multigoal"),
         ("kitchen", "kitchen-7"),
         ("kitchen-3", "kitchen-4"),
