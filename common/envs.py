@@ -48,7 +48,8 @@ def resolve(name: str) -> Source:
     kind = "-navigate|-stitch|-explore|-play|-noisy"
     pattern = rf"(?s)(.+?)({kind})?(?:-singletask(?:-task([1-5]))?)?(?:-v0)?"
     env, kind, task = re.fullmatch(pattern, name or "-").groups()
-    maze, slow = lambda x: "maze" in x or "soccer" in x, "giant" in env or "humanoid" in env
+    slow = "giant" in env or "humanoid" in env
+    maze = lambda x: "maze" in x or "soccer" in x
     kinds = lambda x: ["-navigate", "-stitch", "-explore"] if maze(x) else ["-play", "-noisy"]
     if env not in known or (kind or kinds(env)[0]) not in kinds(env):
         names = [*known, *ONLINE, *(other + kind for other in known for kind in kinds(other))]

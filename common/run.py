@@ -74,7 +74,7 @@ def parse(Args, env_defaults: dict, argv=None):
     if args.name in ("", ".", "..") or "/" in args.name:
         raise SystemExit(f"--name {args.name!r}: expected the name of a folder, without /")
     less = "out of memory: lower --num-seeds, --tasks (agents trained at once) or --batch-size\n"
-    full = lambda e: re.search("MemoryError|RESOURCE_EXHAUSTED|Out of memory", f"{e!r} {e}")
+    full = lambda e: re.search("MemoryError|RESOURCE_EXHAUSTED|Out of memory", repr(e))
     sys.excepthook = lambda *e: sys.stderr.write(less) if full(e[1]) else sys.__excepthook__(*e)
     if args.precision != "default":  # jax's own "bfloat16" means TF32 on a GPU
         name = args.precision.replace("bfloat16", "BF16_BF16_F32")
@@ -286,6 +286,6 @@ class Run:
             self.write("rollouts.npz", content.getvalue())
         plot = Path(__file__).parent.parent / "plot.py"
         if result or not (self.folder / "curve.png").exists():  # killed before it was drawn
-            if plot.exists() and "def draw_rollouts" in plot.read_text():  # not one of your own
+            if plot.exists() and b"def draw_rollouts" in plot.read_bytes():  # not one of your own
                 subprocess.run([sys.executable, plot, self.folder], check=False)
         print(f"{self.folder} is {'not ' * (step < total)}complete: {step:,} of {total:,} steps")
