@@ -402,7 +402,7 @@ def main(args):
     agents = ours([(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)])
     names = [f"{source.env}-singletask-task{task}-v0" for task, _ in agents]
     paths, N = locate(source, args.dataset_dir, args.collect), len(agents)
-    shards = Shards(paths, source, args.tasks, args.sparse, N)
+    shards = Shards(paths, source, args.tasks, args.sparse, args.chunk_length, N)
     data, _ = shards.at(0)
     args = dataclasses.replace(args, action_size=data.actions.shape[-1])
     files = dict(files=[path.name for path in paths], transitions=len(data.rows))

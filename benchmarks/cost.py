@@ -21,13 +21,13 @@ import jax
 import numpy as np
 import tyro
 
-from benchmarks.throughput import Loop, Trained
+from benchmarks.throughput import Loop, Size, Trained
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     scripts: tuple[str, ...] = ("qam", "meam")  # the first is the yardstick
-    sizes: tuple[str, ...] = ("paper",)  # or small, see benchmarks/throughput.py
+    sizes: tuple[Size, ...] = ("paper",)  # see benchmarks/throughput.py
     rounds: int = 15  # measurements of each script, interleaved
     seconds: float = 0.3  # of updates in a measurement, about
     loop: bool = False  # the first script's plain loop, too

@@ -15,7 +15,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from common.envs import make_env
+from common.data import read
+from common.envs import make_env, resolve
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ def main(options: Options) -> None:
     path = options.dataset
     if not (path.name.startswith("pointmaze-medium-") and path.is_file()):
         raise SystemExit(f"{path} is no file pointmaze-medium-*.npz: that maze's tasks are counted")
-    with np.load(path) as file:
-        states = file["observations"][:, :2]
+    states = read(path, resolve("pointmaze-medium"), (1,), False).observations
     env = make_env("pointmaze-medium-singletask-task1-v0").unwrapped
     maze, rows = np.array(env.maze_map), []
     for task, info in enumerate(env.task_infos, 1):

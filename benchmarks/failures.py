@@ -41,11 +41,13 @@ def rows_of(folder: Path, cell_of) -> list[dict]:
     for one in np.unique(task):
         failed = visited[task == one][success[task == one] == 0]
         row = dict(run=folder.name, task=one, success=f"{success[task == one].mean():.3f}")
-        row |= dict(failed=len(failed), never_left="", cells="")
+        row |= dict(failed=len(failed), never_left="", cells="", tilt_norm="")
         if len(failed):
             row |= dict(never_left=f"{(failed == 1).mean():.3f}", cells=f"{failed.mean():.2f}")
-        tilt = train["tilt_norm"][last & (train["task"] == one)]
-        rows.append(row | dict(tilt_norm=f"{tilt.mean():.3f}"))
+        if "tilt_norm" in train:  # not of every method
+            tilt = train["tilt_norm"][last & (train["task"] == one)]
+            row["tilt_norm"] = f"{tilt.mean():.3f}"
+        rows.append(row)
     return rows
 
 

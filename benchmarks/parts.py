@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import tyro
 
-from benchmarks.throughput import Trained, describe, products, put_row, timed
+from benchmarks.throughput import Size, Trained, describe, products, put_row, timed
 from common.data import sample
 
 COLUMNS = ("script", "size", "part", "device", "ms", "gflop", "gflop_per_s", "jax")
@@ -26,7 +26,7 @@ OUT = Path(__file__).resolve().parent / "results/parts.csv"
 @dataclasses.dataclass(frozen=True)
 class Options:
     scripts: tuple[str, ...] = ("qam", "meam")  # offline methods
-    sizes: tuple[str, ...] = ("small", "paper")  # see benchmarks/throughput.py
+    sizes: tuple[Size, ...] = ("small", "paper")  # see benchmarks/throughput.py
     seconds: float = 3.0  # measured time of each part, at least
     transitions: int = 50_000  # in the random data
     out: str = str(OUT)

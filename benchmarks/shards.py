@@ -189,7 +189,7 @@ def main(options: Options) -> dict:
         train={},
     )
     print(results["read"], flush=True)
-    load = lambda paths: Shards(paths, source, (1,), True, interval=options.interval)
+    load = lambda paths: Shards(paths, source, (1,), True, 1, interval=options.interval)
     single = load(paths[:1])
     trained = {size: Training(size, single.at(1)[0]) for size in options.sizes}
     for training in trained.values():

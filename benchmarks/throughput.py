@@ -19,6 +19,7 @@ import os
 import time
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +49,14 @@ PEAKS = {"NVIDIA H200": 494.5, "NVIDIA H100 80GB HBM3": 494.5, "NVIDIA A100-SXM4
 KEY = ("script", "size", "way", "agents", "device")
 COLUMNS = (*KEY, "ms_update", "ms_agent_update", "compile_s", "gflop", "peak", "memory_mb", "jax")
 TABLE_1 = dict(updates=1_000_000, tasks=50, seeds=8)  # of the QAM paper, per method
+Size = Literal["small", "paper"]
 OUT = Path(__file__).resolve().parent / "results/throughput.csv"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     scripts: tuple[str, ...] = ("qam",)  # e.g. qam or fql; or all
-    sizes: tuple[str, ...] = ("small", "paper")
+    sizes: tuple[Size, ...] = ("small", "paper")
     agents: tuple[int, ...] = (1, 2, 4, 8)  # agents trained in one program
     seconds: float = 5.0  # measured time of each row, at least
     transitions: int = 200_000  # in the random data

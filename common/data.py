@@ -150,18 +150,33 @@ def over_agents(one, chunk=False):
     return each
 
 
+def roomy(data: Dataset) -> bool:
+    """Whether the device holds two more such datasets and still keeps a fifth of its memory, by the
+    most that was ever used of it. A CPU does not say, so it has no room."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit, peak = (stats.get(name, 0) for name in ("bytes_limit", "peak_bytes_in_use"))
+    return 0.8 * limit - peak > 2 * sum(x.nbytes for x in jax.tree.leaves(data))
+
+
 class Shards:
     """The dataset on the official schedule: one file, or shards of a 100M set, of which the next
     one (cyclic) takes over before every `interval`-th update of a phase is drawn. A copy is on each
-    of the devices that `agents` are spread over."""
+    of the devices that `agents` are spread over. Until the online phase, whose replay needs room,
+    a device that has room keeps the shards, so that each is read once."""
 
-    def __init__(self, paths, source, tasks, sparse, agents=1, interval=1000):
+    def __init__(self, paths, source, tasks, sparse, chunk_length, agents=1, interval=1000):
         if len(paths) == 1 and source.dataset in LARGE:
             print(f"published numbers of {source.env} are on its 100M set, this is {paths[0].name}")
         load = lambda i: spread(read(paths[i], source, tasks, sparse, len(paths) == 1), agents)
         self.interval, self._load, self._count = interval, load, len(paths)
-        self._index, self._data, self._next = 0, load(0), (None, None)
+        self._index, self._data, self._next, self._kept = 0, load(0), (None, None), {}
         self._thread = ThreadPoolExecutor(1)
+        longest = np.diff(np.flatnonzero(self._data.terminals), prepend=-1).max()
+        if chunk_length > longest:  # no chunk would be valid, and nothing be learned
+            raise SystemExit(
+                f"--chunk-length {chunk_length}: the longest trajectory of {paths[0].name} has "
+                f"{longest} transitions"
+            )
 
     def at(self, step: int, swaps: int = 0) -> tuple[Dataset, int]:
         """The data for update `step` (from 1; `swaps`: those of earlier phases), and for how many
@@ -169,15 +184,20 @@ class Shards:
         if self._count == 1:
             return self._data, 2**31
         index = (swaps + step // self.interval) % self._count
+        if swaps:
+            self._kept.clear()
         if index != self._index:
-            if self._next[0] != index:  # a jump: read by the thread too, one after the other
-                self._next = index, self._thread.submit(self._load, index)
             jax.block_until_ready(jax.live_arrays())  # a loop ahead of its device piles up shards
-            fresh = self._next[1].result()
+            if not swaps and roomy(self._data):
+                self._kept[self._index] = self._data
+            if index not in self._kept and self._next[0] != index:  # a jump: by the thread, too
+                self._next = index, self._thread.submit(self._load, index)
+            fresh = self._kept[index] if index in self._kept else self._next[1].result()
             if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, self._data):
                 raise SystemExit(f"bad dataset: shards 0 and {index} have different shapes")
             self._index, self._data = index, fresh
-        if self._next[0] != (after := (index + 1) % self._count):
+        after = (index + 1) % self._count
+        if after not in self._kept and self._next[0] != after:
             self._next = after, self._thread.submit(self._load, after)
         return self._data, self.interval - step % self.interval
 
@@ -226,8 +246,6 @@ def sample(key, data: Dataset, replay: Replay, task, batch_size, chunk_length, d
     the last step; valid (B,), 0 if the trajectory ends before the last step. Then the actions run
     on into the following trajectory, while everything else stops at the end of its own."""
     N, slots = len(data.rows), len(replay.rewards)
-    if chunk_length > N + slots:
-        raise SystemExit(f"--chunk-length {chunk_length}: the data have {N + slots} transitions")
     start = jax.random.randint(key, (batch_size,), 0, N + replay.size - chunk_length + 1)
     k = start[:, None] + jnp.arange(chunk_length)  # (B, H)
 

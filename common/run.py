@@ -34,7 +34,8 @@ eval_candidates max_grad_norm target_policy_delay num_proposals time_min time_ma
 trace_clip rollout_steps num_envs epochs clip_range normal_clip""".split()
 AT_MOST = dict.fromkeys("discount target_rate rho path_weight expectile beta_scale".split(), 1)
 AT_MOST |= dict(tasks=5, policy_ema=1, gae_lambda=1, target_ess=1, q_rate=1)
-AT_MOST |= dict(warmup_steps="total_steps", start_training="online_steps")  # if not 0
+AT_MOST |= dict.fromkeys("warmup_steps env_steps_per_update".split(), "total_steps")  # if not 0
+AT_MOST |= dict(start_training="online_steps")
 SIGNED = "target_entropy target_entropy_start target_entropy_end noise_entropy".split()
 Precision = Literal["default", "float32", "bfloat16"]
 CHECKPOINT, PREVIOUS = "checkpoint.msgpack", "checkpoint-before.msgpack"

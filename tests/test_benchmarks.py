@@ -352,11 +352,14 @@ def test_what_the_mazes_data_cover(tmp_path):
     env = make_env("pointmaze-medium-singletask-task1-v0").unwrapped
     start = env.ij_to_xy(tuple(env.task_infos[0]["init_ij"]))
     data, out = tmp_path / "pointmaze-medium-navigate-v0.npz", tmp_path / "coverage.json"
-    np.savez(data, observations=np.array([start, start]))
+    rest = dict(qpos=[start, start], actions=np.zeros((2, 2)), terminals=np.array([0, 1]))
+    np.savez(data, observations=np.array([start, start]), **rest)
     coverage.main(coverage.Options(data, str(out)))
     found = json.loads(out.read_text())
     assert (found["dataset"], found["states"], found["visited"]) == (data.name, 2, 1)
     assert found["tasks"][0]["at_start"] == 2 and found["tasks"][0]["at_goal"] == 0
+    (damaged := tmp_path / "pointmaze-medium-stitch-v0.npz").write_bytes(data.read_bytes()[:100])
+    stops("is not readable", call=lambda: coverage.main(coverage.Options(damaged, str(out))))
     before, other = out.read_bytes(), data.rename(tmp_path / "pointmaze-large-navigate-v0.npz")
     for path in (data, other):
         call = lambda path=path: coverage.main(coverage.Options(path, str(out)))
@@ -429,6 +432,10 @@ def test_where_failed_episodes_go(tmp_path):
     assert first == dict(run=tmp_path.name, tilt_norm="1.500") | expected
     expected = dict(task="2", success="1.000", failed="0", never_left="", cells="")
     assert second == dict(run=tmp_path.name, tilt_norm="3.500") | expected
+    train = (tmp_path / "train.csv").read_text().replace("tilt_norm", "q")  # as of ReBRAC
+    (tmp_path / "train.csv").write_text(train)
+    failures.main(failures.Options((tmp_path,), out=str(out)))
+    assert [row["tilt_norm"] for row in read_rows(out)] == ["", ""]
     before = out.read_bytes()
     with pytest.raises(SystemExit, match="folders"):
         failures.main(failures.Options((), out=str(out)))

@@ -603,7 +603,7 @@ def test_the_next_shard_is_read_ahead(three, monkeypatch):
     """By the thread, before it is asked for."""
     seen, read = [], d.read
     monkeypatch.setattr(d, "read", lambda path, *rest: seen.append(path) or read(path, *rest))
-    shards = d.Shards(three, MAZE, (1,), False, interval=4)
+    shards = d.Shards(three, MAZE, (1,), False, 1, interval=4)
     shards.at(1)
     shards._thread.shutdown()
     assert seen == three[:2]
@@ -612,7 +612,7 @@ def test_the_next_shard_is_read_ahead(three, monkeypatch):
 def test_the_official_schedule(three):
     """The next shard takes over before each `interval`-th update, cyclically; `stays` counts the
     updates until then, this one included."""
-    shards = d.Shards(three, MAZE, (1,), False, interval=4)
+    shards = d.Shards(three, MAZE, (1,), False, 1, interval=4)
     seen = []
     for step in range(1, 30):
         data, stays = shards.at(step)
@@ -624,7 +624,7 @@ def test_the_official_schedule(three):
 
 def test_the_online_phase_starts_where_the_offline_phase_ended(three):
     """Its own steps count from 1; the swaps of the offline phase are added."""
-    shards = d.Shards(three, MAZE, (1,), False, interval=4)
+    shards = d.Shards(three, MAZE, (1,), False, 1, interval=4)
     shards.at(0)
     offline = 10  # swaps at updates 4 and 8
     assert number(shards.at(offline)[0]) == 2
@@ -636,7 +636,7 @@ def test_a_jump_after_a_restart_gives_the_same_shard(three):
     """What was loaded ahead, what is loaded at once and what read() gives are the same."""
     directly = [d.read(path, MAZE, (1, 2), True, False) for path in three]
     for step in (0, 5, 8, 2, 9, 1, 13):
-        shards = d.Shards(three, MAZE, (1, 2), True, interval=4)
+        shards = d.Shards(three, MAZE, (1, 2), True, 1, interval=4)
         shards.at(1)
         for at in (step, step + 4):  # a jump, then the shard that was loaded meanwhile
             data, direct = shards.at(at)[0], directly[at // 4 % 3]
@@ -654,13 +654,13 @@ def test_many_threads_label_at_once(three):
 
 def test_the_first_call_may_be_for_the_last_shard(three):
     """Without an earlier call, and then on to shard 0."""
-    shards = d.Shards(three, MAZE, (1,), False, interval=4)
+    shards = d.Shards(three, MAZE, (1,), False, 1, interval=4)
     assert [number(shards.at(step)[0]) for step in (8, 12)] == [2, 0]
 
 
 def test_a_single_file_stays_for_ever_and_is_clipped(three):
     """Shards keep their actions as they are."""
-    single, many = d.Shards(three[:1], MAZE, (1,), False, 4), d.Shards(three, MAZE, (1,), False, 4)
+    single, many = (d.Shards(paths, MAZE, (1,), False, 1, 4) for paths in (three[:1], three))
     data, stays = single.at(4)
     assert number(data) == 0 and stays > 10**9
     assert data.actions.max() == np.float32(1 - 1e-5)
@@ -670,20 +670,20 @@ def test_a_single_file_stays_for_ever_and_is_clipped(three):
 @pytest.mark.parametrize("files, name", [(1, "puzzle-4x4"), (2, "puzzle-4x4"), (1, "scene")])
 def test_the_ordinary_file_of_a_100m_domain(monkeypatch, capsys, files, name):
     """A line says that published numbers are on more."""
-    monkeypatch.setattr(d, "read", lambda *_: jnp.zeros(3))
-    d.Shards([Path(f"{i}.npz") for i in range(files)], resolve(name), (1,), False)
+    monkeypatch.setattr(d, "read", lambda *_: d.Dataset(*[jnp.ones(3)] * 6))
+    d.Shards([Path(f"{i}.npz") for i in range(files)], resolve(name), (1,), False, 1)
     said = capsys.readouterr().out
     assert ("100M" in said and "0.npz" in said) == (files == 1 and name == "puzzle-4x4")
 
 
 def test_shards_of_different_length_are_refused(three, tmp_path):
     """In one line, when the odd one's turn comes, and a damaged one by its name."""
-    shards = d.Shards([three[0], shard(tmp_path, 1, rows=5)], MAZE, (1,), False, interval=4)
+    shards = d.Shards([three[0], shard(tmp_path, 1, rows=5)], MAZE, (1,), False, 1, interval=4)
     shards.at(3)
     with pytest.raises(SystemExit, match="^[^\n]*shards 0 and 1[^\n]*$"):
         shards.at(4)
     three[2].write_bytes(b"")
-    shards = d.Shards([three[0], three[2]], MAZE, (1,), False, interval=4)
+    shards = d.Shards([three[0], three[2]], MAZE, (1,), False, 1, interval=4)
     shards.at(1)
     with pytest.raises(SystemExit, match="shard-2.npz"):
         shards.at(4)
@@ -691,7 +691,7 @@ def test_shards_of_different_length_are_refused(three, tmp_path):
 
 def test_a_swap_waits_for_the_training_on_the_shard_before(three):
     """The loop that calls is ahead of its device. Else as many shards as it is ahead are held."""
-    shards = d.Shards(three, MAZE, (1,), False, interval=4)
+    shards = d.Shards(three, MAZE, (1,), False, 1, interval=4)
     data, _ = shards.at(3)
     step = lambda i, x: x @ x / 2 + data.observations[0, 0]
     train = jax.jit(lambda n: jax.lax.fori_loop(0, n, step, jnp.zeros((200, 200))))
@@ -700,6 +700,62 @@ def test_a_swap_waits_for_the_training_on_the_shard_before(three):
     assert not result.is_ready()
     shards.at(4)
     assert result.is_ready()
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Numbers of the shards that were read, in turn."""
+    seen, read = [], d.read
+
+    def counted(path, *rest):
+        seen.append(int(path.stem[-1]))
+        return read(path, *rest)
+
+    monkeypatch.setattr(d, "read", counted)
+    return seen
+
+
+@pytest.mark.parametrize("room", range(5))
+def test_a_device_keeps_the_shards_that_it_has_room_for(tmp_path, monkeypatch, reads, room):
+    """The schedule is the same. With room for all each is read once, else what has no room again in
+    every round; what was kept stays when the room is used up."""
+    paths = [shard(tmp_path, i) for i in range(4)]
+    shards = d.Shards(paths, MAZE, (1,), False, 1, interval=4)
+    monkeypatch.setattr(d, "roomy", lambda data: len(shards._kept) < room)
+    seen = [number(shards.at(step)[0]) for step in range(1, 49)]
+    shards._thread.shutdown()
+    assert seen == [step // 4 % 4 for step in range(1, 49)]
+    assert sorted(shards._kept) == list(range(room))
+    assert reads[:4] == [0, 1, 2, 3]
+    again = [i for i in range(4) if i >= room] * (room < 3)  # the last one stays as the next
+    assert reads[4 : 4 + 2 * len(again)] == 2 * again
+
+
+def test_the_online_phase_keeps_no_shards(three, monkeypatch, reads):
+    """From its first step on, in the middle of a shard's turn: its replay needs the room."""
+    monkeypatch.setattr(d, "roomy", lambda data: True)
+    shards = d.Shards(three, MAZE, (1,), False, 1, interval=4)
+    for step in range(1, 15):
+        shards.at(step)
+    assert len(shards._kept) == 3 and reads == [0, 1, 2]
+    online = [(step, number(shards.at(step, 14 // 4)[0]), len(shards._kept)) for step in (1, 4, 8)]
+    assert online == [(1, 0, 0), (4, 1, 0), (8, 2, 0)]
+    shards._thread.shutdown()
+    assert reads == [0, 1, 2, 1, 2, 0]
+
+
+def test_room_on_a_device(three, monkeypatch):
+    """For two more datasets beside the peak and a fifth of all. A CPU tells nothing: no room."""
+    data = d.read(three[0], MAZE, (1,), False)
+    assert not d.roomy(data)
+    two, stats = 2 * sum(x.nbytes for x in jax.tree.leaves(data)), dict(bytes_limit=10_000)
+    device = SimpleNamespace(memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    for peak, room in ((7999 - two, True), (8000 - two, False), (9000, False)):
+        stats["peak_bytes_in_use"] = peak
+        assert d.roomy(data) == room
+    stats.clear()
+    assert not d.roomy(data)
 
 
 # --- replay --------------------------------------------------------------------------------------

@@ -562,7 +562,7 @@ def test_one_bad_shard_of_many(seed, tmp_path):
     change = [missing, wrong_dtype, pickled, not_finite, outside_of_the_box, no_terminal][seed]
     keys = change(arrays, rng)
     paths[bad].write_bytes(packed(arrays, True))
-    shards = d.Shards(paths, source, (1,), False, interval=1)
+    shards = d.Shards(paths, source, (1,), False, 1, interval=1)
     for step in range(bad):
         shards.at(step)
     with pytest.raises(SystemExit) as error:
@@ -598,18 +598,20 @@ def test_folders_that_are_none(tmp_path):
 
 
 @pytest.mark.parametrize("length", [3, 4, 2**31 - 1])
-def test_chunks_longer_than_the_data(length, tmp_path):
-    """Found when a program is traced; else the same chunk would be drawn for ever."""
-    arrays = dict.fromkeys(FLOATS, np.zeros((4, 2))) | dict(terminals=np.arange(4) == 3)
-    (tmp_path / "short").write_bytes(packed(arrays, True))
-    data = d.read(tmp_path / "short", SOURCES["pointmaze-medium"], (1,), False)
+def test_chunks_longer_than_every_trajectory(length, tmp_path):
+    """Refused: none of them would be valid, and nothing be learned."""
+    arrays = dict.fromkeys(FLOATS, np.zeros((7, 2))) | dict(terminals=np.isin(np.arange(7), (2, 6)))
+    path, source = tmp_path / "short.npz", SOURCES["pointmaze-medium"]
+    path.write_bytes(packed(arrays, True))
+    if length > 3:
+        line = f"^--chunk-length {length}: .*short.npz has 3 transitions$"
+        with pytest.raises(SystemExit, match=line):
+            d.Shards([path], source, (1,), False, length)
+        return
+    data, _ = d.Shards([path], source, (1,), False, length).at(1)
     replay = jax.tree.map(lambda x: x[0], d.Replay.create(1, 0, data))
-    draw = jax.jit(lambda key, data: d.sample(key, data, replay, 0, 8, length, 0.9))
-    if length == 3:
-        assert draw(jax.random.PRNGKey(0), data).valid.all()
-    else:
-        with pytest.raises(SystemExit, match=f"^--chunk-length {length}: .* 3 transitions$"):
-            draw(jax.random.PRNGKey(0), data)
+    draw = jax.jit(lambda key: d.sample(key, data, replay, 0, 64, length, 0.9))
+    assert {0.0, 1.0} == set(draw(jax.random.PRNGKey(0)).valid.tolist())
 
 
 # --- bring your own ------------------------------------------------------------------------------

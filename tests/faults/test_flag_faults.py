@@ -120,6 +120,7 @@ def test_lists_of_numbers(name, monkeypatch):
     "script, argv, words",
     [
         (fmer, "--warmup-steps 20001 --total-steps 20000", ("--warmup-steps", "--total-steps")),
+        (sac, "--env-steps-per-update 20001", ("--env-steps-per-update", "(--total-steps)")),
         (sac, "--total-steps 500 --env halfcheetah", ("--warmup-steps 10000", "500")),
         (qam, "--online-steps 100", ("--start-training 5000", "100 (--online-steps)")),
         (rlpd, "--online-steps 100", ("--start-training", "--online-steps")),
