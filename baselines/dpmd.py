@@ -385,7 +385,7 @@ def main(args):
     keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
     state = jax.jit(jax.vmap(partial(create, args, S)))(keys)
     capacity, count = min(args.replay_size, args.total_steps), len(agents)
-    replay = Replay.create(count, 0, sizes)
+    replay = Replay.create(count, capacity, sizes)
     size = sum(x.size for x in jax.tree.leaves(state.params)) // count
     print(f"{count} agents of {size:,} parameters, replay of {capacity:,} transitions")
 
@@ -405,14 +405,13 @@ def main(args):
     shapes = jax.eval_shape(partial(learn, args), state, None, Replay.create(count, 1, sizes))[1]
     zeros = spread(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes))
     keep = lambda *means: dict(
-        state=state, replay=replay.filled(), pool=pool.save(), world=world, means=means
+        state=state, replay=replay, pool=pool.save(), world=world, means=means
     )
     done, saved = run.restore(keep(zeros, 0))
-    state, world, sums = spread((saved["state"], saved["world"], saved["means"][0]))
-    replay = spread(Replay.create(count, capacity, sizes)).append(vars(saved["replay"]))
-    replay = replay.replace(size=spread(saved["replay"].size))
+    state, replay, world = spread((saved["state"], saved["replay"], saved["world"]))
+    sums, updates = spread(saved["means"][0]), saved["means"][1]
     order = np.arange(max(0, done - capacity), done) % capacity  # from the oldest on
-    pool.load(saved["pool"], np.asarray(saved["replay"].actions)[:, order[: done * (not plane)]])
+    pool.load(saved["pool"], np.asarray(replay.actions)[:, order[: done * (not plane)]])
 
     @run.saved()
     def report(table):
@@ -425,7 +424,7 @@ def main(args):
         bar.write(f"{done:,} steps: return {scores['return'].mean():.1f}")
         return result
 
-    total, result, updates, steps = args.total_steps, None, saved["means"][1], 1
+    total, result, steps = args.total_steps, None, 1
     halts = lambda: done == total or done % args.eval_interval == 0
     due = lambda n: max(0, n - args.warmup_steps) // args.env_steps_per_update  # updates until n
     bar = tqdm(initial=done, total=total, unit="step", dynamic_ncols=True, disable=None)

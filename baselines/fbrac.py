@@ -286,10 +286,10 @@ def main(args):
     pool, everyone = EnvPool(names if args.online_steps else [], args.workers), range(N)
     shapes = jax.eval_shape(partial(train_chunk, args), state, data, replay, task, 0)[1]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
-    keep = lambda *means: dict(state=state, replay=replay.filled(), pool=pool.save(), means=means)
+    keep = lambda *means: dict(state=state, replay=replay, pool=pool.save(), means=means)
     done, saved = run.restore(keep(zeros, 0))
     state, replay = spread((saved["state"], saved["replay"]))
-    pool.load(saved["pool"], np.asarray(replay.actions))
+    pool.load(saved["pool"], np.asarray(replay.actions)[:, : int(replay.size[0])])
 
     @run.saved()
     def report(table):
@@ -314,7 +314,7 @@ def main(args):
             now = done - args.offline_steps + 1  # the environment step that every agent takes
             data, _ = shards.at(now, args.offline_steps // shards.interval)
             if replay.rewards.shape[1] < args.online_steps:
-                replay = spread(Replay.create(N, args.online_steps, data)).append(vars(replay))
+                replay = spread(Replay.create(N, args.online_steps, data))
             if now == 1:
                 pool.start(everyone, [seed_of(seed, task, 0) for task, seed in agents])
             taken = pool.step(policy, everyone)

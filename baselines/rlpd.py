@@ -306,7 +306,7 @@ def main(args):
     keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
     state = jax.jit(jax.vmap(partial(create, args, data.observations.shape[-1])))(keys)
     task = jnp.array([args.tasks.index(task) for task, _ in agents])
-    replay = Replay.create(N, 0, data)
+    replay = Replay.create(N, args.online_steps, data)
     size = sum(x.size for x in jax.tree.leaves(state.params)) // N
     print(f"{N} agents of {size:,} parameters, {len(data.rows):,} transitions")
 
@@ -322,13 +322,12 @@ def main(args):
 
     eval_pool = EnvPool(names, args.workers, min(args.eval_slots, args.eval_episodes))
     pool, everyone = EnvPool(names if args.online_steps else [], args.workers), range(N)
-    full = jax.eval_shape(lambda: Replay.create(N, args.online_steps, data))
-    shapes = jax.eval_shape(partial(train_chunk, args), state, data, full, task, 0)[1]
+    shapes = jax.eval_shape(partial(train_chunk, args), state, data, replay, task, 0)[1]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
-    keep = lambda *means: dict(state=state, replay=replay.filled(), pool=pool.save(), means=means)
+    keep = lambda *means: dict(state=state, replay=replay, pool=pool.save(), means=means)
     done, saved = run.restore(keep(zeros, 0))
     state, replay = spread((saved["state"], saved["replay"]))
-    pool.load(saved["pool"], np.asarray(replay.actions))
+    pool.load(saved["pool"], np.asarray(replay.actions)[:, : int(replay.size[0])])
 
     @run.saved()
     def report(table):
@@ -347,8 +346,6 @@ def main(args):
             continue
         now = done + 1  # the environment step that every agent takes
         data, _ = shards.at(now)
-        if replay.rewards.shape[1] < args.online_steps:
-            replay = spread(Replay.create(N, args.online_steps, data)).append(vars(replay))
         if now == 1:
             pool.start(everyone, [seed_of(seed, task, 0) for task, seed in agents])
         taken = pool.step(explore if now < args.start_training else policy, everyone)

@@ -221,10 +221,20 @@ class Replay:
         slots = [jnp.zeros((agents, capacity, *width)) for width in widths]
         return cls(*slots, size=jnp.zeros(agents, jnp.int32))
 
-    def filled(self) -> "Replay":
-        """The slots that hold something, as they lie."""
-        size = min(int(self.size[0]), self.rewards.shape[1])
-        return jax.tree.map(lambda x: x[:, :size] if x.ndim > 1 else x, self)
+    def since(self, start: int) -> dict:
+        """The transitions from number `start` on that are still there, the oldest first: name of
+        the field -> (N, n, ...) in NumPy."""
+        size, slots = int(self.size[0]), self.rewards.shape[1]
+        k = np.arange(max(start, size - slots), size) % max(slots, 1)
+        return {name: np.asarray(x[:, k]) for name, x in vars(self).items() if name != "size"}
+
+    @partial(jax.jit, donate_argnums=0)
+    def put(self, rows: dict, end) -> "Replay":
+        """Puts back `rows` from `since`, of which the last was transition number `end` - 1."""
+        n = rows["rewards"].shape[1]
+        k = (end - n + jnp.arange(n)) % self.rewards.shape[1]
+        slots = {name: vars(self)[name].at[:, k].set(x) for name, x in rows.items()}
+        return Replay(**slots, size=jnp.full_like(self.size, end))
 
     @partial(jax.jit, donate_argnums=0)
     def append(self, rows: dict) -> "Replay":

@@ -38,7 +38,7 @@ AT_MOST |= dict.fromkeys("warmup_steps env_steps_per_update".split(), "total_ste
 AT_MOST |= dict(start_training="online_steps")
 SIGNED = "target_entropy target_entropy_start target_entropy_end noise_entropy".split()
 Precision = Literal["default", "float32", "bfloat16"]
-CHECKPOINT, PREVIOUS = "checkpoint.msgpack", "checkpoint-before.msgpack"
+CHECKPOINT, PREVIOUS, PART = "checkpoint.msgpack", "checkpoint-before.msgpack", "replay-{}.msgpack"
 # flags that change no result
 FREE = "run_dir name dataset_dir collect workers eval_slots eval_only track compile_cache".split()
 TABLES = "train.csv", "eval.csv", "eval_only.csv"
@@ -104,11 +104,18 @@ def ours(agents: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return agents[i::n]
 
 
+def sealed(tree) -> tuple[bytes, bytes]:
+    """A pytree of arrays as bytes, and their checksum."""
+    content = flax.serialization.to_bytes(jax.device_get(tree))
+    return content, hashlib.sha256(content).digest()
+
+
 def read_checkpoint(path: Path) -> dict:
-    """A checkpoint as nested dicts of arrays. Raises OSError, or ValueError where it is damaged."""
+    """A checkpoint, or a part of its replay, as nested dicts of arrays. Raises OSError, or
+    ValueError where it is damaged."""
     content = path.read_bytes()
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:  # the file's last 32 bytes
-        raise ValueError("its checksum is wrong")
+        raise ValueError(f"the checksum of {path.name} is wrong")
     return flax.serialization.msgpack_restore(content[:-32])
 
 
@@ -126,6 +133,7 @@ class Run:
             self.folder /= "share-{}-of-{}".format(*share())
         self.start, self.wandb, self.eval_only = time.time(), None, args.eval_only
         self.last, self.lost = defaultdict(int), set()  # step of each table's last row; agents
+        self.parts = []  # of the replay in the last checkpoint: how many transitions each ends at
         here = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
         made_with = dict(
             commit=subprocess.run("git rev-parse HEAD", **here).stdout.strip(),
@@ -228,24 +236,44 @@ class Run:
             csv.writer(file, lineterminator="\n").writerows(rows)
         self.last[table] = step
 
-    def save(self, step: int, tree) -> None:
-        """Writes the checkpoint: the step and any pytree of arrays. The one before it is kept."""
+    def save(self, step: int, tree: dict) -> None:
+        """Writes the checkpoint: the step and a dict of pytrees of arrays. The one before it is
+        kept. Of a `replay` only what is new is written, to a file more that both refer to."""
+        parts = before = self.parts
+        if replay := tree.get("replay"):
+            end, slots, start = int(replay.size[0]), replay.rewards.shape[1], max(before, default=0)
+            if end > start:
+                self.write(PART.format(end), *sealed(replay.since(start)))
+                parts = [x for x in before if x > end - slots] + [end]
+            tree = tree | dict(replay=np.array([slots, *parts]))
         content = dict(step=step, seconds=time.time() - self.start, tree=tree)
-        content = flax.serialization.to_bytes(jax.device_get(content))
-        self.write(CHECKPOINT, content, hashlib.sha256(content).digest())
+        self.write(CHECKPOINT, *sealed(content))
+        self.parts, needed = parts, [PART.format(x) for x in before + parts]
+        for path in self.folder.glob(PART.format("*") + "*"):  # or .tmp, of a write that was killed
+            if path.name not in needed and re.fullmatch(r"replay-\d+\.msgpack(\.tmp)?", path.name):
+                path.unlink()
         with self.saved():
             pass  # leaves, if it was asked to
 
     def restore(self, tree):
         """(step, tree) of the checkpoint, or of the one before if it is damaged; (0, `tree`)
         without one. Drops rows after it. From here on, signals are answered with a checkpoint."""
-        content, errors = dict(step=0, seconds=0.0, tree=tree), []
+        content, errors, replay = dict(step=0, seconds=0.0, tree=tree), [], tree.get("replay")
+        like = content | dict(tree={k: None if k == "replay" else x for k, x in tree.items()})
         for path in filter(Path.exists, (self.folder / CHECKPOINT, self.folder / PREVIOUS)):
             try:
-                content = flax.serialization.from_state_dict(content, read_checkpoint(path))
+                found = flax.serialization.from_state_dict(like, read_checkpoint(path))
+                if replay:
+                    slots, *parts = found["tree"]["replay"].tolist()
+                    if slots != replay.rewards.shape[1]:
+                        replay = replay.create(len(replay.size), slots, replay)
+                    for end in parts:
+                        replay = replay.put(read_checkpoint(self.folder / PART.format(end)), end)
+                    found["tree"]["replay"], self.parts = replay, parts
+                content = found
                 break
             except Exception as error:  # whatever msgpack and flax make of a damaged file
-                errors.append(f"{path} is damaged ({error})")
+                errors.append(f"{path} is damaged, or of another version ({error})")
         else:
             if errors:
                 raise SystemExit(f"{' and '.join(errors)}; move it away to start anew")

@@ -788,18 +788,6 @@ def test_a_replay_keeps_transitions_in_their_order(mixed):
         check_replay(replay, steps[: i + 1], 6)
 
 
-def test_a_saved_replay_goes_into_a_larger_one(mixed):
-    """As at the start of the online phase (nothing) and after a restart (what was filled)."""
-    rng, steps = np.random.default_rng(1), []
-    large = d.Replay.create(2, 5, mixed[0]).append(vars(d.Replay.create(2, 0, mixed[0])))
-    assert large.size.tolist() == [0, 0]
-    steps.append(transitions(rng, 2, 2))
-    saved = d.Replay.create(2, 2, mixed[0]).append(steps[0])
-    large = large.append(vars(jax.device_get(saved)))
-    steps.append(transitions(rng, 2))
-    check_replay(large.append(steps[1]), steps, 5)
-
-
 @pytest.mark.parametrize("capacity", [1, 5, 6])
 def test_a_full_replay_forgets_the_oldest(mixed, capacity):
     """A ring: transition k is in slot k modulo the capacity, whatever the number of rounds; the
@@ -827,12 +815,34 @@ def test_a_replay_of_spaces():
     assert {x.dtype.name for x in jax.tree.leaves(replay)} == {"float32", "int32"}
 
 
-def test_a_full_replay_is_saved_and_goes_on(mixed):
-    """Slots and size of a saved ring make the same ring again, which overwrites the same slots."""
-    rng, replay = np.random.default_rng(3), d.Replay.create(2, 4, mixed[0])
-    for _ in range(7):
-        replay = replay.append(transitions(rng, 2))
-    saved, step = jax.device_get(replay), transitions(rng, 2)
-    again = d.Replay.create(2, 4, mixed[0]).append(vars(saved)).replace(size=jnp.array(saved.size))
-    for x, y in zip(*map(jax.tree.leaves, (replay.append(step), again.append(step)))):
-        assert np.array_equal(x, y) and x.dtype == y.dtype
+@pytest.mark.parametrize("capacity", [1, 4, 7, 100])
+def test_a_replay_in_parts_is_the_same(mixed, capacity):
+    """What came since the part before, put into an empty replay in turn, whichever parts were made:
+    of everything, of what is still there, across the ring's end. Slots, size and types agree, and
+    the ring goes on in the same slots."""
+    rng, replay = np.random.default_rng(3), d.Replay.create(2, capacity, mixed[0])
+    steps, parts, end = [], [], 0
+    for k in range(1, 40):
+        steps.append(transitions(rng, 2))
+        replay = replay.append(steps[-1])
+        if rng.random() < 0.3 or k == 39:
+            rows = replay.since(end)
+            first = max(end, k - capacity)
+            for name in FIELDS:
+                expected = np.concatenate([step[name] for step in steps[first:k]], 1)
+                assert isinstance(rows[name], np.ndarray)
+                np.testing.assert_array_equal(rows[name], expected)
+            parts, end = [*parts, (rows, k)], k
+    assert len(parts) > 5 and replay.since(39)["rewards"].shape == (2, 0)
+    for skipped in (0, 1, 2):  # parts of which nothing is left need not be there
+        if skipped and parts[skipped][1] > 39 - capacity:
+            continue
+        again = d.Replay.create(2, capacity, mixed[0])
+        for rows, end in parts[skipped:]:
+            again = again.put(rows, end)
+        step = transitions(rng, 2)
+        before = jax.device_get((again, replay))
+        more = again.append(step), jax.tree.map(jnp.array, replay).append(step)
+        for one, two in (before, more):
+            for x, y in zip(*map(jax.tree.leaves, (one, two))):
+                assert np.array_equal(x, y) and x.dtype == y.dtype

@@ -24,8 +24,9 @@ import pytest
 
 import fmer
 import qam
+from common.data import Replay
 from common.envs import ONLINE
-from common.run import FREE, Precision, Run, configure, parse
+from common.run import FREE, Precision, Run, configure, parse, read_checkpoint
 from tests import shared_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,6 +189,7 @@ FITTING = dict(  # values of other flags that neither 1 nor a huge number contra
     total_steps=("warmup_steps", 1),
     online_steps=("start_training", 1),
     warmup_steps=("total_steps", 2**31 - 1),
+    env_steps_per_update=("total_steps", 2**31 - 1),
 )
 
 
@@ -769,6 +771,148 @@ def test_the_checkpoint_before_a_damaged_one(run, capsys):
         assert f"{path} is damaged" in said and "step 10" in said and said.count("\n") == 1
     path.unlink()  # as if the power had failed between the two renamings
     assert first.restore(state(3))[0] == 10
+
+
+# --- a replay in parts ---------------------------------------------------------------------------
+
+
+SPACES = SimpleNamespace(observations=np.zeros(3), actions=np.zeros(2))
+
+
+def played(replay, count):
+    """`count` more transitions, the numbers of which they hold."""
+    for _ in range(count):
+        rows = {name: np.float32(replay.size[0]) for name in vars(replay) if name != "size"}
+        shape = lambda name, replay=replay: (2, 1, *getattr(replay, name).shape[2:])
+        replay = replay.append({name: np.full(shape(name), x) for name, x in rows.items()})
+    return replay
+
+
+def parts(folder):
+    """Number of transitions that each file holds of a replay."""
+    read = lambda path: read_checkpoint(path)["rewards"].shape[1]
+    paths = [path for path in folder.glob("replay-*.msgpack") if path.stem[7:].isdigit()]
+    return {int(path.stem[7:]): read(path) for path in paths}
+
+
+@pytest.fixture
+def begun(run):
+    """A run with checkpoints at 3, 5 and 9 transitions of 100."""
+    first, replay = run(), Replay.create(2, 100, SPACES)
+    for step, count in ((10, 3), (20, 2), (30, 4)):
+        replay = played(replay, count)
+        first.save(step, dict(x=np.full(3, step), replay=replay))
+    return first.folder, jax.device_get(replay)
+
+
+def restored(run, slots=100):
+    return run().restore(dict(x=np.zeros(3), replay=Replay.create(2, slots, SPACES)))
+
+
+def test_a_checkpoint_writes_what_is_new_of_the_replay(begun, run):
+    """Each part once; the run continues with all of it, and adds to it. A checkpoint of the same
+    replay adds nothing, one of an empty replay has no part."""
+    folder, replay = begun
+    assert parts(folder) == {3: 3, 5: 2, 9: 4}
+    second = run()
+    step, tree = second.restore(dict(x=np.zeros(3), replay=Replay.create(2, 100, SPACES)))
+    assert step == 30 and tree["x"].tolist() == [30] * 3
+    same(jax.device_get(tree["replay"]), replay)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("replay-*")}
+    second.save(30, tree)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("replay-*")}
+    second.save(40, tree | dict(replay=played(tree["replay"], 1)))
+    assert parts(folder) == {3: 3, 5: 2, 9: 4, 10: 1}
+    empty = run(name="empty")
+    empty.save(10, dict(replay=Replay.create(2, 0, SPACES)))
+    assert not parts(empty.folder)
+    step, tree = empty.restore(dict(replay=Replay.create(2, 0, SPACES)))
+    assert step == 10 and tree["replay"].size.tolist() == [0, 0]
+
+
+def test_the_replay_of_a_later_phase(begun, run):
+    """A script that begins with a replay without slots goes on with the one that is there."""
+    same(jax.device_get(restored(run, slots=0)[1]["replay"]), begun[1])
+
+
+def test_parts_that_are_overwritten_are_removed(run):
+    """Once neither checkpoint needs them, with what killed writes left; other files stay."""
+    first, replay = run(), Replay.create(2, 5, SPACES)
+    others = [first.folder / f"replay-{name}" for name in ("of-mine.msgpack", "3.csv", "x.npz")]
+    for path in (
+        *others,
+        first.folder / "replay-77.msgpack",
+        first.folder / "replay-2.msgpack.tmp",
+    ):
+        path.touch()
+    expected = [
+        {3: 3},
+        {3: 3, 6: 3},
+        {3: 3, 6: 3, 14: 5},
+        {14: 5, 16: 2},
+        {14: 5, 16: 2, 17: 1},
+    ]
+    for step, (count, found) in enumerate(zip((3, 3, 8, 2, 1), expected), 1):
+        replay = played(replay, count)
+        first.save(step, dict(replay=replay))
+        assert parts(first.folder) == found
+        kept, again = jax.device_get(replay), Replay.create(2, 5, SPACES)
+        same(jax.device_get(first.restore(dict(replay=again))[1]["replay"]), kept)
+    names = {path.name for path in first.folder.glob("replay*")}
+    assert names == {path.name for path in others} | {f"replay-{n}.msgpack" for n in (14, 16, 17)}
+
+
+def test_a_damaged_part(begun, run, capsys):
+    """Of the last checkpoint alone: the one before is taken. Of both, or missing: one line that
+    names both checkpoints and the part, and everything stays."""
+    folder, _ = begun
+    new, old = folder / "replay-9.msgpack", folder / "replay-3.msgpack"
+    whole = new.read_bytes(), old.read_bytes()
+    for content in damages(whole[0]):
+        new.write_bytes(content)
+        step, tree = restored(run)
+        assert step == 20 and tree["x"].tolist() == [20] * 3
+        assert tree["replay"].size.tolist() == [5, 5]
+        assert tree["replay"].rewards[0, :5].tolist() == [0, 1, 2, 3, 4]
+        said = capsys.readouterr().out
+        assert "checkpoint.msgpack is damaged" in said and "step 20" in said
+    new.write_bytes(whole[0])
+    for content in (whole[1][:-1], whole[1][:40], None):
+        old.unlink() if content is None else old.write_bytes(content)
+        words = "checkpoint.msgpack", "checkpoint-before.msgpack", "replay-3.msgpack"
+        stops(*words, call=lambda: restored(run))
+        assert old.exists() == (content is not None) and new.read_bytes() == whole[0]
+
+
+def test_on_from_the_checkpoint_before(begun, run):
+    """The damaged one's part is written again where the run comes by."""
+    folder, replay = begun
+    (folder / "replay-9.msgpack").write_bytes(b"")
+    second = run()
+    step, tree = second.restore(dict(x=np.zeros(3), replay=Replay.create(2, 100, SPACES)))
+    second.save(30, tree | dict(replay=played(tree["replay"], 4)))
+    del second
+    assert parts(folder) == {3: 3, 5: 2, 9: 4}
+    same(jax.device_get(restored(run)[1]["replay"]), replay)
+
+
+def test_a_part_that_cannot_be_written(begun, run, monkeypatch):
+    """One line with file and reason, and the run continues from the old checkpoint."""
+    folder, replay = begun
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    second = run()
+    step, tree = second.restore(dict(x=np.zeros(3), replay=Replay.create(2, 100, SPACES)))
+    save = functools.partial(second.save, 40, dict(replay=played(tree["replay"], 1)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        stops("replay-10.msgpack", folder, call=save)
+    del second, save
+    step, tree = restored(run)
+    assert step == 30
+    same(jax.device_get(tree["replay"]), replay)
 
 
 @pytest.mark.parametrize("bad", [b"1,0,x,0.1,0.5,0.5", b"1,1", b"\xff"])

@@ -98,7 +98,19 @@ def rows(folder, table):
 
 
 def checkpoint(folder):
+    """With the replay put together from its parts, slot by slot: {} where it is empty."""
     content = read_checkpoint(Path(folder) / "checkpoint.msgpack")
+    if "replay" in content["tree"]:
+        slots, *ends = content["tree"]["replay"].tolist()
+        parts = [read_checkpoint(Path(folder) / f"replay-{end}.msgpack") for end in ends]
+        content["tree"]["replay"] = replay = {}
+        for end, part in zip(ends, parts):
+            for name, x in part.items():
+                shape = x.shape[0], min(slots, ends[-1]), *x.shape[2:]
+                whole = replay.setdefault(name, np.full(shape, np.nan, x.dtype))
+                for i in range(x.shape[1]):
+                    whole[:, (end - x.shape[1] + i) % slots] = x[:, i]
+            replay["size"] = np.full(len(x), end)
     return {name: x for name, x in content.items() if name != "seconds"}
 
 
