@@ -249,8 +249,9 @@ class Run:
         content = dict(step=step, seconds=time.time() - self.start, tree=tree)
         self.write(CHECKPOINT, *sealed(content))
         self.parts, needed = parts, [PART.format(x) for x in before + parts]
-        for path in self.folder.glob(PART.format("*") + "*"):  # or .tmp, of a write that was killed
-            if path.name not in needed and re.fullmatch(r"replay-\d+\.msgpack(\.tmp)?", path.name):
+        ours = re.compile(r"replay-\d+\.msgpack(\.tmp)?")  # .tmp: of a write that was killed
+        for path in self.folder.iterdir():
+            if ours.fullmatch(path.name) and path.name not in needed:
                 path.unlink()
         with self.saved():
             pass  # leaves, if it was asked to
