@@ -421,7 +421,7 @@ def main(args):
         state=state, replay=replay, pool=pool.save(), world=world, means=means
     )
     done, saved = run.restore(keep(zeros, 0))
-    state, replay, world = spread((saved["state"], saved["replay"], saved["world"]))
+    state, replay, world = spread((saved["state"], saved.pop("replay"), saved["world"]))
     sums, updates = spread(saved["means"][0]), saved["means"][1]
     order = np.arange(max(0, done - capacity), done) % capacity  # from the oldest on
     pool.load(saved["pool"], np.asarray(replay.actions)[:, order[: done * (not plane)]])

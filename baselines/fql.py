@@ -299,7 +299,7 @@ def main(args):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
     keep = lambda *means: dict(state=state, replay=replay, pool=pool.save(), means=means)
     done, saved = run.restore(keep(zeros, 0))
-    state, replay = spread((saved["state"], saved["replay"]))
+    state, replay = spread((saved["state"], saved.pop("replay")))
     pool.load(saved["pool"], np.asarray(replay.actions)[:, : int(replay.size[0])])
 
     @run.saved()

@@ -63,18 +63,18 @@ def main(options: Options) -> dict:
     args = script.Args(env=options.env, action_size=d)
     state = spread(jax.jit(jax.vmap(partial(script.create, args, S)))(keys))
     total = options.steps + options.interval
-    empty = lambda: Replay.create(n, total, sizes)
+    empty = Replay.create(n, 0, sizes)
     draw = lambda x, steps: rng.random((n, steps, *x.shape[2:]), np.float32)
-    rows = lambda steps: {k: draw(x, steps) for k, x in vars(empty()).items() if k != "size"}
+    rows = lambda steps: {k: draw(x, steps) for k, x in vars(empty).items() if k != "size"}
     times = {name: [] for name in ("parts_save", "whole_save", "parts_restore", "whole_restore")}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         args = dataclasses.replace(args, run_dir=folder)
         for i in range(options.rounds):
             agents = [(1, seed) for seed in range(n)]
             run = Run("checkpoints", dataclasses.replace(args, name=f"round-{i}"), agents, {})
-            replay = empty().put(rows(options.steps), options.steps)
-            run.save(1, dict(state=state, replay=replay))
-            replay = replay.put(rows(options.interval), total)
+            made = [(options.steps, rows(options.steps)), (total, rows(options.interval))]
+            run.save(1, dict(state=state, replay=spread(empty.refilled(total, made[:1]))))
+            replay = spread(empty.refilled(total, made))
             seconds, _ = measured(lambda: run.save(2, dict(state=state, replay=replay)))
             times["parts_save"].append(seconds)
             files = CHECKPOINT, PART.format(total)
@@ -82,9 +82,10 @@ def main(options: Options) -> dict:
             times["whole_save"].append(measured(whole)[0])
             bytes_of = lambda *names: sum((run.folder / x).stat().st_size for x in names)
             megabytes = dict(parts=bytes_of(*files) / 2**20, whole=bytes_of("whole") / 2**20)
-            again = lambda: run.restore(dict(state=state, replay=empty()))[1]["replay"]
+            again = lambda: spread(run.restore(dict(state=state, replay=empty))[1]["replay"])
             times["parts_restore"].append(measured(again)[0])
-            put = lambda: jax.device_put(read_checkpoint(run.folder / "whole")["replay"])
+            rows_of = lambda: read_checkpoint(run.folder / "whole")["replay"]
+            put = lambda: spread(Replay.create(n, total, sizes)).append(rows_of())
             times["whole_restore"].append(measured(put)[0])
             for path in run.folder.iterdir():
                 path.unlink()

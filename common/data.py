@@ -161,8 +161,8 @@ def roomy(data: Dataset) -> bool:
 class Shards:
     """The dataset on the official schedule: one file, or shards of a 100M set, of which the next
     one (cyclic) takes over before every `interval`-th update of a phase is drawn. A copy is on each
-    of the devices that `agents` are spread over. Until the online phase, whose replay needs room,
-    a device that has room keeps the shards, so that each is read once."""
+    of the devices that `agents` are spread over. A device that has room keeps the shards, so that
+    each is read once, until an online phase follows, whose replay needs the room."""
 
     def __init__(self, paths, source, tasks, sparse, chunk_length, agents=1, interval=1000):
         if len(paths) == 1 and source.dataset in LARGE:
@@ -228,13 +228,20 @@ class Replay:
         k = np.arange(max(start, size - slots), size) % max(slots, 1)
         return {name: np.asarray(x[:, k]) for name, x in vars(self).items() if name != "size"}
 
-    @partial(jax.jit, donate_argnums=0)
-    def put(self, rows: dict, end) -> "Replay":
-        """Puts back `rows` from `since`, of which the last was transition number `end` - 1."""
-        n = rows["rewards"].shape[1]
-        k = (end - n + jnp.arange(n)) % self.rewards.shape[1]
-        slots = {name: vars(self)[name].at[:, k].set(x) for name, x in rows.items()}
-        return Replay(**slots, size=jnp.full_like(self.size, end))
+    def refilled(self, slots: int, parts) -> "Replay":
+        """Another one, in NumPy, of so many slots, with what is in `parts`: (number of transitions
+        at its end, rows from `since`) in turn. ValueError where one does not follow the other."""
+        full = lambda x: np.zeros((len(x), slots, *x.shape[2:])[: x.ndim], x.dtype)
+        replay, size = jax.tree.map(full, self), None
+        for end, rows in parts:
+            start = end - rows["rewards"].shape[1]
+            if size not in (None, start):
+                raise ValueError(f"its replay has a gap between {size} and {start}")
+            at, size = start % slots, end
+            for name, x in rows.items():  # up to the ring's end, and on from its beginning
+                vars(replay)[name][:, at : at + end - start] = x[:, : slots - at]
+                vars(replay)[name][:, : max(0, at + end - start - slots)] = x[:, slots - at :]
+        return replay.replace(size=np.full_like(replay.size, size or 0))
 
     @partial(jax.jit, donate_argnums=0)
     def append(self, rows: dict) -> "Replay":

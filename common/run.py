@@ -134,6 +134,7 @@ class Run:
         self.start, self.wandb, self.eval_only = time.time(), None, args.eval_only
         self.last, self.lost = defaultdict(int), set()  # step of each table's last row; agents
         self.parts = []  # of the replay in the last checkpoint: how many transitions each ends at
+        self.damaged = False  # the last checkpoint is, the one before it is in use
         here = dict(cwd=Path(__file__).parent, shell=True, capture_output=True, text=True)
         made_with = dict(
             commit=subprocess.run("git rev-parse HEAD", **here).stdout.strip(),
@@ -209,7 +210,7 @@ class Run:
                 file.writelines(content)
                 file.flush()
                 os.fsync(file.fileno())
-            if name == CHECKPOINT and path.exists():
+            if name == CHECKPOINT and path.exists() and not self.damaged:
                 os.replace(path, self.folder / PREVIOUS)
             os.replace(new, path)
 
@@ -248,11 +249,12 @@ class Run:
             tree = tree | dict(replay=np.array([slots, *parts]))
         content = dict(step=step, seconds=time.time() - self.start, tree=tree)
         self.write(CHECKPOINT, *sealed(content))
-        self.parts, needed = parts, [PART.format(x) for x in before + parts]
+        self.parts, self.damaged, needed = parts, False, [PART.format(x) for x in before + parts]
         ours = re.compile(r"replay-\d+\.msgpack(\.tmp)?")  # .tmp: of a write that was killed
-        for path in self.folder.iterdir():
+        for path in self.folder.iterdir() if replay else ():
             if ours.fullmatch(path.name) and path.name not in needed:
-                path.unlink()
+                with contextlib.suppress(OSError):  # it takes room, and does no other harm
+                    path.unlink()
         with self.saved():
             pass  # leaves, if it was asked to
 
@@ -264,15 +266,16 @@ class Run:
         for path in filter(Path.exists, (self.folder / CHECKPOINT, self.folder / PREVIOUS)):
             try:
                 found = flax.serialization.from_state_dict(like, read_checkpoint(path))
-                if replay:
-                    slots, *parts = found["tree"]["replay"].tolist()
-                    if slots != replay.rewards.shape[1]:
-                        replay = replay.create(len(replay.size), slots, replay)
-                    for end in parts:
-                        replay = replay.put(read_checkpoint(self.folder / PART.format(end)), end)
-                    found["tree"]["replay"], self.parts = replay, parts
-                content = found
+                if self.eval_only:  # which needs neither, and a replay may be large
+                    found["tree"] |= {k: x for k, x in tree.items() if k in ("replay", "pool")}
+                elif replay:
+                    slots, *self.parts = found["tree"]["replay"].tolist()
+                    read = lambda end: (end, read_checkpoint(self.folder / PART.format(end)))
+                    found["tree"]["replay"] = replay.refilled(slots, map(read, self.parts))
+                content, self.damaged = found, bool(errors)
                 break
+            except MemoryError:
+                raise
             except Exception as error:  # whatever msgpack and flax make of a damaged file
                 errors.append(f"{path} is damaged, or of another version ({error})")
         else:

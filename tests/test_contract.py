@@ -143,12 +143,12 @@ def test_families():
 
 
 def test_sizes():
-    """A script has at most 480 lines, common/ 1,015, without what collects (docs/design.md)."""
+    """A script has at most 480 lines, common/ 1,025, without what collects (docs/design.md)."""
     sizes = {path.name: len(path.read_text().splitlines()) for path in SCRIPTS}
     assert max(sizes.values()) <= 480, sizes
     common = {p.name: len(p.read_text().splitlines()) for p in (ROOT / "common").glob("*.py")}
     assert common.pop("collect.py") + common.pop("ant.py") <= 310
-    assert sum(common.values()) <= 1015, common
+    assert sum(common.values()) <= 1025, common
 
 
 @pytest.mark.parametrize("kind", DIFFERENT)

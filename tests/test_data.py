@@ -817,32 +817,32 @@ def test_a_replay_of_spaces():
 
 @pytest.mark.parametrize("capacity", [1, 4, 7, 100])
 def test_a_replay_in_parts_is_the_same(mixed, capacity):
-    """What came since the part before, put into an empty replay in turn, whichever parts were made:
-    of everything, of what is still there, across the ring's end. Slots, size and types agree, and
-    the ring goes on in the same slots."""
+    """What came since the part before, put together without parts of which nothing is left, across
+    the ring's end or not. Slots, size and types agree, and the ring goes on in the same slots."""
     rng, replay = np.random.default_rng(3), d.Replay.create(2, capacity, mixed[0])
-    steps, parts, end = [], [], 0
-    for k in range(1, 40):
+    steps, parts, end, gaps = [], [], 0, 0
+    for k in range(1, 60):
         steps.append(transitions(rng, 2))
         replay = replay.append(steps[-1])
-        if rng.random() < 0.3 or k == 39:
-            rows = replay.since(end)
-            first = max(end, k - capacity)
-            for name in FIELDS:
-                expected = np.concatenate([step[name] for step in steps[first:k]], 1)
-                assert isinstance(rows[name], np.ndarray)
-                np.testing.assert_array_equal(rows[name], expected)
-            parts, end = [*parts, (rows, k)], k
-    assert len(parts) > 5 and replay.since(39)["rewards"].shape == (2, 0)
-    for skipped in (0, 1, 2):  # parts of which nothing is left need not be there
-        if skipped and parts[skipped][1] > 39 - capacity:
+        if rng.random() < 0.6:
             continue
-        again = d.Replay.create(2, capacity, mixed[0])
-        for rows, end in parts[skipped:]:
-            again = again.put(rows, end)
-        step = transitions(rng, 2)
-        before = jax.device_get((again, replay))
-        more = again.append(step), jax.tree.map(jnp.array, replay).append(step)
+        rows, first = replay.since(end), max(end, k - capacity)
+        for name in FIELDS:
+            expected = np.concatenate([step[name] for step in steps[first:k]], 1)
+            assert isinstance(rows[name], np.ndarray)
+            np.testing.assert_array_equal(rows[name], expected)
+        parts, end = [*[part for part in parts if part[0] > k - capacity], (k, rows)], k
+        again = d.Replay.create(2, 3, mixed[0]).refilled(capacity, parts)
+        assert {type(x) for x in jax.tree.leaves(again)} == {np.ndarray}
+        step, before = transitions(rng, 2), (again, jax.device_get(replay))
+        more = (jax.tree.map(jnp.array, x).append(step) for x in before)
         for one, two in (before, more):
             for x, y in zip(*map(jax.tree.leaves, (one, two))):
                 assert np.array_equal(x, y) and x.dtype == y.dtype
+        if len(parts) > 2:  # one is missing, or two are exchanged
+            for wrong in ([parts[0], *parts[2:]], [*parts[:-2], parts[-1], parts[-2]]):
+                with pytest.raises(ValueError, match="gap"):
+                    replay.refilled(capacity, wrong)
+            gaps += 1
+    assert replay.since(end)["rewards"].shape == (2, min(59 - end, capacity)) and end > 50
+    assert gaps > 0 or capacity < 5

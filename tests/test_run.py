@@ -1,6 +1,7 @@
 """Tests of runs: flags and their defaults, the run folder and its lock, logs, checkpoints, and
 what is left when writing fails."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -817,7 +818,7 @@ def test_a_checkpoint_writes_what_is_new_of_the_replay(begun, run):
     second = run()
     step, tree = second.restore(dict(x=np.zeros(3), replay=Replay.create(2, 100, SPACES)))
     assert step == 30 and tree["x"].tolist() == [30] * 3
-    same(jax.device_get(tree["replay"]), replay)
+    same(tree["replay"], replay)
     before = {path: path.stat().st_mtime_ns for path in folder.glob("replay-*")}
     second.save(30, tree)
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("replay-*")}
@@ -830,36 +831,74 @@ def test_a_checkpoint_writes_what_is_new_of_the_replay(begun, run):
     assert step == 10 and tree["replay"].size.tolist() == [0, 0]
 
 
-def test_the_replay_of_a_later_phase(begun, run):
-    """A script that begins with a replay without slots goes on with the one that is there."""
-    same(jax.device_get(restored(run, slots=0)[1]["replay"]), begun[1])
+def test_the_replay_of_a_later_phase(begun, run, tmp_path):
+    """A script that begins with a replay without slots goes on with the one that is there, or with
+    none, where the first checkpoint of that phase is damaged."""
+    same(restored(run, slots=0)[1]["replay"], begun[1])
+    first = run(name="two phases")
+    first.save(10, dict(x=np.ones(3), replay=Replay.create(2, 0, SPACES)))
+    first.save(20, dict(x=np.ones(3), replay=played(Replay.create(2, 9, SPACES), 2)))
+    (first.folder / "replay-2.msgpack").write_bytes(b"")
+    step, tree = first.restore(dict(x=np.zeros(3), replay=Replay.create(2, 0, SPACES)))
+    assert step == 10 and tree["replay"].rewards.shape == (2, 0)
+    assert tree["replay"].size.tolist() == [0, 0]
 
 
-def test_parts_that_are_overwritten_are_removed(run):
-    """Once neither checkpoint needs them, with what killed writes left; other files stay."""
+def test_an_evaluation_needs_no_replay(begun, run):
+    """--eval-only reads no part, and plays no running episode to its step."""
+    folder, _ = begun
+    for path in folder.glob("replay-*"):
+        path.unlink()
+    tree = dict(x=np.zeros(3), replay=Replay.create(2, 100, SPACES), pool=dict(ages=np.zeros(2)))
+    other = run(name="pool")
+    other.save(10, tree | dict(pool=dict(ages=np.ones(2))))
+    del other
+    step, found = run(name="pool", eval_only=True).restore(tree)
+    assert step == 10 and found["pool"]["ages"].tolist() == [0, 0]
+    assert found["replay"] is tree["replay"]
+    del tree["pool"]
+    step, found = run(eval_only=True).restore(tree)
+    assert step == 30 and found["x"].tolist() == [30] * 3
+
+
+def test_parts_that_are_overwritten_are_removed(run, monkeypatch):
+    """Once neither checkpoint needs them, with what killed writes left; other files stay, and what
+    cannot be removed. Without a replay nothing is removed."""
     first, replay = run(), Replay.create(2, 5, SPACES)
-    others = [first.folder / f"replay-{name}" for name in ("of-mine.msgpack", "3.csv", "x.npz")]
-    for path in (
-        *others,
-        first.folder / "replay-77.msgpack",
-        first.folder / "replay-2.msgpack.tmp",
-    ):
+    names = "of-mine.msgpack", "3.csv", "x.npz", "3.msgpack.bak"
+    others = [first.folder / f"replay-{name}" for name in names]
+    for name in ("77.msgpack", "2.msgpack.tmp"):
+        (first.folder / f"replay-{name}").touch()
+    for path in others:
         path.touch()
-    expected = [
-        {3: 3},
-        {3: 3, 6: 3},
-        {3: 3, 6: 3, 14: 5},
-        {14: 5, 16: 2},
-        {14: 5, 16: 2, 17: 1},
-    ]
-    for step, (count, found) in enumerate(zip((3, 3, 8, 2, 1), expected), 1):
-        replay = played(replay, count)
-        first.save(step, dict(replay=replay))
-        assert parts(first.folder) == found
-        kept, again = jax.device_get(replay), Replay.create(2, 5, SPACES)
-        same(jax.device_get(first.restore(dict(replay=again))[1]["replay"]), kept)
+    first.save(0, {})
+    assert (first.folder / "replay-77.msgpack").exists()
+    sizes = {
+        3: [3],
+        6: [3, 6],
+        7: [3, 6, 7],
+        8: [3, 6, 7, 8],
+        9: [6, 7, 8, 9],
+        19: [6, 7, 8, 9, 19],
+    }
+    for size, expected in (sizes | {20: [19, 20]}).items():
+        replay = played(replay, size - int(replay.size[0]))
+        first.save(size, dict(replay=replay))
+        assert sorted(parts(first.folder)) == expected
+        again = first.restore(dict(replay=Replay.create(2, 5, SPACES)))[1]["replay"]
+        same(again, jax.device_get(replay))
+    assert parts(first.folder) == {19: 5, 20: 1}
     names = {path.name for path in first.folder.glob("replay*")}
-    assert names == {path.name for path in others} | {f"replay-{n}.msgpack" for n in (14, 16, 17)}
+    assert names == {path.name for path in others} | {"replay-19.msgpack", "replay-20.msgpack"}
+
+    def busy(path, **_):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(Path, "unlink", busy)
+    for _ in range(2):
+        replay = played(replay, 7)
+        first.save(30, dict(replay=replay))
+    assert sorted(parts(first.folder)) == [19, 20, 27, 34]
 
 
 def test_a_damaged_part(begun, run, capsys):
@@ -893,7 +932,31 @@ def test_on_from_the_checkpoint_before(begun, run):
     second.save(30, tree | dict(replay=played(tree["replay"], 4)))
     del second
     assert parts(folder) == {3: 3, 5: 2, 9: 4}
-    same(jax.device_get(restored(run)[1]["replay"]), replay)
+    same(restored(run)[1]["replay"], replay)
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_a_damaged_checkpoint_replaces_no_good_one(begun, run, monkeypatch, done):
+    """Killed after so many renamings, when it had gone on from the one before: that one is still
+    there, or the new one already."""
+    folder, _ = begun
+    (folder / "checkpoint.msgpack").write_bytes(b"")
+    second, replace, calls = run(), os.replace, []
+    template = lambda: dict(x=np.zeros(3), replay=Replay.create(2, 100, SPACES))
+    step, tree = second.restore(template())
+    tree["replay"] = played(jax.tree.map(jnp.array, tree["replay"]), 4)
+
+    def killed(*paths):
+        if len(calls) == done:
+            raise KeyboardInterrupt
+        calls.append(paths)
+        replace(*paths)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        second.save(30, tree)
+    step, tree = second.restore(template())
+    assert (step, tree["replay"].size[0]) == ((30, 9) if done == 2 else (20, 5))
 
 
 def test_a_part_that_cannot_be_written(begun, run, monkeypatch):
@@ -912,7 +975,7 @@ def test_a_part_that_cannot_be_written(begun, run, monkeypatch):
     del second, save
     step, tree = restored(run)
     assert step == 30
-    same(jax.device_get(tree["replay"]), replay)
+    same(tree["replay"], replay)
 
 
 @pytest.mark.parametrize("bad", [b"1,0,x,0.1,0.5,0.5", b"1,1", b"\xff"])
