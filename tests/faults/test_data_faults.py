@@ -600,7 +600,7 @@ def test_folders_that_are_none(tmp_path):
 @pytest.mark.parametrize("length", [3, 4, 2**31 - 1])
 def test_chunks_longer_than_every_trajectory(length, tmp_path):
     """Refused: none of them would be valid, and nothing be learned."""
-    arrays = dict.fromkeys(FLOATS, np.zeros((7, 2))) | dict(terminals=np.isin(np.arange(7), (2, 6)))
+    arrays = dict.fromkeys(FLOATS, np.zeros((7, 2))) | dict(terminals=np.isin(np.arange(7), (3, 6)))
     path, source = tmp_path / "short.npz", SOURCES["pointmaze-medium"]
     path.write_bytes(packed(arrays, True))
     if length > 3:
