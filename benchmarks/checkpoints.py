@@ -77,11 +77,11 @@ def main(options: Options) -> dict:
             replay = spread(empty.refilled(total, made))
             seconds, _ = measured(lambda: run.save(2, dict(state=state, replay=replay)))
             times["parts_save"].append(seconds)
-            files = CHECKPOINT, PART.format(total)
             whole = lambda: run.write("whole", *sealed(dict(state=state, replay=vars(replay))))
             times["whole_save"].append(measured(whole)[0])
             bytes_of = lambda *names: sum((run.folder / x).stat().st_size for x in names)
-            megabytes = dict(parts=bytes_of(*files) / 2**20, whole=bytes_of("whole") / 2**20)
+            new = bytes_of(CHECKPOINT, PART.format(total))
+            megabytes = dict(parts=new / 2**20, whole=bytes_of("whole") / 2**20)
             again = lambda: spread(run.restore(dict(state=state, replay=empty))[1]["replay"])
             times["parts_restore"].append(measured(again)[0])
             rows_of = lambda: read_checkpoint(run.folder / "whole")["replay"]

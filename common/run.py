@@ -250,9 +250,9 @@ class Run:
         content = dict(step=step, seconds=time.time() - self.start, tree=tree)
         self.write(CHECKPOINT, *sealed(content))
         self.parts, self.damaged, needed = parts, False, [PART.format(x) for x in before + parts]
-        ours = re.compile(r"replay-\d+\.msgpack(\.tmp)?")  # .tmp: of a write that was killed
+        part = re.compile(r"replay-\d+\.msgpack(\.tmp)?")  # .tmp: of a write that was killed
         for path in self.folder.iterdir() if replay else ():
-            if ours.fullmatch(path.name) and path.name not in needed:
+            if part.fullmatch(path.name) and path.name not in needed:
                 with contextlib.suppress(OSError):  # it takes room, and does no other harm
                     path.unlink()
         with self.saved():
