@@ -30,7 +30,7 @@ import tqdm
 import tyro
 
 from common.ant import WEIGHTS, walk
-from common.envs import cores
+from common.environments import cores
 
 # Official (training episodes, rows per episode); the last row is only the final state.
 EPISODES = dict.fromkeys(("cube-single", "cube-double", "scene", "puzzle-3x3", "puzzle-4x4"), 1000)

@@ -1,0 +1,157 @@
+"""The checkpoint of a run, the one before it, and the parts of its replay, in checksummed files."""
+
+import contextlib
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import jax
+import numpy as np
+
+from common.errors import UserError
+from common.sampling import Replay
+
+CHECKPOINT = "checkpoint.msgpack"
+PREVIOUS = "checkpoint-before.msgpack"
+PART = "replay-{}.msgpack"  # with the number of transitions at its end
+PART_FILE = re.compile(r"replay-\d+\.msgpack(\.tmp)?")  # .tmp: the write of it was killed
+DIGEST = hashlib.sha256().digest_size
+
+
+def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Replaces a file: at any moment either the old or the new one is there, whole and on the disk.
+
+    The old one is moved to `keep`, if given.
+    """
+    new = path.with_name(f"{path.name}.tmp")
+    with open(new, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if keep and path.exists():
+        os.replace(path, keep)
+    os.replace(new, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def pack(tree: Any) -> bytes:
+    """Returns a pytree of arrays as bytes that end in their checksum."""
+    content = flax.serialization.to_bytes(jax.device_get(tree))
+    return content + hashlib.sha256(content).digest()
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint, or a part of its replay, as nested dicts of arrays.
+
+    Raises OSError, or ValueError if the file is damaged.
+    """
+    packed = path.read_bytes()
+    content, digest = packed[:-DIGEST], packed[-DIGEST:]
+    if hashlib.sha256(content).digest() != digest:
+        raise ValueError(f"the checksum of {path.name} is wrong")
+    return flax.serialization.msgpack_restore(content)
+
+
+def join_parts(parts: list[tuple[int, dict]]) -> dict[str, np.ndarray]:
+    """Joins a replay's parts, each with the number of transitions at its end.
+
+    Raises ValueError if one does not follow the other.
+    """
+    if not parts:
+        return {}
+    for (before, _), (end, rows) in zip(parts, parts[1:]):
+        start = end - rows["rewards"].shape[1]
+        if start != before:
+            raise ValueError(f"its replay has a gap between {before} and {start}")
+    columns = parts[0][1].keys()
+    joined = {name: np.concatenate([rows[name] for _, rows in parts], 1) for name in columns}
+    return joined | dict(size=np.int64(parts[-1][0]))
+
+
+def check_same_arrays(expected: Any, found: Any) -> None:
+    """Raises ValueError if shapes or dtypes of two pytrees differ."""
+    kinds = [jax.tree.map(lambda x: (np.shape(x), np.result_type(x)), x) for x in (expected, found)]
+    if kinds[0] != kinds[1]:
+        raise ValueError("its arrays have other shapes or types than this run's")
+
+
+class Checkpoints:
+    """The checkpoints in a run folder. Those of another run are refused."""
+
+    def __init__(self, folder: Path, run: str):
+        """`run` identifies the run."""
+        self.folder, self.run = folder, run
+        self.parts = []  # numbers of transitions at the ends of the replay's parts
+        self.damaged = False  # the latest checkpoint was, and the previous one is in use
+
+    def save(self, content: dict, replay: Replay | None = None) -> None:
+        """Writes a checkpoint and keeps the one before it.
+
+        Only what is new in the replay is written, to another part, to which both refer.
+        """
+        before = self.parts
+        parts = list(before)
+        if replay is not None and replay.rewards.size:
+            start, end = max(before, default=0), int(replay.size[0])
+            if end > start:
+                part = dict(run=self.run, rows=replay.since(start))
+                write_file(self.folder / PART.format(end), pack(part))
+                oldest = end - replay.rewards.shape[1]
+                parts = [part for part in before if part > oldest] + [end]
+        keep = None if self.damaged else self.folder / PREVIOUS
+        content = content | dict(run=self.run, parts=np.array(parts, np.int64))
+        write_file(self.folder / CHECKPOINT, pack(content), keep)
+        self.parts, self.damaged = parts, False
+        self._remove_parts_except(before + parts)
+
+    def _remove_parts_except(self, needed: list[int]) -> None:
+        names = [PART.format(part) for part in needed]
+        for path in self.folder.iterdir():
+            if PART_FILE.fullmatch(path.name) and path.name not in names:
+                with contextlib.suppress(OSError):  # it takes room and does no other harm
+                    path.unlink()
+
+    def _read(self, name: str) -> dict:
+        content = read_checkpoint(self.folder / name)
+        if content["run"] != self.run:
+            raise UserError(f"{self.folder / name} belongs to another run; move it away")
+        return content
+
+    def restore(self, like: dict, with_replay: bool = True) -> dict | None:
+        """Reads the latest checkpoint, or the one before it if the latest is damaged.
+
+        `like` is a content of the same structure; arrays of its `state` and `metrics` have to
+        match. Returns the content with the joined replay, or None if there is no checkpoint.
+        """
+        errors = []
+        for path in (self.folder / CHECKPOINT, self.folder / PREVIOUS):
+            if not path.exists():
+                continue
+            try:
+                content = self._read(path.name)
+                parts = [int(part) for part in content.pop("parts")]
+                del content["run"]
+                found = flax.serialization.from_state_dict(like, content)
+                for name in ("state", "metrics"):
+                    check_same_arrays(like[name], found[name])
+                rows = []
+                if with_replay:
+                    rows = [(part, self._read(PART.format(part))["rows"]) for part in parts]
+                found["replay"] = join_parts(rows)
+            except (MemoryError, UserError):
+                raise
+            except Exception as error:  # whatever msgpack and flax make of a damaged file
+                errors.append(f"{path} is damaged, or of another version ({error})")
+                continue
+            self.parts, self.damaged = parts, bool(errors)
+            if errors:
+                print(f"{errors[0]}: continuing from the one before, step {found['step']:,}")
+            return found
+        if errors:
+            raise UserError(f"{' and '.join(errors)}; move it away to start again")
+        return None

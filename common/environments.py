@@ -1,0 +1,221 @@
+"""Environments by name, with the papers' protocol, and their wrappers.
+
+Worker processes import this module, so it must not import jax.
+"""
+
+import contextlib
+import difflib
+import io
+import os
+import re
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+import ogbench  # noqa: F401 (registers the environments)
+from gymnasium.wrappers import RescaleAction
+
+from common.errors import UserError
+
+gymnasium.logger.min_level = gymnasium.logger.ERROR  # hides warnings about float64 boxes
+
+GOALS = np.float32([(5, 0), (-5, 0), (0, 5), (0, -5)])  # on the plane `multigoal`
+MULTIGOAL_STEPS = 30  # time limit of an episode there
+TRAINING = 2**31  # takes the episode number's place in the seeds of training episodes
+KITCHEN = (
+    *("light switch", "slide cabinet", "bottom burner", "microwave"),
+    *("kettle", "top burner", "hinge cabinet"),
+)  # kitchen-<k> has the first k of these tasks
+
+
+class OnlineEnv(NamedTuple):
+    """An environment of the online methods."""
+
+    id: str  # gymnasium's
+    arguments: dict = {}  # of gymnasium.make
+
+
+def kitchen(num_tasks: int) -> OnlineEnv:
+    arguments = dict(tasks_to_complete=KITCHEN[:num_tasks])
+    return OnlineEnv("gymnasium_robotics:FrankaKitchen-v1", arguments)
+
+
+ONLINE = {
+    "multigoal": OnlineEnv("MultiGoal-v0"),
+    "kitchen-1": kitchen(1),
+    "kitchen-2": kitchen(2),
+    "kitchen-4": kitchen(4),
+    "kitchen-7": kitchen(7),
+    "hopper": OnlineEnv("Hopper-v5"),
+    "halfcheetah": OnlineEnv("HalfCheetah-v5"),
+    "walker2d": OnlineEnv("Walker2d-v5"),
+    "humanoid": OnlineEnv("Humanoid-v5"),
+    "online-ant-xy": OnlineEnv("common.collect.ant:OnlineAntXY-v0"),  # for OGBench's expert
+}
+
+
+class Domain(NamedTuple):
+    """What OGBench and the QAM paper fix for a family of environments."""
+
+    kinds: tuple[str, ...]  # of datasets, the default one first
+    task: int  # OGBench's default task
+    chunk_length: int = 5
+    discount: float = 0.99
+    pessimism: float = 0.5
+    sparse: bool = False
+
+
+NAVIGATION = ("navigate", "stitch", "explore")
+MANIPULATION = ("play", "noisy")
+DOMAINS = {
+    "pointmaze": Domain(NAVIGATION, task=1),
+    "antmaze": Domain(NAVIGATION, task=1, chunk_length=1),
+    "antsoccer": Domain(NAVIGATION, task=4, chunk_length=1),
+    "humanoidmaze": Domain(NAVIGATION, task=1, chunk_length=1, discount=0.995, pessimism=0.0),
+    "cube": Domain(MANIPULATION, task=2),
+    "scene": Domain(MANIPULATION, task=2, sparse=True),
+    "puzzle": Domain(MANIPULATION, task=2, sparse=True),
+}
+DEFAULT_TASK = {"puzzle-3x3": 4, "puzzle-4x4": 4}  # where it is not the domain's
+OGBENCH_NAME = re.compile(
+    r"(?P<env>.+?)(-(?P<kind>navigate|stitch|explore|play|noisy))?"
+    r"(-singletask(-task(?P<task>[1-5]))?)?(-v0)?",
+    re.DOTALL,
+)
+
+
+class Source(NamedTuple):
+    """Where the data and episodes of a run come from."""
+
+    env: str  # such as cube-triple
+    dataset: str  # such as cube-triple-play; empty for online environments
+    task: int  # 1 to 5; of kitchen-<k> it is k
+    protocol: dict  # flag -> value, from the QAM paper
+
+
+def ogbench_environments() -> list[str]:
+    """Returns the names of OGBench's environments with states as observations."""
+    suffix = "-singletask-v0"
+    ids = [id for id in gymnasium.registry if id.endswith(suffix) and "visual" not in id]
+    return [id.removesuffix(suffix) for id in ids]
+
+
+def refuse_name(name: str, known: list[str]) -> None:
+    """Raises UserError with the names that are most similar to an unknown one."""
+    names = [*known, *ONLINE]
+    for env in known:
+        kinds = DOMAINS[env.split("-")[0]].kinds
+        names += [f"{env}-{kind}" for kind in kinds]
+    near = difflib.get_close_matches(name, names, cutoff=0.4)
+    if near:
+        raise UserError(f"unknown environment {name!r}; did you mean {', '.join(near)}?")
+    raise UserError(f"unknown environment {name!r}; known are {', '.join([*known, *ONLINE])}")
+
+
+def resolve(name: str) -> Source:
+    """Looks up an environment by its short name (cube-triple), dataset (cube-triple-noisy), full
+    OGBench name (cube-triple-noisy-singletask-task2-v0) or name in ONLINE."""
+    if name in ONLINE:
+        task = int(name[-1]) if name.startswith("kitchen") else 1
+        return Source(name, "", task, {})
+    known = ogbench_environments()
+    match = OGBENCH_NAME.fullmatch(name)
+    env = match["env"] if match else name
+    if env not in known:
+        refuse_name(name, known)
+    domain = DOMAINS[env.split("-")[0]]
+    kind = match["kind"] or domain.kinds[0]
+    if kind not in domain.kinds:
+        refuse_name(name, known)
+    protocol = domain._asdict()
+    del protocol["kinds"], protocol["task"]
+    if "giant" in env:
+        protocol["discount"] = 0.995
+    task = match["task"] or DEFAULT_TASK.get(env, domain.task)
+    return Source(env, f"{env}-{kind}", int(task), protocol)
+
+
+def single_task(name: str, task: int) -> str:
+    """Returns OGBench's name of the environment of one task."""
+    return f"{resolve(name).env}-singletask-task{task}-v0"
+
+
+def make_env(name: str, **options: Any) -> gymnasium.Env:
+    """Makes an environment by its OGBench name, such as "cube-single-singletask-task1-v0", or its
+    name in ONLINE, whose actions are rescaled to [-1, 1].
+
+    `options` are further arguments of gymnasium.make, such as render_mode.
+    """
+    os.environ.setdefault("MUJOCO_GL", "disable")  # only rendering needs a display
+    if name not in ONLINE:
+        return gymnasium.make(name, disable_env_checker=True, **options)
+    id, arguments = ONLINE[name]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # gymnasium_robotics' deprecations
+            env = gymnasium.make(id, disable_env_checker=True, **arguments, **options)
+    except (ImportError, AssertionError) as error:  # AssertionError: joints, since mujoco 3.12
+        raise UserError(
+            f"{name} needs gymnasium-robotics>=1.4,<1.5 and mujoco<3.12: "
+            f"pip install -r requirements.txt ({type(error).__name__})"
+        ) from error
+    if name.startswith("kitchen"):
+        env = Kitchen(env)
+    return RescaleAction(env, -1.0, 1.0)
+
+
+def seed_of(*parts: int) -> int:
+    """Hashes up to four non-negative integers, such as (seed, task, step, episode), to a 32-bit
+    seed. Zeros at the end change nothing."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def seeds_of(agents: list[tuple[int, int]], *parts: int) -> np.ndarray:
+    """Returns a seed (agents, 1) from each agent's seed and task and `parts`."""
+    return np.array([[seed_of(seed, task, *parts)] for task, seed in agents], np.uint32)
+
+
+class MultiGoal(gymnasium.Env):
+    """A plane with four goals (Haarnoja et al. 2017), in float32, started near the origin.
+
+    The observation is the position. An episode ends within distance 1 of a goal.
+    """
+
+    observation_space = gymnasium.spaces.Box(-7, 7, (2,))
+    action_space = gymnasium.spaces.Box(-1, 1, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        noise = self.np_random.standard_normal(2, np.float32)
+        self.position = np.clip(np.float32(0.1) * noise, -7, 7)
+        return self.position, {}
+
+    def step(self, action):
+        action = np.clip(np.float32(action), -1, 1)
+        self.position = np.clip(self.position + action, -7, 7)
+        distance = ((self.position - GOALS) ** 2).sum(-1).min()  # squared, to the nearest goal
+        reached = bool(distance < 1)
+        reward = np.float32(10 if reached else 0) - 30 * (action**2).sum() - distance
+        return self.position, float(reward), reached, False, {"success": reached}
+
+
+gymnasium.register("MultiGoal-v0", MultiGoal, max_episode_steps=MULTIGOAL_STEPS)
+
+
+class Kitchen(gymnasium.Wrapper):
+    """Observes only the robot and the objects, (59,).
+
+    The goals never change, and what is achieved repeats positions of objects. The info is reduced
+    to success, because its other entries change in later steps.
+    """
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.observation_space = env.observation_space["observation"]
+
+    def reset(self, **arguments):
+        state, _ = self.env.reset(**arguments)
+        return state["observation"], {}
+
+    def step(self, action):
+        state, reward, terminated, truncated, _ = self.env.step(action)
+        return state["observation"], reward, terminated, truncated, {"success": terminated}

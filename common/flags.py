@@ -1,0 +1,187 @@
+"""The command line of a script: ranges of flags, defaults of each environment, one-line errors."""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import tyro
+
+from common.devices import configure_jax
+from common.environments import ONLINE, resolve
+from common.errors import UserError
+
+LARGEST = 2**31 - 1
+# Flags that cannot change a result. A run may be continued with other values of them.
+FREE = (
+    *("name", "run_dir", "dataset_dir", "collect", "workers", "eval_slots"),
+    *("eval_only", "track", "compile_cache"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from `low` (unless `exclusive`) to `high`, a number or the name of another flag."""
+
+    low: float = -LARGEST
+    high: float | str = LARGEST
+    exclusive: bool = False
+
+
+PositiveInt = Annotated[int, Range(0, exclusive=True)]
+PositiveFloat = Annotated[float, Range(0, exclusive=True)]
+NonNegativeInt = Annotated[int, Range(0)]
+NonNegativeFloat = Annotated[float, Range(0)]
+UnitInterval = Annotated[float, Range(0, 1)]
+Precision = Literal["default", "float32", "bfloat16"]
+
+
+def configure(Args: type, env_defaults: dict, env: str, **flags: Any) -> Any:
+    """Returns `Args` for an environment.
+
+    In increasing priority: the defaults of the class, the protocol of the environment (as the
+    papers evaluate on it), the script's ENV_DEFAULTS, and `flags`.
+    """
+    source = resolve(env)
+    known = [field.name for field in dataclasses.fields(Args)]
+    offline = "tasks" in known
+    if offline == (env in ONLINE):
+        if offline:
+            advice = "this script is offline. Try fmer.py or baselines/sac.py."
+            raise UserError(f"--env {env} is an online environment; {advice}")
+        advice = "this script is online. Try meam.py or qam.py."
+        raise UserError(f"--env {env} is an offline environment; {advice}")
+    values = source.protocol | dict(tasks=(source.task,)) | env_defaults.get(source.env, {})
+    values = {name: value for name, value in values.items() if name in known}
+    return Args(**values | flags | dict(env=env))
+
+
+def check_range(flag: str, value: float, allowed: Range, args: Any) -> None:
+    """Raises UserError if a flag's value is outside its range."""
+    high = allowed.high
+    if isinstance(high, str):
+        high = getattr(args, high) or LARGEST  # 0 switches the other flag's phase off
+    above = value > allowed.low if allowed.exclusive else value >= allowed.low
+    if above and value <= high:
+        return
+    least = "greater than" if allowed.exclusive else "at least"
+    most = f"{high:,}" if high == LARGEST else f"{high}"
+    if isinstance(allowed.high, str):
+        most += f" (--{allowed.high})"
+    text = f"--{flag} must be {least} {allowed.low} and at most {most}, but is {value}"
+    raise UserError(text.replace("_", "-"))
+
+
+def check_ranges(args: Any) -> None:
+    """Checks every number among the flags against the range in its annotation."""
+    for flag, annotation in get_type_hints(type(args), include_extras=True).items():
+        values = getattr(args, flag)
+        if values == ():
+            raise UserError(f"--{flag.replace('_', '-')} needs at least one value")
+        if isinstance(values, tuple):
+            annotation = get_args(annotation)[0]
+        else:
+            values = (values,)
+        ranges = [x for x in getattr(annotation, "__metadata__", ()) if isinstance(x, Range)]
+        for value in values:
+            if type(value) in (int, float):
+                check_range(flag, value, ranges[0] if ranges else Range(), args)
+
+
+def describe_flags(Args: type) -> dict[str, tuple[str, str]]:
+    """Reads each flag's group and help from the comments of the class.
+
+    `# --- group ---` begins a group. The comment on a flag's line, or above it, is its help.
+    """
+    described = {}
+    group, above = "other", []
+    for line in inspect.getsource(Args).splitlines():
+        code, _, comment = line.strip().partition("# ")
+        flag = re.match(r"(\w+): ", code)
+        heading = re.fullmatch(r"--- (.+) -+", comment)
+        if heading:
+            group, above = heading[1], []
+        elif flag:
+            described[flag[1]] = group, " ".join([*above, comment]).strip()
+            above = []
+        elif comment:
+            above.append(comment)
+    return described
+
+
+def read_command_line(Args: type, defaults: Any, argv: list[str]) -> Any:
+    """Lets tyro parse `argv`; --help shows the groups of flags in boxes."""
+    described = describe_flags(Args)
+    hints = get_type_hints(Args, include_extras=True)
+    groups = {}
+    for field in dataclasses.fields(Args):
+        group, text = described[field.name]
+        annotation = Annotated[hints[field.name], tyro.conf.arg(help=text)]
+        default = dataclasses.field(default=getattr(defaults, field.name))
+        groups.setdefault(group.replace(" ", "_"), []).append((field.name, annotation, default))
+    boxes = []
+    for group, fields in groups.items():
+        box = dataclasses.make_dataclass(group, fields)
+        boxes.append((group, box, dataclasses.field(default_factory=box)))
+    header = inspect.getmodule(Args).__doc__ or ""
+    parsed = tyro.cli(
+        dataclasses.make_dataclass("Flags", boxes),
+        args=argv,
+        description=header.split("\n\n    python")[0],
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    flags = {}
+    for box in vars(parsed).values():
+        flags |= vars(box)
+    return Args(**flags)
+
+
+def name_of_run(args: Any, defaults: Any) -> str:
+    """Returns a run's name, made of the flags that differ from the environment's defaults."""
+    parts = []
+    for flag, value in vars(args).items():
+        if flag != "env" and flag not in FREE and value != getattr(defaults, flag):
+            text = str(value)
+            if isinstance(value, tuple):
+                text = "-".join(map(str, value))
+            parts.append(f"{flag}={text}".replace("_", "-").replace("/", "-"))
+    return ",".join(parts)[:200] or "default"
+
+
+def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
+    """Reads and checks the flags of a script; `argv` defaults to the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first_look.add_argument("--env", nargs="?", default=Args.env, const="")
+    env = first_look.parse_known_args(argv)[0].env
+    defaults = configure(Args, env_defaults, env)
+    args = read_command_line(Args, defaults, argv)
+    check_ranges(args)
+    tasks = getattr(args, "tasks", ())
+    if len(tasks) > len(set(tasks)):
+        raise UserError("--tasks must not name a task twice")
+    if args.name in (".", "..") or "/" in args.name:
+        raise UserError(f"--name {args.name!r} must be the name of a folder, without /")
+    if not args.name:
+        args = dataclasses.replace(args, name=name_of_run(args, defaults))
+    if tasks and resolve(env).env not in env_defaults:
+        print(f"No tuned hyperparameters for {env}; using the defaults.")
+    configure_jax(args)
+    return args
+
+
+def launch(main: Callable, Args: type, env_defaults: dict) -> None:
+    """Runs a script from the command line; a mistake of the user ends in one line."""
+    try:
+        main(parse(Args, env_defaults))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")
+    except Exception as error:
+        if re.search("MemoryError|RESOURCE_EXHAUSTED|Out of memory", repr(error)):
+            sys.exit("error: out of memory. Lower --num-seeds, --tasks or --batch-size.")
+        raise

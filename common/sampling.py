@@ -1,0 +1,151 @@
+"""The dataset, the replay buffer and batches on the device, and the drawing of chunks.
+
+M stored states, T transitions, S observation size, d action size, H chunk length, A = H d, B batch,
+C capacity of the replay.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+@flax.struct.dataclass
+class Dataset:
+    """One copy of the data, shared by all agents.
+
+    Next observations are not stored: transition k leads from observations[rows[k]] to
+    observations[rows[k] + 1].
+    """
+
+    observations: Array  # (M, S), the last state of every trajectory included
+    rows: Array  # (T,) int32
+    actions: Array  # (T, d)
+    rewards: Array  # (tasks, T), of the state before the action, as OGBench labels them
+    masks: Array  # (tasks, T), 0 where that state solves the task
+    terminals: Array  # (T,), 1 on the last transition of a trajectory (not on success)
+
+
+@flax.struct.dataclass
+class Replay:
+    """Transitions of each agent's own environment; the oldest are overwritten."""
+
+    observations: Array  # (agents, C, S)
+    next_observations: Array  # (agents, C, S)
+    actions: Array  # (agents, C, d)
+    rewards: Array  # (agents, C)
+    masks: Array  # (agents, C), 1 - terminated: a time limit still bootstraps
+    terminals: Array  # (agents, C), terminated or truncated
+    size: Array  # (agents,) int32, number of transitions ever appended
+
+    @classmethod
+    def create(cls, num_agents: int, capacity: int, observation_size: int, action_size: int):
+        """Returns an empty replay, spread over the devices of the agents."""
+        shape = num_agents, capacity
+        return cls(
+            observations=jnp.zeros((*shape, observation_size)),
+            next_observations=jnp.zeros((*shape, observation_size)),
+            actions=jnp.zeros((*shape, action_size)),
+            rewards=jnp.zeros(shape),
+            masks=jnp.zeros(shape),
+            terminals=jnp.zeros(shape),
+            size=jnp.zeros(num_agents, jnp.int32),
+        )
+
+    @partial(jax.jit, donate_argnums=0)
+    def append(self, transitions: dict[str, Array]) -> "Replay":
+        """Adds arrays (agents, n, ...) in one piece; n divides the capacity."""
+        columns = vars(self)
+        start = self.size[0] % self.rewards.shape[1]
+        new = dict(size=self.size + transitions["rewards"].shape[1])
+        for name in columns.keys() - new.keys():
+            new[name] = jax.lax.dynamic_update_slice_in_dim(
+                columns[name], transitions[name], start, axis=1
+            )
+        return Replay(**new)
+
+    def since(self, start: int) -> dict[str, np.ndarray]:
+        """Returns the transitions from number `start` on that are still there, oldest first, as
+        arrays (agents, n, ...)."""
+        size, capacity = int(self.size[0]), self.rewards.shape[1]
+        slots = np.arange(max(start, size - capacity), size) % max(capacity, 1)
+        columns = {name: x for name, x in vars(self).items() if name != "size"}
+        return {name: np.asarray(x[:, slots]) for name, x in columns.items()}
+
+    def refill(self, transitions: dict[str, np.ndarray]) -> "Replay":
+        """Puts back what `since` returned; `transitions` also has the `size` at that time."""
+        if not transitions:
+            return self
+        size, capacity = int(transitions["size"]), self.rewards.shape[1]
+        count = min(transitions["rewards"].shape[1], capacity)
+        slots = np.arange(size - count, size) % capacity
+        columns = dict(size=jnp.full_like(self.size, size))
+        for name in transitions.keys() - columns.keys():
+            latest = transitions[name][:, -count:]
+            columns[name] = getattr(self, name).at[:, slots].set(latest)
+        return Replay(**columns)
+
+
+class Batch(NamedTuple):
+    """Chunks of H steps of one agent."""
+
+    observations: Array  # (B, S), at the start
+    actions: Array  # (B, A), a_0, ..., a_{H-1}
+    rewards: Array  # (B,), their discounted sum
+    masks: Array  # (B,), 0 if the task was solved on the way
+    next_observations: Array  # (B, S), after the last step
+    valid: Array  # (B,), 0 if the trajectory ends before the last step
+
+
+def sample(
+    key: Array,
+    data: Dataset,
+    replay: Replay,
+    task_row: Array,
+    batch_size: int,
+    chunk_length: int,
+    discount: float,
+) -> Batch:
+    """Draws chunks uniformly from the dataset followed by one agent's replay.
+
+    They are drawn exactly as the official sampler draws them. The key is consumed; `task_row` is
+    the agent's row of data.rewards. Where a trajectory ends early, the actions run on into the next
+    one, and everything else stops at the end of its own.
+    """
+    offline_size = len(data.rows)
+    capacity = len(replay.rewards)
+    last_start = offline_size + replay.size - chunk_length
+    start = jax.random.randint(key, (batch_size,), 0, last_start + 1)
+    k = start[:, None] + jnp.arange(chunk_length)  # (B, H) transitions
+
+    def pick(offline, online, k):
+        """Takes the values of transitions k: offline(k) from the data, online[k - T] after it."""
+        values = offline(jnp.minimum(k, offline_size - 1))
+        if capacity == 0:
+            return values
+        online_values = online[jnp.clip(k - offline_size, 0, capacity - 1)]
+        is_online = k >= offline_size
+        trailing = range(k.ndim, values.ndim)
+        return jnp.where(jnp.expand_dims(is_online, tuple(trailing)), online_values, values)
+
+    terminals = pick(lambda k: data.terminals[k], replay.terminals, k)
+    running = jnp.cumsum(terminals, axis=1) == terminals  # (B, H): the trajectory is not over yet
+    valid = running.astype(jnp.float32)
+    last = start + valid.sum(1).astype(jnp.int32) - 1
+    rewards = pick(lambda k: data.rewards[task_row, k], replay.rewards, k)
+    masks = pick(lambda k: data.masks[task_row, k], replay.masks, k)
+    states, rows = data.observations, data.rows
+    discounts = discount ** jnp.arange(chunk_length)
+    actions = pick(lambda k: data.actions[k], replay.actions, k)
+    return Batch(
+        observations=pick(lambda k: states[rows[k]], replay.observations, start),
+        actions=actions.reshape(batch_size, -1),
+        rewards=(discounts * rewards * valid).sum(1),
+        masks=jnp.where(valid == 1, masks, 1).min(1),
+        next_observations=pick(lambda k: states[rows[k] + 1], replay.next_observations, last),
+        valid=valid[:, -1],
+    )
