@@ -5,7 +5,7 @@
 One constant state, one action in [-1, 1], a critic and a data density that are given. The scripts'
 own `create` and `update` train everything else; only the script's `critic` is replaced. Closed
 forms: QAM's pi_beta exp(tau Q), ME-AM's Eq. (16). Writes docs/images/bandits.png and
-benchmarks/results/bandits.json; tests/test_meam_theory.py trains the same problems.
+benchmarks/results/bandits.json; tests/theory/test_meam_theory.py trains the same problems.
 
 Shapes: N seeds, C late checkpoints, n samples, G points of the grid.
 """

@@ -30,7 +30,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from benchmarks import script_of, write_rows
 from common.data import Batch, Dataset, Replay, spread
 from plot import markdown, read_rows
-from tests.shared_blocks import named
+from tools.shared_blocks import named
 
 # name -> flags, observation and action size; flags that a script does not have are left out
 OFFLINE_SIZES = {

@@ -1,55 +1,41 @@
 """What all tests share: no display, compiled programs kept for the session (also for the processes
-that tests start), groups of tests that run in one process, a small real dataset, and arguments of
-runs that take seconds."""
+that tests start), groups of tests that run in one process, and fixtures of several areas."""
 
 import atexit
 import gc
+import importlib
 import os
 import re
 import shutil
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 
-from tests import shared_blocks
+from tools.shared_blocks import ROOT, scripts
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+pytest.register_assert_rewrite("tests.helpers")
 os.environ.setdefault("MUJOCO_GL", "disable")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # read when jax is imported; workers inherit it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-cache-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-ENV = "pointmaze-medium"
-# Two agents; evaluations and checkpoints at 8, 10, 16 and 24, of which 16 is the online phase's
-# sixth step: in the middle of an episode, and of the plan of five actions that began with it.
-TINY = dict(
-    tasks=(1, 2),
-    offline_steps=10,
-    online_steps=14,
-    start_training=4,
-    log_interval=3,
-    eval_interval=8,
-    eval_episodes=2,
-    eval_slots=2,
-    workers=1,
-    hidden_dims=(16, 16),
-    num_critics=2,
-    flow_steps=3,
-    batch_size=16,
-)
-SLOW = ["theory", "bandit", "runs", "envs"]  # in names of files that start first: ends stay short
-ALONE = SLOW[:2]  # their tests share nothing: each may go to another process
-SCRIPTS = {str(x.relative_to(ROOT).with_suffix("")) for x in shared_blocks.scripts()}
+SLOW = ["theory/", "runs/", "envs.py"]  # in paths of files that start first: ends stay short
+ALONE = "theory/"  # their tests share nothing: each may go to another process
+SCRIPTS = {str(x.relative_to(ROOT).with_suffix("")) for x in scripts()}
+
+
+def file(nodeid):
+    """Path of a test's file in the repository, such as tests/runs/test_script_runs.py."""
+    return nodeid.partition("::")[0]
 
 
 def group(nodeid):
     """File and, where it is a parameter, script of a test."""
-    file, _, name = nodeid.partition("::")
-    return " ".join([file, *(x for x in re.split(r"[\[\]-]", name) if x in SCRIPTS)])
+    words = re.split(r"[\[\]-]", nodeid.partition("::")[2])
+    return " ".join([file(nodeid), *(word for word in words if word in SCRIPTS)])
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -60,7 +46,7 @@ def pytest_xdist_auto_num_workers(config):
 
 def pytest_collection_modifyitems(items):
     def rank(item):
-        return next((i for i, word in enumerate(SLOW) if word in item.path.stem), len(SLOW))
+        return next((i for i, word in enumerate(SLOW) if word in file(item.nodeid)), len(SLOW))
 
     items.sort(key=rank)
 
@@ -72,8 +58,7 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Groups(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            alone = any(word in nodeid.partition("::")[0] for word in ALONE)
-            return nodeid if alone else group(nodeid)
+            return nodeid if ALONE in file(nodeid) else group(nodeid)
 
     return Groups(config, log) if config.getvalue("dist") == "loadscope" else None
 
@@ -97,14 +82,6 @@ def dataset_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     collect("pointmaze-medium-navigate", 3000, folder, workers=1)
     return folder
-
-
-def tiny_args(module, folder, **flags):
-    """A script's `Args` for a run of seconds on the dataset in `folder`."""
-    from common.run import configure
-
-    flags = {k: v for k, v in TINY.items() if k in module.Args.__dataclass_fields__} | flags
-    return configure(module.Args, module.ENV_DEFAULTS, ENV, dataset_dir=str(folder), **flags)
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +108,41 @@ def float64():
 
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder, which relative run folders are in, and no pictures."""
+    from common.run import Run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Run, "finish", lambda *_: None)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def script(request):
+    """Path of a script without .py, by which a module's tests are parametrized."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def module(script):
+    """The script's module."""
+    return importlib.import_module(script.replace("/", "."))
+
+
+@pytest.fixture
+def new_pool():
+    """EnvPool, closed in the end."""
+    from common.envs import EnvPool
+
+    pools = []
+
+    def new(*args, **kwargs):
+        pools.append(EnvPool(*args, **kwargs))
+        return pools[-1]
+
+    yield new
+    for pool in pools:
+        pool.close()

@@ -22,8 +22,9 @@ from baselines import bam, cgql, dpmd, flame, ppo, rlpd, sac
 from common import run
 from common.envs import ONLINE, resolve
 from common.run import parse
-from tests import shared_blocks
-from tests.test_run import MAY_BE_0, SIGNED, numbers, stops
+from tests.helpers.messages import stops
+from tests.helpers.numbers import MAY_BE_0, SIGNED, numbers
+from tools import shared_blocks
 
 SCRIPTS = shared_blocks.named("offline") + shared_blocks.named("online")
 CHANGES = int(os.environ.get("FAULTS", 300))  # misspelt environments

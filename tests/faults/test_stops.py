@@ -1,10 +1,9 @@
-# ruff: noqa: F811 (fixtures are imported, and are names of parameters)
 """Runs that are interrupted by signals and kills, and continued: what they leave equals what an
 uninterrupted run leaves, bit by bit (but for the columns `seconds`).
 
 `FAULTS=9 pytest -s tests/faults/test_stops.py -k kills` kills every script, and the collection of a
 dataset, so many times, at random moments. (Two kills of most are part of CI:
-test_killed_and_continued of tests/test_script_runs.py.)
+test_killed_and_continued of tests/runs/test_script_runs.py.)
 """
 
 import gc
@@ -20,19 +19,9 @@ import pytest
 
 from common.envs import EnvPool
 from common.run import CHECKPOINT, Run
-from tests import shared_blocks, test_online_runs, test_ppo_runs
-from tests.conftest import ROOT, tiny_args
-from tests.test_script_runs import (  # noqa: F401 (fixtures)
-    assert_same,
-    checkpoint,
-    command,
-    here,
-    module,
-    rows,
-    script,
-    start,
-    traced,
-)
+from tests.helpers.flags import tiny_args, tiny_online, tiny_ppo
+from tests.helpers.runs import assert_same, checkpoint, command, rows, start, traced
+from tools.shared_blocks import ROOT, named
 
 KILLS = int(os.environ.get("FAULTS", 0))  # of every script
 SCRIPTS = ["qam", "meam", "fmer", "baselines/rlpd", "baselines/ppo", "baselines/sac"]
@@ -48,9 +37,9 @@ def pytest_generate_tests(metafunc):
 def args(script, module, dataset_dir):
     """Of a run of seconds: offline and online, on the plane, or in worker processes."""
     if script == "baselines/ppo":
-        return test_ppo_runs.tiny("hopper")
-    if script in shared_blocks.named("online"):
-        return test_online_runs.tiny(module, "hopper" if script == "baselines/sac" else "multigoal")
+        return tiny_ppo("hopper")
+    if script in named("online"):
+        return tiny_online(module, "hopper" if script == "baselines/sac" else "multigoal")
     apart = dict(online_steps=24, start_training=10) if script == "baselines/rlpd" else {}
     return tiny_args(module, dataset_dir, **apart)
 

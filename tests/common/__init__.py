@@ -1,0 +1,1 @@
+"""What the scripts share: data, environments, runs, agents on several devices."""

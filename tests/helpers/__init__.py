@@ -1,0 +1,1 @@
+"""What tests of several areas use. No test module imports another one."""

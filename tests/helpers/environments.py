@@ -1,0 +1,56 @@
+"""A toy environment, a policy, and a comparison, for the tests of environments."""
+
+import os
+import signal
+
+import gymnasium
+import numpy as np
+
+
+class Toy(gymnasium.Env):
+    """An episode of seed % 100 steps that succeeds if seed // 100 is odd, and is cut off otherwise;
+    from seed 1000 on it also looks like a success after the first step, which does not count.
+    Observes (seed, age, the action, a draw from the global generator)."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (5,))
+    action_space = gymnasium.spaces.Box(-1, 1, (2,))
+
+    def observe(self, action):
+        return np.array([self.seed, self.age, *action, np.random.uniform()])
+
+    def reset(self, *, seed=None, options=None):
+        self.seed, self.age = seed, 0
+        return self.observe([0, 0]), {}
+
+    def step(self, action):
+        if action[0] == -1:
+            raise ValueError("the toy is broken")
+        if action[0] == -2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.age += 1
+        over, good = self.age == self.seed % 100, self.seed // 100 % 2 == 1
+        success = over and good
+        info = dict(success=success or self.age == 1 and self.seed > 1000)
+        return self.observe(action), success - 1, success, over and not good, info
+
+
+gymnasium.register("Toy-v0", Toy)
+TOY = "tests.helpers.environments:Toy-v0"  # a worker imports this module, and so has it, too
+
+
+def noise(H, d):
+    """A policy: numbers that depend on the episode's seed and age alone."""
+
+    def policy(observations, seeds, ages):
+        draw = lambda s, a: np.random.default_rng([s, a]).uniform(-1, 1, (H, d))
+        return np.float32([draw(s, a) for s, a in zip(seeds, ages)])
+
+    return policy
+
+
+def same(first, second):
+    """Equal bit by bit; of `play`, paths too."""
+    assert first.keys() == second.keys()
+    for name in first:
+        for x, y in zip(np.ravel(first[name]), np.ravel(second[name])):
+            assert np.array_equal(x, y), name

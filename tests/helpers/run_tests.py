@@ -1,0 +1,362 @@
+"""Tests and fixtures of real runs that several files import, and so have for their own scripts.
+Fixtures `script`, `module` and `args` are those of the importing file, or of tests/conftest.py."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from common.data import Shards, read
+from common.envs import TRAINING, make_env, resolve, seed_of
+from common.run import Run
+from tests.helpers.flags import ENV, TINY
+from tests.helpers.runs import (
+    assert_same,
+    checkpoint,
+    clean,
+    command,
+    contents,
+    rows,
+    run_folder,
+    start,
+    traced,
+)
+from tools.shared_blocks import ROOT
+
+every_script = pytest.mark.every_script
+
+
+def pytest_generate_tests(metafunc):
+    """Parametrizes by script, in every file that imports this hook."""
+    if "script" in metafunc.fixturenames:
+        marked = metafunc.definition.get_closest_marker("every_script")
+        scripts = metafunc.module.EVERY if marked else metafunc.module.FULLY
+        metafunc.parametrize("script", scripts, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def reference(script, module, args, tmp_path_factory):
+    """Folder that an uninterrupted run was started in, and the numbers of compiled programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("reference"))
+        module.train_chunk.clear_cache(), module.act.clear_cache()
+        module.main(args)
+        return run_folder(script), (module.train_chunk._cache_size(), module.act._cache_size())
+
+
+@every_script
+def test_files(reference):
+    """Configuration, both tables, checkpoint, and the paths of the last evaluation."""
+    names = {"config.json", "train.csv", "eval.csv", "checkpoint.msgpack", "rollouts.npz"}
+    assert names <= set(os.listdir(reference[0]))
+    with open(f"{reference[0]}/config.json") as file:
+        flags = json.load(file)["flags"]
+    assert flags["batch_size"] == TINY["batch_size"] and flags["env"] == ENV
+    assert checkpoint(reference[0])["step"] == 24
+
+
+def test_pictures(reference):
+    """curve.png, and rollouts.png with a panel per task, are pictures that are not blank."""
+    for name, least in (("curve", 1000), ("rollouts", 600)):
+        picture = plt.imread(f"{reference[0]}/{name}.png")[..., :3]
+        assert picture.shape[1] > least and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+
+
+def test_episodes(reference):
+    """Every agent played exactly `eval_episodes` episodes; success and length are their means."""
+    with np.load(f"{reference[0]}/rollouts.npz") as file:
+        lengths = np.array([len(file[f"path{i}"]) for i in range(4)]).reshape(2, 2)
+        assert "path4" not in file and file["success"].shape == (2, TINY["eval_episodes"])
+        success = file["success"].mean(1)
+    last = rows(reference[0], "eval")[-2:]
+    np.testing.assert_allclose([float(x["length"]) for x in last], lengths.mean(1))
+    np.testing.assert_allclose([float(x["success"]) for x in last], success)
+
+
+def test_repeats_bit_by_bit(script, module, args, reference, here):
+    """The same command in another folder: the same tables and checkpoint."""
+    module.main(args)
+    assert_same(run_folder(script), reference[0])
+
+
+def test_workers_and_slots_change_nothing(script, module, args, reference, here):
+    """Two workers, and one evaluation environment per agent in place of two: the same scores."""
+    module.main(dataclasses.replace(args, workers=2, eval_slots=1))
+    assert rows(run_folder(script), "train") == rows(reference[0], "train")
+    assert rows(run_folder(script), "eval") == rows(reference[0], "eval")
+
+
+def test_killed_and_continued(script, args, reference, here):
+    """SIGKILL at random moments, early and late, and the same command again."""
+    generator, line = random.Random(script), command(script, args)
+    for sign, longest in (("train.csv", 0.1), ("checkpoint.msgpack", 0.5)):
+        path = Path(run_folder(script)) / sign
+        written = lambda: path.stat().st_mtime_ns if path.exists() else None
+        before = written()  # a checkpoint may be there from the first start
+        with open("output.txt", "a") as output:
+            process = subprocess.Popen(line, stdout=output, stderr=output)
+        while written() == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(delay := generator.uniform(0, longest))
+        process.kill()
+        print(f"killed {delay:.3f} s after {sign} was written: {process.wait()}")
+        complete = before and process.returncode == 0  # all but done at the first kill: a fast one
+        assert process.returncode == -9 or complete, open("output.txt").read()
+    subprocess.run(line, check=True, capture_output=True)
+    assert_same(run_folder(script), reference[0])
+
+
+def test_finished_run_stays(script, module, args, reference, here):
+    """The command of a finished run does nothing."""
+    shutil.copytree(reference[0], run_folder(script))
+    before = contents(run_folder(script))
+    module.main(args)
+    assert contents(run_folder(script)) == before == contents(reference[0])
+
+
+def test_eval_only(script, module, args, reference, here):
+    """--eval-only plays the episodes of the last evaluation again, into a table of its own."""
+    shutil.copytree(reference[0], run_folder(script))
+    module.main(dataclasses.replace(args, eval_only=True))
+    after = contents(run_folder(script))
+    assert rows(run_folder(script), "eval_only") == rows(reference[0], "eval")[-2:]
+    assert after.keys() - contents(reference[0]).keys() == {"eval_only.csv"}
+    assert contents(reference[0]).items() <= after.items()
+    result = module.main(dataclasses.replace(args, eval_only=True, eval_episodes=3))
+    assert result["success"].shape == (2, 3)
+
+
+def test_eval_only_needs_a_checkpoint(module, args, here):
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        module.main(dataclasses.replace(args, eval_only=True))
+
+
+def test_other_flags_are_refused(script, module, args, reference, here):
+    """Another value in the same folder: one message that names the flag, and nothing changes."""
+    shutil.copytree(reference[0], run_folder(script))
+    with pytest.raises(SystemExit, match=f"lr: {args.lr} there, 0.5 now"):
+        module.main(dataclasses.replace(args, lr=0.5))
+    assert contents(run_folder(script)) == contents(reference[0])
+
+
+@every_script
+def test_help(script, module, tmp_path):
+    """--help lists every flag and touches nothing."""
+    line = [sys.executable, *start(script, ROOT), "--help"]
+    variables = clean(tmp_path) | ({"PYTHONPATH": str(ROOT)} if "/" in script else {})
+    answer = subprocess.run(line, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert answer.returncode == 0 and not answer.stderr
+    for field in dataclasses.fields(module.Args):
+        flag = "--" + field.name.replace("_", "-")
+        assert (flag in answer.stdout) == (field.name != "action_size")
+    assert not list(tmp_path.rglob("*"))
+
+
+@every_script
+def test_import_does_nothing(script, tmp_path):
+    """Importing prints nothing, writes nothing, starts no device and no process."""
+    check = f"""
+import importlib, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+importlib.import_module({script.replace("/", ".")!r})
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+assert not {{"wandb", "matplotlib"}} & set(sys.modules)
+assert not open(f"/proc/self/task/{{os.getpid()}}/children").read()
+"""
+    line = [sys.executable, "-c", check]
+    answer = subprocess.run(line, cwd=tmp_path, env=clean(tmp_path), capture_output=True, text=True)
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
+    assert not list(tmp_path.rglob("*"))
+
+
+# --- what the loop asks for ----------------------------------------------------------------------
+
+AGENTS = [(3, 5), (3, 6), (1, 5), (1, 6)]  # (task, seed) of --tasks 3 1 --seed 5 --num-seeds 2
+
+
+FOUR = dict(tasks=(3, 1), seed=5, num_seeds=2, eval_episodes=3, eval_slots=3)
+
+
+SHARD = f"{ENV}-navigate-v0-00{{}}.npz"
+
+
+def three_shards(folder):
+    """Files with their number in all observations, and the goals of task 1 and 3 in other rows."""
+    mazes = [make_env(f"{ENV}-singletask-task{task}-v0") for task in (1, 3)]
+    goals = [(maze.reset(), maze.unwrapped.cur_goal_xy)[1] for maze in mazes]
+    for i in range(3):
+        qpos = np.zeros((40, 2), np.float32)
+        qpos[2 + i :: 5], qpos[3 + i :: 7] = goals
+        arrays = dict(qpos=qpos, observations=np.full((40, 2), i, np.float32))
+        arrays |= dict(actions=np.zeros((40, 2), np.float32), terminals=np.arange(40) == 39)
+        np.savez(folder / SHARD.format(i), **arrays)
+
+
+class Pool:
+    """In place of `EnvPool`: writes down what is asked of it, and answers with random numbers."""
+
+    def __init__(self, names, workers, each=1):
+        self.names = [name for name in names for _ in range(each)]
+        self.pools.append(self.names)
+
+    def ask(self, policy):
+        """Every slot gets the actions of its agent, by its own state, seed and age."""
+        n = np.arange(len(self.names))
+        plans = policy(np.float32([n, n]).T, np.uint32(10 * n), np.int32(100 * n))
+        numbers = 111 * n + 1000 * (n * len(AGENTS) // len(n))
+        np.testing.assert_array_equal(plans, numbers[:, None, None] * np.ones((5, 2)))
+
+    def start(self, slots, seeds):
+        self.started.extend((len(self.taken), i, seed) for i, seed in zip(slots, seeds))
+
+    def step(self, policy, slots):
+        if policy.__name__ == "policy":  # and not RLPD's random actions
+            self.ask(policy)
+        rng, n = np.random.default_rng(len(self.taken)), len(slots)
+        shapes = dict.fromkeys(("observations", "actions", "next_observations"), (n, 2))
+        row = {k: rng.normal(size=x) for k, x in (shapes | dict(masks=n, success=n)).items()}
+        row |= dict(rewards=-rng.integers(0, 4, n), terminals=rng.uniform(size=n) < 0.3)
+        self.taken.append({k: np.float32(x) for k, x in row.items()})
+        return dict(self.taken[-1])
+
+    def play(self, policy, seeds):
+        self.ask(policy)
+        rng = np.random.default_rng(len(self.played))
+        out = {k: rng.uniform(size=seeds.shape) for k in ("success", "return", "length")}
+        self.played.append((seeds.tolist(), out))
+        return out | dict(path=np.frompyfunc(lambda _: [], 1, 1)(seeds))
+
+    save = lambda self: dict(seeds=np.zeros(4), ages=np.zeros(4), plans={})
+    load = lambda *_: None
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["dense", "sparse"])
+def loop(request, script, module, args, tmp_path_factory):
+    """A run of four agents, whose shards swap every four updates, with all but the loop replaced:
+    the k-th update of agent i has the metric 1000 i + k, and does nothing but count. -> arguments,
+    folder, the states before each call of `train_chunk`, the calls, and the class of the pools."""
+    states, calls, N = [], [], len(AGENTS)
+    count = lambda: sum(call["updates"] for call in calls)
+
+    def train_chunk(args, state, data, replay, task, updates):
+        if traced(state):
+            return state, dict(number=jnp.zeros(N))
+        numbers = 1000 * np.arange(N)[:, None] + count() + 1 + np.arange(updates)
+        states.append(state)
+        calls.append(dict(data=data, replay=jax.device_get(replay), task=task, updates=updates))
+        return state.replace(key=state.key + np.uint32(updates)), dict(number=numbers.sum(1))
+
+    def act(args, state, observations, seeds, ages):
+        if calls:  # with the latest state
+            assert (state.key - states[0].key == count()).all()
+        numbers = observations[..., 0] + seeds + ages + 1000 * np.arange(N)[:, None]
+        return numbers[..., None, None] * np.ones((5, 2))
+
+    folder = tmp_path_factory.mktemp("loop")
+    three_shards(folder)
+    args = dataclasses.replace(args, dataset_dir=str(folder), sparse=request.param, **FOUR)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        pool = type("Own", (Pool,), {name: [] for name in ("pools", "started", "taken", "played")})
+        new = dict(train_chunk=train_chunk, act=act, EnvPool=pool)
+        for name, value in (new | dict(Shards=partial(Shards, interval=4))).items():
+            patch.setattr(module, name, value)
+        patch.setattr(Run, "finish", lambda *_: None)
+        module.main(args)
+        return args, run_folder(script), states, calls, pool
+
+
+def steps_of(args):
+    """(step, environment step or 0) of every update, in order."""
+    offline = getattr(args, "offline_steps", 0)
+    online = range(args.start_training, args.online_steps + 1)
+    return [(i, 0) for i in range(1, offline + 1)] + [(offline + i, i) for i in online]
+
+
+def test_agents_start_apart(loop):
+    """Networks and random numbers of any two agents differ, of another task or another seed."""
+    first = loop[2][0]
+    leaves = jax.tree_util.tree_leaves_with_path(first.params)
+    kernels = [x for path, x in leaves if "kernel" in jax.tree_util.keystr(path)]
+    assert len(kernels) > 5
+    for x in [first.key, *kernels]:
+        assert len(np.unique(np.reshape(x, (len(AGENTS), -1))[:, 0])) == len(AGENTS)
+
+
+def test_every_update_has_its_data(loop):
+    """The shard of its time, counted on from the offline phase, and the rewards of the agent's own
+    task; the replay holds what was stepped so far, with rewards as --sparse asks for."""
+    args, _, _, calls, pool = loop
+    files, source, updates = Path(args.dataset_dir), resolve(ENV), iter(steps_of(args))
+    labelled = lambda i, task: read(files / SHARD.format(i), source, (task,), args.sparse, False)
+    own = [[labelled(i, task) for task, _ in AGENTS] for i in range(3)]
+    swaps, now = getattr(args, "offline_steps", 0) // 4, 0
+    for call in calls:
+        steps = [next(updates) for _ in range(call["updates"])]
+        now = steps[-1][1] if steps else now + 1
+        times = [step // 4 if not online else swaps + online // 4 for step, online in steps]
+        number = int(call["data"].observations[0, 0])
+        assert {x % 3 for x in times} <= {number}
+        for task, data in zip(call["task"], own[number], strict=True):
+            np.testing.assert_array_equal(call["data"].rewards[task], data.rewards[0])
+            np.testing.assert_array_equal(call["data"].masks[task], data.masks[0])
+        assert call["replay"].size.tolist() == [now] * len(AGENTS)
+        for name in pool.taken[0].keys() - {"success"} if now else ():
+            taken = np.stack([row[name] for row in pool.taken[:now]], 1)
+            if name == "rewards" and args.sparse:
+                taken = np.where(taken < 0, -1, 0)
+            np.testing.assert_array_equal(getattr(call["replay"], name)[:, :now], taken)
+    assert next(updates, None) is None and now == len(pool.taken) == args.online_steps
+    assert not np.array_equal(own[0][0].rewards, own[0][2].rewards)
+
+
+def test_evaluations_have_their_seeds(loop):
+    """Those of (seed, task, step, episode), offline and online; scores are means over an agent's
+    episodes."""
+    args, folder, _, _, pool = loop
+    steps, lines = sorted({int(row["step"]) for row in rows(folder, "eval")}), rows(folder, "eval")
+    assert len(pool.played) == len(steps) >= 3
+    for i, (step, (seeds, out)) in enumerate(zip(steps, pool.played)):
+        assert seeds == [[seed_of(s, t, step, e) for e in range(3)] for t, s in AGENTS]
+        for j, line in enumerate(lines[4 * i : 4 * i + 4]):
+            assert (int(line["task"]), int(line["seed"]), int(line["step"])) == (*AGENTS[j], step)
+            for name, x in out.items():
+                assert float(line[name]) == pytest.approx(x[j].sum() / 3)
+
+
+def test_environments_are_those_of_the_agents(loop):
+    """By name, for evaluations and for training, where each episode has a seed of its own: of
+    (seed, task, 0), then of the step at which the one before ended."""
+    args, _, _, _, pool = loop
+    names = [f"{ENV}-singletask-task{task}-v0" for task, _ in AGENTS]
+    assert pool.pools == [[name for name in names for _ in range(3)], names]
+    expected = [(0, i, seed_of(seed, task, 0)) for i, (task, seed) in enumerate(AGENTS)]
+    for step, row in enumerate(pool.taken, 1):
+        over = [i for i in range(len(AGENTS)) if row["terminals"][i]]
+        expected += [(step, i, seed_of(*AGENTS[i][::-1], step, TRAINING)) for i in over]
+    assert pool.started == expected and len(expected) > 20
+
+
+def test_rows_are_means_over_updates(loop):
+    """Over those since the last row, of each agent by itself."""
+    args, folder, *_ = loop
+    steps, last = np.array([step for step, _ in steps_of(args)]), 0
+    for i, line in enumerate(rows(folder, "train")):
+        step, agent = int(line["step"]), i % len(AGENTS)
+        since = np.flatnonzero((steps > last) & (steps <= step)) + 1
+        assert float(line["number"]) == pytest.approx(1000 * agent + since.mean())
+        last = step if agent == 3 else last
+    assert last == steps[-1]

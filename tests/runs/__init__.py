@@ -1,0 +1,1 @@
+"""Real runs of every script, of seconds each."""

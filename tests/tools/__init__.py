@@ -1,0 +1,1 @@
+"""Figures, films, benchmarks, documents and the tools that keep them right."""

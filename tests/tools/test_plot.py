@@ -1,0 +1,626 @@
+"""Pictures and tables of many runs: statistics against slow or hand-made ones, exact tables, what
+is said of missing seeds, published numbers, and what can be seen in the pictures."""
+
+import csv
+import itertools
+import json
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import scipy.stats
+from matplotlib.colors import to_rgb
+
+import plot
+from benchmarks import multigoal
+from common.envs import make_env
+from common.run import FREE
+from plot import Options, interval, main, organise
+from tests.helpers.messages import stops
+from tools.shared_blocks import ROOT
+
+STEPS = (100, 200)
+score = lambda task, seed, step: (task + seed + step / 100) / 20  # of our made-up runs
+
+
+def run_folder(root, script="qam", env="cube-double", name="default", tasks=(1, 2), seeds=(0, 1),
+               steps=STEPS, shift=0.0, without=(), **flags):  # fmt: skip
+    """A run folder whose successes are `score` + `shift`; rows in `without` are not there."""
+    folder = root / script / env / name
+    folder.mkdir(parents=True)
+    flags = dict(env=env, name=name, seed=seeds[0], num_seeds=len(seeds), lr=3e-4) | flags
+    (folder / "config.json").write_text(json.dumps(dict(flags=flags, made_with={})))
+    rows = [f"{task},{seed},{step},1.0,{score(task, seed, step) + shift},{step}"
+            for step in steps for task in tasks for seed in seeds
+            if (task, seed, step) not in without]  # fmt: skip
+    head = "task,seed,step,seconds,success,return"
+    (folder / "eval.csv").write_text("\n".join([head, *rows, ""]))
+    return folder
+
+
+def found(*folders, metric="success"):
+    return organise(plot.read_runs(folders), metric)
+
+
+# --- statistics ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values, iqm", [
+    ([1, 2, 3, 100], 2.5),
+    ([5, 1, 9], 5),
+    ([-50, 0, 1, 2, 3, 4, 5, 80], 2.5),
+    ([0, 0, 1, 4, 5, 9, 9], 19 / 5),
+])  # fmt: skip
+def test_interquartile_mean(values, iqm):
+    """By hand, and scipy's trimmed mean: a quarter at each end, rounded down, is left out."""
+    assert plot.centre([np.array(values, float)], iqm=True) == pytest.approx(iqm)
+    assert scipy.stats.trim_mean(values, 0.25) == pytest.approx(iqm)
+    tasks = np.array_split(np.random.default_rng(0).permutation(values), 2)
+    assert plot.centre(tasks, iqm=True) == pytest.approx(iqm)  # of all tasks together
+
+
+def test_every_task_counts_the_same_in_a_mean():
+    assert plot.centre([np.array([1.0, 1, 1, 1]), np.array([0.0])]) == 0.5
+
+
+@pytest.mark.parametrize("iqm", [False, True])
+def test_bootstrap_interval(iqm):
+    """scipy's percentile bootstrap of several samples, and one draw after the other."""
+    rng = np.random.default_rng(3)
+    parts = [rng.normal(i, 1 + i, 6 + i) for i in range(3)]
+    mean, low, high = interval(parts, iqm)
+    join = lambda x: scipy.stats.trim_mean(np.concatenate(x), 0.25)
+    of = join if iqm else (lambda x: np.mean([part.mean() for part in x]))
+    slow = [of([rng.choice(part, len(part)) for part in parts]) for _ in range(1500)]
+    np.testing.assert_allclose((low, high), np.percentile(slow, (2.5, 97.5)), atol=0.15)
+    assert mean == pytest.approx(of(parts)) and low < mean < high
+    if not iqm:
+        of = lambda *x, axis: np.mean([part.mean(axis) for part in x], 0)
+        library = scipy.stats.bootstrap(parts, of, method="percentile", rng=1)
+        library = library.confidence_interval
+        np.testing.assert_allclose((low, high), (library.low, library.high), atol=0.05)
+    assert interval(parts, iqm) == (mean, low, high)  # a fixed generator
+
+
+@pytest.mark.parametrize("iqm", [False, True])
+def test_bootstrap_is_stratified(iqm):
+    """Tasks differ and seeds do not: there is nothing to be unsure of."""
+    parts = [np.full(4, float(task)) for task in range(4)]
+    assert interval(parts, iqm) == (1.5, 1.5, 1.5)
+    assert interval([np.concatenate(parts)], iqm)[1] < 1.2  # as if they were one task
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def test_seeds_of_several_folders_are_joined(tmp_path):
+    """Other seeds, names, tasks: one method. Other flags: another one, named by them."""
+    a = run_folder(tmp_path, name="a", seeds=(0, 1))
+    b = run_folder(tmp_path, name="b", seeds=(2, 3), run_dir="elsewhere", env="cube-double-play")
+    c = run_folder(tmp_path, name="c", inv_temp=0.5)
+    d = run_folder(tmp_path, name="d", script="meam")
+    steps, numbers = found(a, b, d)["qam"]["cube-double-play"]
+    assert steps.tolist() == [100, 200] and sorted(numbers) == [1, 2]
+    np.testing.assert_allclose(numbers[2][:, 1], [score(2, seed, 200) for seed in range(4)])
+    assert list(found(a, b, d)) == ["qam", "meam"]
+    assert list(found(a, c)) == ["qam", "qam, inv_temp 0.5"]
+    assert len(list(organise(plot.read_results(a / "eval.csv"), "success"))) == 1
+
+
+def test_names_of_methods():
+    """Flags that most configurations share are not shown; CGQL's modes are methods; domains do not
+    mix; different configurations never have one name."""
+    run = lambda script="meam", env="scene", **flags: (script, dict(env=env, **flags))
+    runs = [run(rho=0.5, w=1), run(rho=0.5, w=1, seed=3), run(rho=0.5, w=0.5), run(rho=0.1, w=1),
+            run(env="cube-double", rho=0.3, w=1), run("cgql", guidance="mse"),
+            run("cgql", guidance="plain"), run("qam", rho=1, w=2),
+            run("qam", rho=1, w=3)]  # fmt: skip
+    assert plot.method_names(runs) == [
+        "meam", "meam", "meam, w 0.5", "meam, rho 0.1", "meam", "cgql mse", "cgql", "qam, w 2",
+        "qam, w 3"]  # fmt: skip
+    combinations = [run(a=a, b=b, c=c) for a, b, c in itertools.product((1, 2), (1, 2, 3), (1, 2))]
+    assert len(set(plot.method_names(combinations))) == 12
+    assert set(FREE) <= set(plot.IGNORED)
+
+
+def test_offline_and_online_runs_together(tmp_path, capsys):
+    """Success, whichever comes first, and a line on those that have none."""
+    offline = run_folder(tmp_path, name="z")
+    online = tmp_path / "fmer" / "hopper" / "a"
+    online.mkdir(parents=True)
+    config = dict(flags=dict(env="hopper", num_seeds=1, seed=0))
+    (online / "config.json").write_text(json.dumps(config))
+    (online / "eval.csv").write_text("task,seed,step,seconds,return,length\n1,0,200,1.0,5.0,9.0\n")
+    for paths in ((online, offline), (offline, online)):
+        table = tmp_path / "table.csv"
+        main(Options(tuple(map(str, paths)), table=(str(table),)))
+        assert "qam" in table.read_text() and "fmer" not in table.read_text()
+        assert "success was not logged: fmer" in capsys.readouterr().err
+
+
+def test_missing_seeds_are_named(tmp_path, capsys):
+    """One line for each (task, seed), and the steps that all have are used."""
+    without = [(1, 1, 300), (2, 0, 100), (2, 0, 300), *((1, 0, x) for x in range(500, 2000, 100))]
+    run_folder(tmp_path, "meam", name="a", steps=range(100, 2000, 100), without=without)
+    run_folder(tmp_path, "meam", name="b", tasks=(2,), seeds=(4,), steps=range(100, 2000, 100))
+    steps, numbers = found(*tmp_path.glob("*/*/*"))["meam"]["cube-double-play"]
+    assert steps.tolist() == [200, 400]
+    assert numbers[1].shape == (2, 2) and numbers[2].shape == (3, 2)
+    assert capsys.readouterr().err.splitlines() == [
+        "meam, cube-double-play: task 1 has no seed 4",
+        "meam, cube-double-play: task 1, seed 0 lacks 15 of 19 steps: 500, 600, ..., 1,900",
+        "meam, cube-double-play: task 1, seed 1 lacks 1 of 19 steps: 300",
+        "meam, cube-double-play: task 2, seed 0 lacks 2 of 19 steps: 100, 300",
+    ]
+
+
+def test_no_common_step(tmp_path):
+    a = run_folder(tmp_path, name="a", steps=(100,))
+    b = run_folder(tmp_path, name="b", steps=(150,), seeds=(2,))
+    stops("qam, cube-double-play", "no step that all its seeds have", call=lambda: found(a, b))
+
+
+def test_agents_that_are_there_twice(tmp_path, capsys):
+    """The first folder counts, and a line says so."""
+    a, b = run_folder(tmp_path, name="a"), run_folder(tmp_path, name="b", shift=0.5, seeds=(1, 2))
+    numbers = found(a, b)["qam"]["cube-double-play"][1][1]
+    np.testing.assert_allclose(numbers[:, 0], [0.1, 0.15, 0.2 + 0.5])
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{b} repeats {a}, which counts: task 1, seed 1; task 2, seed 1"]
+
+
+def test_files_that_have_the_same_agents(tmp_path, capsys):
+    """As of folders, and of both. Other seeds are joined, the same file counts once."""
+    head, a, b, c = "label,task,seed,step,success\n", *(tmp_path / f"{x}.csv" for x in "abc")
+    a.write_text(head + "one,1,0,100,0.25\n")
+    b.write_text(head + "one,1,0,100,0.75\none,1,1,100,0.5\n")
+    for path in (a, b):
+        path.with_suffix(".json").write_text('{"flags": {"env": "cube-double"}}')
+    numbers = found(a, b, a)["one"]["cube-double-play"][1][1]
+    np.testing.assert_allclose(numbers[:, 0], [0.25, 0.5])
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{b} repeats {a}, which counts: one, task 1, seed 0"]
+    folder = run_folder(tmp_path, tasks=(1,), seeds=(0,))
+    c.write_text(head + "qam,1,0,100,0.75\n")
+    c.with_suffix(".json").write_text('{"flags": {"env": "cube-double"}}')
+    numbers = found(c, folder)["qam"]["cube-double-play"][1][1]
+    np.testing.assert_allclose(numbers, [[score(1, 0, step) for step in STEPS]])
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{c} repeats {folder}, which counts: qam, task 1, seed 0"]
+
+
+def test_shares_of_several_hosts(tmp_path, capsys):
+    """The folder above them stands for all; a missing share is said."""
+    for i in (0, 1):
+        folder = run_folder(tmp_path, name=f"run/share-{i}-of-3", seeds=(i,))
+    (single,) = found(*plot.expand(folder.parent)).values()
+    assert single["cube-double-play"][1][1].shape == (2, 2)
+    assert capsys.readouterr().err == f"{folder.parent} holds 2 of 3 shares\n"
+    main(Options(paths=(str(folder.parent),)))
+    assert all((folder.parent / f"share-{i}-of-3/curve.png").exists() for i in (0, 1))
+
+
+def test_a_run_that_has_just_begun(tmp_path, capsys):
+    """Nothing was evaluated, or the last line is being written."""
+    a, b = run_folder(tmp_path, name="a"), run_folder(tmp_path, name="b", seeds=(2,))
+    (b / "eval.csv").unlink()
+    with open(a / "eval.csv", "a") as file:
+        file.write("1,0,300")
+    assert found(a, b)["qam"]["cube-double-play"][0].tolist() == [100, 200]
+    assert capsys.readouterr().err == f"{b} has no evaluation yet: left out\n"
+
+
+# --- published numbers ---------------------------------------------------------------------------
+
+
+def test_published_success():
+    """Of the paper: QAM after 1M steps 44.4 [43.6, 45.2] on all tasks, 64.2 [62.2, 66.2] on
+    cube-double; RLPD after 500,000 steps of its own 60.0. Means of tasks are those of domains."""
+    published = plot.read_published("success")
+    every = [(env, task) for env, task in published if env != "all" and task != "all"]
+    assert len(every) == 50
+    of = lambda method, pairs: plot.published_curve(published, method, pairs)
+    steps, numbers = of("qam", every)
+    assert steps.tolist() == list(range(50_000, 1_500_001, 50_000))
+    np.testing.assert_allclose(numbers[19], [0.444, 0.436, 0.452])
+    double = [pair for pair in every if pair[0] == "cube-double-play"]
+    np.testing.assert_allclose(of("QAM", double)[1][19], [0.642, 0.622, 0.662])
+    steps, numbers = of("rlpd", every)
+    assert steps.tolist() == list(range(50_000, 500_001, 50_000))
+    np.testing.assert_allclose(numbers[-1], [0.6, 0.593, 0.608], atol=1e-9)
+    for method in ("QAM-EDIT", "CGQL-Linex", "ReBRAC"):
+        tasks = np.mean([of(method, [pair])[1][:, 0] for pair in double], 0)
+        np.testing.assert_allclose(of(method, double)[1][:, 0], tasks, atol=1.01e-3)
+        some = of(method, every[:10])[1]
+        np.testing.assert_allclose(some[:, 0], np.mean(
+            [of(method, every[i : i + 5])[1][:, 0] for i in (0, 5)], 0))  # fmt: skip
+        assert np.isnan(some[:, 1:]).all() and np.isfinite(of(method, every)[1]).all()
+    assert of("meam", every) is None and of("qam", [("pointmaze-medium-navigate", 1)]) is None
+    assert sum(path.stat().st_size for path in (ROOT / "benchmarks/published").iterdir()) < 1e6
+
+
+def test_published_returns():
+    """FMER's table 2 on MuJoCo, accomplished tasks of its table 7 in the kitchen."""
+    published = plot.read_published("return")
+    assert len(published) == 8 and {len(own) for own in published.values()} == {9}
+    steps, numbers = plot.published_curve(published, "sac", [("halfcheetah", 1)])
+    assert steps.tolist() == [1_000_000] and numbers[0, 0] == 10295.33
+    assert plot.published_curve(published, "sac_flow", [("kitchen-4", 4)])[1][0, 0] < 4
+    assert plot.published_curve(published, "PPO", [("kitchen-7", 7)])[1][0, 0] == 0.6
+
+
+def test_methods_of_published_curves():
+    published = plot.read_published("success")
+    labels = ["meam", "qam_edit", "QAM, tau 3", "cgql plain"]
+    choose = lambda *names: plot.choose_published(published, names, labels)
+    assert sorted(choose("own")) == ["CGQL", "QAM", "QAM-EDIT"] and len(choose("all")) == 17
+    assert sorted(choose("dsrl", "own", "QAM")) == ["CGQL", "DSRL", "QAM", "QAM-EDIT"]
+    stops("nothing is published of meam", "QAM-EDIT", call=lambda: choose("meam"))
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """QAM on two domains, QAM-EDIT on one; on the first QAM has three seeds."""
+    run_folder(tmp_path / "runs", env="cube-double", seeds=(0, 1, 2), tasks=(1, 2, 3, 4, 5))
+    run_folder(tmp_path / "runs", env="scene", seeds=(0, 1), tasks=(2,), steps=(100, 200, 300))
+    run_folder(tmp_path / "runs", "qam_edit", "scene", tasks=(2,), shift=0.4, seeds=(0,))
+    return tuple(sorted(map(str, tmp_path.glob("runs/*/*/*"))))
+
+
+def test_table_of_domains(tmp_path, runs, capsys):
+    """Rows are methods, columns domains in the paper's order; what is not there is a dash, and one
+    seed has no interval. The CSV has each number for itself."""
+    names = tuple(str(tmp_path / f"new/table.{end}") for end in ("md", "csv"))
+    main(Options(paths=runs, table=names))
+    half = lambda x: f"{x:.2f}"
+    double = interval([[score(task, seed, 200) for seed in (0, 1, 2)] for task in range(1, 6)])
+    every = interval([[score(task, seed, 200) for seed in range(3)] for task in range(1, 6)]
+                     + [[score(2, seed, 200) for seed in (0, 1)]])  # fmt: skip
+    cells = ["{} [{}, {}]".format(*map(half, x)) for x in (double, every)]
+    assert (tmp_path / "new/table.md").read_text() == "\n".join([
+        "Success, mean [95 % bootstrap interval]. Steps: 200 and 300 (qam_edit: 200). "
+        "Seeds: 2 (qam_edit: 1).",
+        "",
+        "| | scene, task 2 | cube-double | all |",
+        "|---|---|---|---|",
+        f"| qam | 0.28 [0.25, 0.30] | {cells[0]} | {cells[1]} |",
+        "| qam_edit | 0.60 | - | - |",
+        "",
+    ])  # fmt: skip
+    with open(names[1], newline="") as file:
+        head, first, second = csv.reader(file)
+    assert head[:6] == ["method", "scene, task 2", "scene, task 2 low", "scene, task 2 high",
+                        "scene, task 2 step", "scene, task 2 seeds"]  # fmt: skip
+    assert first[:6] == ["qam", "0.275", "0.25", "0.3", "300", "2"]
+    assert second == ["qam_edit", "0.6", "0.6", "0.6", "200", "1", *[""] * 10]
+    np.testing.assert_allclose([float(x) for x in first[6:9]], double, atol=5e-5)
+    assert capsys.readouterr().out == f"wrote {names[0]}\nwrote {names[1]}\n"
+
+
+def test_table_of_tasks_at_a_step(tmp_path, runs):
+    """With the published numbers: at the same step, else after 1M."""
+    name = str(tmp_path / "table.md")
+    double = tuple(run for run in runs if "double" in run)
+    main(Options(paths=double, table=(name,), by="task", step=100, iqm=True, published=()))
+    text, _, head, _, row, paper = (tmp_path / "table.md").read_text().splitlines()
+    assert text == "Success, interquartile mean [95 % bootstrap interval]. Steps: 100. Seeds: 3."
+    assert head == "| | task 1 | task 2 | task 3 | task 4 | task 5 | all |"
+    assert row.startswith("| qam | 0.15 [0.10, 0.20] | 0.20 [0.15, 0.25] | 0.25 ")
+    assert row.split(" | ")[-1].startswith("0.25 [")
+    assert paper.startswith("| QAM, published at 1M | 0.8") and "0.64 [0.62, 0.66]" in paper
+    stops("at step 150", call=lambda: main(Options(paths=double, table=(name,), step=150)))
+
+
+def test_only_some_methods(tmp_path, runs):
+    name = str(tmp_path / "table.md")
+    main(Options(paths=runs, table=(name,), only=("qam_edit",)))
+    assert (tmp_path / "table.md").read_text().count("\n|") == 3
+    call = lambda: main(Options(paths=runs, table=(name,), only=("sac",)))
+    stops("no method sac", "qam; qam_edit", call=call)
+
+
+def test_tables_of_committed_results(tmp_path, capsys):
+    """Those of the benchmarks' page are drawn from the same rows."""
+    page = (ROOT / "benchmarks/README.md").read_text()
+    name = str(tmp_path / "table.md")
+    for suite, by in (("methods", "domain"), ("pointmaze", "task")):
+        file = ROOT / f"benchmarks/results/{suite}.csv"
+        main(Options(paths=(str(file),), table=(name,), by=by))
+        rows = (tmp_path / "table.md").read_text().splitlines()[4:]
+        assert len(rows) == len(json.loads(file.with_suffix(".json").read_text())) >= 5
+        for row in rows:
+            assert row.removesuffix(" |") + " | " in page, row
+    assert capsys.readouterr().err == ""
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+rgb = lambda colour: np.round(255 * np.array(to_rgb(colour))).astype(int)
+
+
+def shown(path, colour):
+    """Share of a PNG's pixels that have a colour."""
+    pixels = np.round(255 * plt.imread(path)[..., :3]).astype(int)
+    return (abs(pixels - rgb(colour)).max(-1) <= 2).mean()
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """The figures that are drawn, kept open."""
+    figures, close = [], plt.close
+    monkeypatch.setattr(plot.plt, "close", figures.append)
+    yield figures
+    for one in figures:
+        close(one)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_colours_of_a_picture(tmp_path, runs, dark):
+    """The paper is white or dark, methods have the first colours, nothing of the other theme."""
+    path = tmp_path / "a.png"
+    main(Options(paths=runs, out=str(path), dark=dark))
+    (light, _, _, colours), (night, _, _, others) = plot.THEMES["light"], plot.THEMES["dark"]
+    colours, paper, other = (others, night, light) if dark else (colours, light, night)
+    assert shown(path, paper) > 0.6 and shown(path, other) < 0.02
+    assert all(shown(path, colour) > 5e-4 for colour in colours[:2])
+    assert shown(path, colours[4]) == 0
+
+
+SIGHT = {  # Machado, Oliveira and Fernandes 2009, severity 1, of linear RGB
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                   [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                     [-0.011820, 0.042940, 0.968881]],
+    "all colours": np.eye(3),
+}  # fmt: skip
+
+
+def linear(colour):
+    c = np.array(to_rgb(colour))
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def lab(light):
+    """CIELAB of linear RGB."""
+    xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    t = np.array(xyz) @ np.clip(light, 0, 1) / (0.9505, 1, 1.089)
+    x, y, z = np.where(t > 0.008856, np.cbrt(t), 7.787 * t + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("name", plot.THEMES)
+def test_colours_are_told_apart(name):
+    """By the colour-blind, too: a distance of 25 in CIELAB between any two; and a contrast of 3
+    (WCAG's for graphics) to the paper. No two of 24 methods look the same."""
+    paper, ink, _, colours = plot.THEMES[name]
+    for sight in SIGHT.values():
+        seen = [lab(np.array(sight) @ linear(colour)) for colour in colours]
+        assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 25
+    luminance = lambda colour: linear(colour) @ [0.2126, 0.7152, 0.0722] + 0.05
+    for colour, least in [(ink, 7), *((colour, 2.95) for colour in colours)]:
+        bright, dim = sorted((luminance(colour), luminance(paper)), reverse=True)
+        assert bright / dim >= least, colour
+
+
+def boxes(figure, texts):
+    figure.canvas.draw()
+    return [text.get_window_extent() for text in texts if text.get_text()]
+
+
+def apart(boxes):
+    return not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_one_panel_names_its_lines(tmp_path, figure):
+    """Lines hold the means, bands the intervals; names do not overlap, though lines end at nearly
+    the same height, and have their lines' colours. Published curves are dashed, up to our end."""
+    steps = (50_000, 100_000, 150_000)
+    for i, script in enumerate(("qam", "fql", "dsrl", "meam")):
+        run_folder(tmp_path, script, tasks=(1,), seeds=(0, 1, 2), steps=steps, shift=i / 1e3 - 75)
+    folders = tuple(map(str, tmp_path.glob("*/*/*")))
+    main(Options(paths=folders, out=str(tmp_path / "a.pdf"), published=("qam",)))
+    (axis,) = figure[0].axes
+    lines = {line.get_label(): line for line in axis.lines}
+    assert set(lines) == {"qam", "fql", "dsrl", "meam", "QAM, published"}
+    assert axis.get_title() == "cube-double, task 1" and axis.get_xlabel() == "updates"
+    names = {text.get_text(): text for text in axis.texts}
+    for name, line in lines.items():
+        assert names[name].get_color() == line.get_color()
+    assert apart(boxes(figure[0], axis.texts)) and figure[0].legends == []
+    assert len({line.get_color() for line in lines.values()}) == 4  # QAM's twice
+    expected = [np.mean([score(1, seed, step) for seed in range(3)]) - 75 for step in steps]
+    np.testing.assert_allclose(lines["qam"].get_ydata(), expected)
+    dashed = lines["QAM, published"]
+    assert dashed.get_linestyle() == "--" and dashed.get_xdata().tolist() == list(steps)
+    assert dashed.get_color() == lines["qam"].get_color()
+    assert len(axis.collections) == 5
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_small_multiples(tmp_path, figure):
+    """A panel per task and one of all; the legend is beneath them; letters have at least 8 points;
+    columns of a method that lacks a task are left out, and that is said."""
+    run_folder(tmp_path, tasks=range(1, 6))
+    run_folder(tmp_path, "meam", tasks=(1, 2, 3), seeds=(0,))
+    folders = tuple(map(str, tmp_path.glob("*/*/*")))
+    main(Options(paths=folders, out=str(tmp_path / "a.svg"), by="task", iqm=True, dark=True))
+    axes = [axis for axis in figure[0].axes if axis.lines]
+    assert [axis.get_title() for axis in axes] == [f"task {i}" for i in range(1, 6)] + ["all"]
+    assert [len(axis.lines) for axis in axes] == [2, 2, 2, 1, 1, 1]
+    assert axes[0].get_ylabel() == "IQM of success rate" and not axes[1].get_ylabel()
+    bands = [len(axis.collections) for axis in axes]
+    assert bands == [1] * 6  # one seed alone has none
+    (legend,) = figure[0].legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert sorted(texts) == ["meam", "qam"]
+    figure[0].canvas.draw()
+    below = legend.get_window_extent()
+    assert all(not below.overlaps(axis.get_tightbbox()) for axis in axes)
+    for axis in axes:
+        texts = [axis.title, axis.xaxis.label, *axis.get_xticklabels(), *axis.get_yticklabels()]
+        assert min(text.get_fontsize() for text in texts) >= 8
+
+
+def test_many_methods(tmp_path, figure):
+    """No two of 24 methods look alike; the legend is beside the panel."""
+    for i in range(24):
+        run_folder(tmp_path, f"method{i:02d}", tasks=(1,), shift=i / 100)
+    main(Options(paths=tuple(map(str, tmp_path.glob("*/*/*"))), out=str(tmp_path / "a.png")))
+    (axis,) = figure[0].axes
+    looks = {(x.get_color(), x.get_marker(), str(x.get_linestyle())) for x in axis.lines}
+    by_colour = {(x.get_color(), x._unscaled_dash_pattern) for x in axis.lines}
+    assert len(looks) == 24 and len(by_colour) > 8
+    figure[0].canvas.draw()
+    (legend,) = figure[0].legends
+    box = legend.get_window_extent()
+    assert not box.overlaps(axis.get_tightbbox()) and box.y0 >= 0
+
+
+def test_single_evaluations_are_dots(tmp_path, figure):
+    """One evaluation is no curve: the mean with its interval, method beside method."""
+    run_folder(tmp_path, steps=(10_000,), shift=-5)
+    run_folder(tmp_path, "meam", steps=(10_000,), shift=-4.9)
+    main(Options(paths=tuple(map(str, tmp_path.glob("*/*/*"))), out=str(tmp_path / "a.png")))
+    (axis,) = figure[0].axes
+    assert [line.get_xdata()[0] for line in axis.lines] == [0, 1]
+    assert axis.get_xlabel() == "after 10k updates" and len(axis.collections) == 2
+
+
+def test_one_published_number(figure, tmp_path):
+    """What was published after 1M steps is a dash at the right edge, and says so."""
+    path = ROOT / "benchmarks/results/halfcheetah.csv"
+    main(Options(paths=(str(path),), out=str(tmp_path / "a.png"), published=()))
+    (axis,) = figure[0].axes
+    heights = {line.get_label(): line.get_ydata()[-1] for line in axis.lines}
+    assert heights["SAC, published at 1M"] == 10295.33 and round(heights["SAC"], 1) == 5928.4
+    assert axis.get_ylim()[1] > 10295 and axis.get_xlabel() == "environment steps"
+    assert axis.get_xlim()[1] < 110_000 and apart(boxes(figure[0], axis.texts))
+
+
+def test_the_mazes_picture(tmp_path, figure):
+    """A panel per task: the paths of its agents, blue where solved and else orange, a dot where
+    each begins, a star at the task's goal, and walls where the maze has them."""
+    (tmp_path / "config.json").write_text(json.dumps(dict(flags=dict(env="pointmaze-medium"))))
+    rng, success = np.random.default_rng(0), np.array([[0, 1], [0, 0], [1, 0]])
+    paths = {f"path{i}": rng.uniform(0, 20, (3 + i, 2)) for i in range(6)}
+    np.savez(tmp_path / "rollouts.npz", task=[3, 1, 3], success=success, **paths)
+    plot.draw_rollouts(tmp_path)
+    assert (tmp_path / "rollouts.png").stat().st_size > 5000
+    axes = figure[0].axes
+    titles = [axis.get_title() for axis in axes]
+    assert titles == ["task 1: success 0.00", "task 3: success 0.50"]
+    for axis, task, own in zip(axes, (1, 3), ([2, 3], [0, 1, 4, 5])):
+        *lines, star = axis.lines
+        assert len(lines) == 2 * len(own)
+        for i, line, dot in zip(own, lines[::2], lines[1::2]):
+            path = paths[f"path{i}"]
+            np.testing.assert_array_equal(np.array(line.get_data()).T, path)
+            assert line.get_color() == ("C0" if success.flat[i] else "C1")
+            assert np.ravel(dot.get_data()).tolist() == path[0].tolist() and dot.get_marker() == "o"
+        maze = make_env(f"pointmaze-medium-singletask-task{task}-v0").unwrapped
+        maze.reset()
+        assert np.ravel(star.get_data()).tolist() == [*maze.cur_goal_xy]
+        assert star.get_marker() == "*"
+        (image,) = axis.images
+        np.testing.assert_array_equal(image.get_array(), maze.maze_map)
+        (left, right, low, high), (rows, columns) = image.get_extent(), maze.maze_map.shape
+        for i, j in np.ndindex(rows, columns):  # from below, with cells around their centres
+            x, y = maze.ij_to_xy((i, j))
+            assert (x - left) / (right - left) * columns == pytest.approx(j + 0.5)
+            assert (y - low) / (high - low) * rows == pytest.approx(i + 0.5)
+        assert image.origin == "lower"
+
+
+def blocks(path, n=32):
+    """A PNG's mean colours of squares of n pixels: text that is set in another way changes them
+    little (by 0.04 from matplotlib 3.9 to 3.11), a line that is missing by 0.07 or more."""
+    pixels = plt.imread(path)[..., :3]
+    high, wide = (size // n * n for size in pixels.shape[:2])
+    return pixels[:high, :wide].reshape(high // n, n, wide // n, n, 3).mean((1, 3))
+
+
+def test_committed_pictures(tmp_path):
+    """All are what their files give: the same size, and the same ink everywhere."""
+    plot.committed(tmp_path)
+    names = {path.name for path in (ROOT / "docs/images").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for name in names:
+        old, new = (blocks(folder / name) for folder in (ROOT / "docs/images", tmp_path))
+        assert old.shape == new.shape and abs(old - new).max() < 0.055, name
+
+
+def test_the_planes_picture_from_its_file(tmp_path):
+    """What `benchmarks.multigoal` keeps is enough to draw the same again."""
+    rng = np.random.default_rng(0)
+    n = len(multigoal.grid()[0])
+    path = rng.uniform(-5, 5, (100, 31, 2))
+    path[::2, 7:] = np.nan
+    one = dict(action=rng.uniform(-1, 1, (n, 2)), sample=rng.uniform(-1, 1, (400, 2)))
+    one |= dict(path=path, goal=rng.integers(-1, 4, 100))
+    text = multigoal.kept(dict(A=one))
+    kept = json.loads(text)
+    assert kept["A"]["path"][0][7] == [None, None] and len(text) < 2e5
+    multigoal.draw(dict(A=one), tmp_path / "a.png")
+    multigoal.draw(kept, tmp_path / "b.png")
+    first, second = (plt.imread(tmp_path / f"{name}.png") for name in "ab")
+    assert (abs(first - second).max(-1) > 0.2).mean() < 3e-3
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def test_folders_alone(tmp_path, capsys):
+    """Each gets its own picture, and nothing else happens; without metrics there is none."""
+    a, b = run_folder(tmp_path, name="a"), run_folder(tmp_path, name="b", seeds=(2,))
+    main(Options(paths=(str(a), str(b))))
+    assert capsys.readouterr().out == f"drew {a}/curve.png\ndrew {b}/curve.png\n"
+    assert {path.name for path in b.iterdir()} == {"config.json", "eval.csv", "curve.png"}
+
+
+def test_what_cannot_be_done(tmp_path):
+    """One line each, and nothing is written."""
+    run = run_folder(tmp_path / "runs")
+    table = tmp_path / "a.csv"
+    table.write_text("task,seed,step,success\n1,0,x,1\n")
+    damaged = run_folder(tmp_path / "other")
+    (damaged / "config.json").write_text("{")
+    (tmp_path / "file").write_text("")
+    out, picture = str(tmp_path / "out.png"), tmp_path / "picture.png"
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n\x00")
+    for words, flags in [
+        ("no run folder", dict(paths=(str(tmp_path / "nothing"),))),
+        ("no run folder", dict(paths=(str(tmp_path),), out=out)),
+        ("name run folders, before all flags", dict()),
+        ("is no CSV file that can be read", dict(paths=(str(picture),), out=out)),
+        ("--out or --table", dict(paths=(str(table),))),
+        ("a row is not made of numbers", dict(paths=(str(table),), out=out)),
+        ("has no evaluations", dict(paths=(str(tmp_path / "file"),), out=out)),
+        ("is damaged", dict(paths=(str(damaged),), out=out)),
+        ("is damaged or missing", dict(paths=(str(damaged),))),
+        ("nothing was logged as speed; there is", dict(paths=(str(run),), out=out, metric="speed")),
+        ("must end with .png", dict(paths=(str(run),), out=str(tmp_path / "out.jpg"))),
+        ("must end with .md", dict(paths=(str(run),), table=(str(tmp_path / "out.txt"),))),
+        ("is read", dict(paths=(str(table),), table=(str(table),))),
+        ("nothing is published about seconds", dict(paths=(str(run),), out=out, metric="seconds",
+                                                    published=())),
+        ("cannot write", dict(paths=(str(run),), out=str(tmp_path / "file" / "out.png"))),
+    ]:  # fmt: skip
+        stops(words, call=lambda flags=flags: main(Options(**flags)))
+    assert not any(tmp_path.glob("out*")) and table.read_text().endswith("1,0,x,1\n")
+
+
+def test_as_a_command(tmp_path):
+    """In a process of its own: another metric; errors without a traceback."""
+    run_folder(tmp_path)
+    command = [sys.executable, "plot.py", *map(str, tmp_path.glob("*/*/*"))]
+    flags = ["--metric", "return", "--iqm", "--published", "--table", str(tmp_path / "a.md")]
+    done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == f"wrote {tmp_path}/a.md\n", done.stderr
+    assert "| qam | 200.0 [200.0, 200.0] |" in (tmp_path / "a.md").read_text()
+    done = subprocess.run([*command, "nothing"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "nothing is no" in done.stderr

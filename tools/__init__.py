@@ -1,0 +1,1 @@
+"""What contributors run: shared blocks, diffs between methods, and generated pages."""
