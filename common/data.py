@@ -16,7 +16,6 @@ import ogbench.utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ogbench.relabel_utils import relabel_dataset
 
-import common.collect
 from common.envs import Source, make_env
 
 LARGE = "puzzle-4x4-play", "cube-quadruple-play"  # of which the papers use the 100M sets
@@ -41,11 +40,15 @@ def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path
         return others
     try:
         if collect or source.dataset.startswith("pointmaze"):
+            import common.collect
+
             return [common.collect.collect(source.dataset, collect or 200_000, str(here))]
         if dataset_dir:
             raise OSError(f"but {', '.join(map(str, found))}" if found else "nor any other")
         ogbench.utils.download_datasets([f"{source.dataset}-v0"], CACHE)
         return [CACHE / file]
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped; run the same command again to continue.") from None
     except Exception as e:
         raise SystemExit(
             f"no {file} in {here} ({e}). Provide it: (1) --dataset-dir FOLDER with OGBench's file "
