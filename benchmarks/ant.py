@@ -1,4 +1,4 @@
-"""The expert of AntMaze's datasets: keeps the policy of a run in common/collect/ant.npz, and measures it.
+"""Keeps a run's policy as the expert of AntMaze's datasets (common/collect/ant.npz); measures it.
 
     python -m baselines.sac --env online-ant-xy
     python -m benchmarks.ant --run runs/sac/online-ant-xy/default
@@ -30,7 +30,7 @@ from video import restored
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    run: str = ""  # folder of the run whose policy is kept; without it that in common/collect/ant.npz stays
+    run: str = ""  # folder of the run whose policy is kept; without it ant.npz stays as it is
     episodes: int = 10  # on the plane, and of each task with each noise
     mazes: tuple[str, ...] = ("medium", "large", "giant")
     out: str = str(ROOT / "benchmarks/results/ant-expert.csv")
