@@ -1,8 +1,8 @@
-"""The expert of AntMaze's datasets: keeps the policy of a run in common/ant.npz, and measures it.
+"""Keeps a run's policy as the expert of AntMaze's datasets (common/collect/ant.npz); measures it.
 
     python -m baselines.sac --env online-ant-xy
     python -m benchmarks.ant --run runs/sac/online-ant-xy/default
-    python -m benchmarks.ant                                 measures common/ant.npz
+    python -m benchmarks.ant                                 measures common/collect/ant.npz
 
 Measured are the speed along the wanted direction [m/s] and the falls in episodes of its training
 environment, and the share of OGBench's five tasks of each maze that it solves when it is sent to
@@ -21,8 +21,8 @@ import tyro
 
 from benchmarks import as_table, write_rows
 from benchmarks.learning import ROOT
-from common import ant
-from common.collect import heading, search_of
+from common.collect import ant
+from common.collect.experts import heading, subgoal_search
 from common.envs import make_env, seed_of
 from plot import flags_of
 from video import restored
@@ -30,7 +30,7 @@ from video import restored
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    run: str = ""  # folder of the run whose policy is kept; without it that in common/ant.npz stays
+    run: str = ""  # folder of the run whose policy is kept; without it ant.npz stays as it is
     episodes: int = 10  # on the plane, and of each task with each noise
     mazes: tuple[str, ...] = ("medium", "large", "giant")
     out: str = str(ROOT / "benchmarks/results/ant-expert.csv")
@@ -72,7 +72,7 @@ def in_a_maze(maze: str, noise: float, episodes: int) -> dict:
     steps = []
     for task in range(1, 6):
         env = make_env(f"antmaze-{maze}-singletask-task{task}-v0")
-        search = search_of(env.unwrapped)
+        search = subgoal_search(env.unwrapped)
         for episode in range(episodes):
             np.random.seed(seed_of(task, episode))
             observation, info, over, step = *env.reset(seed=seed_of(task, episode)), False, 0

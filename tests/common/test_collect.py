@@ -17,7 +17,14 @@ import pytest
 import scipy.stats
 
 from common import collect as c
+from common.collect import dataset as dataset_module
+from common.collect import episodes as episodes_module
+from common.collect import experts
+from common.collect.__main__ import main
+from common.collect.episodes import collect_episode, make_collection_env
+from common.collect.plan import OFFICIAL
 
+ROOT = pathlib.Path(c.__file__).parents[2]
 MAZE = "pointmaze-medium-stitch"
 SIZE = 20_000  # 100 + 10 episodes in two training blocks and a validation block
 
@@ -71,7 +78,8 @@ def test_workers_and_interruption_do_not_change_the_files(maze, tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(c, "_write", interrupt)  # the workers are other processes: only the merge
+        # the workers are other processes: only the merge
+        patch.setattr(dataset_module, "write_arrays", interrupt)
         with pytest.raises(KeyboardInterrupt):
             c.collect(MAZE, SIZE, tmp_path, seed=3, workers=2)
     parts = sorted((tmp_path / f"{MAZE}-v0.parts").iterdir())
@@ -91,7 +99,7 @@ def test_two_processes_make_one_dataset(tmp_path):
     command = [sys.executable, "-m", "common.collect", MAZE, "--transitions", "2000"]
     command += ["--workers", "1", "--dataset-dir", str(tmp_path)]
     start = partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    both = [start(command, cwd=pathlib.Path(c.__file__).parents[1]) for _ in range(2)]
+    both = [start(command, cwd=ROOT) for _ in range(2)]
     texts = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], texts
     assert sum("already there" in text for text in texts) == 1
@@ -102,7 +110,7 @@ def test_finished_files_are_never_overwritten(maze, tmp_path, capsys):
     before = maze.stat().st_mtime_ns
     assert c.collect(MAZE, SIZE, maze.parent, seed=3) == maze
     assert "already there" in capsys.readouterr().out
-    assert c.main([MAZE, "--transitions", str(SIZE), "--dataset-dir", str(maze.parent)]) == 2
+    assert main([MAZE, "--transitions", str(SIZE), "--dataset-dir", str(maze.parent)]) == 2
     message = capsys.readouterr().err
     assert "seed: 3, now 0" in message and message.count("\n") == 1
     assert maze.stat().st_mtime_ns == before
@@ -131,30 +139,30 @@ def test_maze_loads_and_reaches_the_goal(maze):
     + ["puzzle-3x3-play"],
 )
 def test_an_episode_depends_on_its_seed_alone(dataset):
-    used = c.make_env(dataset, 121)
-    others = [c.collect_episode(used, dataset, 0, episode) for episode in (0, 1)]
-    again = c.collect_episode(used, dataset, 0, 2)
-    fresh = c.collect_episode(c.make_env.__wrapped__(dataset, 121), dataset, 0, 2)
+    used = make_collection_env(dataset, 121)
+    others = [collect_episode(used, dataset, 0, episode) for episode in (0, 1)]
+    again = collect_episode(used, dataset, 0, 2)
+    fresh = collect_episode(make_collection_env(dataset, 121), dataset, 0, 2)
     assert equal(again, fresh)
-    others.append(c.collect_episode(used, dataset, 1, 2))
+    others.append(collect_episode(used, dataset, 1, 2))
     assert all(not np.array_equal(again["actions"], other["actions"]) for other in others)
 
 
 def test_the_scene_forgets_earlier_targets():
     # In this episode a Markov oracle acts once on a target set before the episode began.
-    env = c.make_env("scene-noisy", 121)
+    env = make_collection_env("scene-noisy", 121)
     runs = []
     for earlier in (0.0, 0.5):
         env.reset()
         env.unwrapped.model.site("drawer_handle_center_target").pos[1] = earlier
         env.unwrapped.model.site("window_handle_center_target").pos[0] = earlier
-        runs.append(c.collect_episode(env, "scene-noisy", 0, 6))
+        runs.append(collect_episode(env, "scene-noisy", 0, 6))
     assert equal(*runs)
 
 
 def test_navigate_visits_several_goals():
     dataset = "pointmaze-medium-navigate"
-    arrays = c.collect_episode(c.make_env(dataset), dataset, 0, 0)
+    arrays = collect_episode(make_collection_env(dataset), dataset, 0, 0)
     cells = {tuple(cell) for cell in np.round(arrays["observations"] / 4).astype(int)}
     assert len(arrays["terminals"]) == 1001 and len(cells) > 12
 
@@ -217,8 +225,8 @@ def test_scene_whose_block_left_the_table_is_redone(monkeypatch):
         while True:
             yield np.zeros(40), np.zeros(5)
 
-    monkeypatch.setattr(c, "_manipulation_policy", policy)
-    arrays = c.collect_episode(Env(), "scene-play", 0, 0)
+    monkeypatch.setattr(episodes_module, "manipulation_policy", policy)
+    arrays = collect_episode(Env(), "scene-play", 0, 0)
     assert len(set(runs)) == 2 and not arrays["qpos"].any()
 
 
@@ -245,23 +253,23 @@ SIZES = {  # episodes for training, rows of each
 
 def test_the_official_sizes(monkeypatch):
     """Episodes do not end at a goal; environments of manipulation are those for collecting."""
-    monkeypatch.setattr(c.gymnasium, "make", lambda name, **flags: (name, flags))
+    monkeypatch.setattr(episodes_module.gymnasium, "make", lambda name, **flags: (name, flags))
     for name, (episodes, rows) in SIZES.items():
-        assert c.OFFICIAL[name] == (episodes, rows), name
+        assert OFFICIAL[name] == (episodes, rows), name
         flags = dict(terminate_at_goal=False, max_episode_steps=rows)
         flags |= {} if "maze" in name else dict(mode="data_collection")
-        assert c.make_env.__wrapped__(name) == (f"{name.rsplit('-', 1)[0]}-v0", flags)
-    assert len(c.OFFICIAL) == 2 * 9 + 2 * 8
+        assert make_collection_env(name) == (f"{name.rsplit('-', 1)[0]}-v0", flags)
+    assert len(OFFICIAL) == 2 * 9 + 2 * 8
 
 
 @pytest.mark.parametrize("ant, noise", [(False, 0.5), (True, 0.2)])
 def test_noise_in_mazes(monkeypatch, ant, noise):
     """Normal, on top of the direction or of what the ant's expert does, clipped to the box."""
-    monkeypatch.setattr(c, "heading", lambda *_: np.zeros(2))
-    monkeypatch.setattr(c, "walk", lambda *_: np.zeros(8))
+    monkeypatch.setattr(experts, "heading", lambda *_: np.zeros(2))
+    monkeypatch.setattr(experts, "walk", lambda *_: np.zeros(8))
     dataset = f"{'ant' if ant else 'point'}maze-medium-stitch"
     np.random.seed(0)
-    policy = c._maze_policy(c.make_env.__wrapped__(dataset), dataset, 0)
+    policy = experts.maze_policy(make_collection_env(dataset), dataset, 0)
     ob, _ = next(policy)
     drawn = np.array([policy.send((ob, {"success": False}))[1] for _ in range(3000)])
     assert drawn.shape == (3000, 8 if ant else 2) and np.abs(drawn).max() <= 1
@@ -286,12 +294,12 @@ def test_goals_in_mazes(kind):
     """navigate: another one at each success, a cell that is no straight hallway, all of them in
     turn. stitch: four cells away from the start, and it stays."""
     dataset = f"pointmaze-medium-{kind}"
-    env, cells, starts = c.make_env.__wrapped__(dataset), set(), set()
+    env, cells, starts = make_collection_env(dataset), set(), set()
     maze, walls = env.unwrapped, env.unwrapped.maze_map
     cell = lambda xy: tuple(int(x) for x in maze.xy_to_ij(xy))
     np.random.seed(0)
     for seed in range(2 if kind == "navigate" else 60):
-        policy = c._maze_policy(env, dataset, seed)
+        policy = experts.maze_policy(env, dataset, seed)
         ob, _ = next(policy)
         start, goal = cell(ob[:2]), cell(maze.cur_goal_xy)
         starts.add(start)
@@ -346,7 +354,7 @@ def test_noise_and_targets_of_the_arm(monkeypatch, domain, kind):
     drawn, stack = [], []
     np.random.seed(0)
     for seed in range(100):
-        policy = c._manipulation_policy(env, f"{domain}-{kind}", seed)
+        policy = experts.manipulation_policy(env, f"{domain}-{kind}", seed)
         own = [next(policy)[1], *(policy.send((None, info))[1] for _ in range(2))]
         assert env.reset.call_args.kwargs == dict(seed=seed)
         stack.append([call[1]["p_stack"] for call in env.unwrapped.set_new_target.call_args_list])
@@ -388,7 +396,7 @@ def test_noise_and_targets_of_the_arm(monkeypatch, domain, kind):
     ],
 )
 def test_bad_requests_give_one_line(args, message, tmp_path, capsys):
-    assert c.main([*args, "--dataset-dir", str(tmp_path / "data")]) == 2
+    assert main([*args, "--dataset-dir", str(tmp_path / "data")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "data").exists()
@@ -398,7 +406,7 @@ def test_ctrl_c_stops_quietly(tmp_path):
     command = [sys.executable, "-m", "common.collect", "cube-single-play", "--workers", "2"]
     process = subprocess.Popen(
         [*command, "--transitions", "20000", "--dataset-dir", str(tmp_path)],
-        cwd=pathlib.Path(c.__file__).parents[1],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -33,7 +33,7 @@ from benchmarks.shares import Options as Shares
 from benchmarks.shares import main as shares_main
 from benchmarks.shares import shares
 from benchmarks.values import by_table
-from common import ant as common_ant
+from common.collect import ant as common_ant
 from common.envs import GOALS, make_env
 from common.run import parse
 from plot import read_rows

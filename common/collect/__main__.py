@@ -1,0 +1,27 @@
+"""The command `python -m common.collect` (see docs/data.md)."""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from common.collect.dataset import collect
+from common.errors import UserError
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    try:
+        config = (tyro.conf.PositionalRequiredArgs,)
+        tyro.cli(collect, prog="python -m common.collect", args=args, config=config)
+    except (UserError, OSError) as error:
+        print(f"collect: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped; run the same command again to continue.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

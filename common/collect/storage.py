@@ -1,0 +1,130 @@
+"""Files that survive kills and power cuts, the check of what is already there, and the lock."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+KEYS = {"observations", "actions", "terminals", "qpos", "qvel"}  # arrays of every dataset
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+# --- Writing ---
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Opens a new file that takes the place of `path` at the end.
+
+    At any moment either the old or the new one is there, whole. At the end the new one is on the
+    disk, and so is its name in the folder.
+    """
+    new = path.with_name(f"{path.name}.tmp")
+    new.unlink(missing_ok=True)
+    with open(new, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Writes the names of a folder's files to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_arrays(path: Path, sources: Sequence, compression: int) -> None:
+    """Joins the arrays of the sources along their first axis and writes them as an npz file.
+
+    Args:
+        path: of the file
+        sources: mappings of names to arrays, all with the same names
+        compression: zipfile.ZIP_STORED or ZIP_DEFLATED
+    """
+    with replacing(path) as file, zipfile.ZipFile(file, "w", compression) as archive:
+        for key in sources[0]:  # One at a time: np.savez would hold the whole dataset in memory.
+            array = np.concatenate([source[key] for source in sources])
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array)
+
+
+# --- Checking ---
+
+
+def find_damage(path: Path, num_rows: int, read_all: bool = False) -> str:
+    """Returns what is wrong with an npz file that `write_arrays` wrote, or "".
+
+    Reads the zip's directory and the headers of the arrays, which have to agree in names, sizes and
+    `num_rows`; with `read_all` also all bytes, to compare their checksums. An I/O error is no
+    damage and is raised.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            missing = KEYS - {name.removesuffix(".npy") for name in archive.namelist()}
+            if missing:
+                raise ValueError(f"arrays are missing: {', '.join(sorted(missing))}")
+            for entry in archive.infolist():
+                _check_array(archive, entry, num_rows)
+            damaged = archive.testzip() if read_all else None
+    except OSError:
+        raise
+    except Exception as error:  # zipfile and numpy raise a dozen types for damaged files.
+        return str(error) or type(error).__name__
+    return f"the checksum of {damaged} is wrong" if damaged else ""
+
+
+def _check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, num_rows: int) -> None:
+    with archive.open(entry) as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        size = file.tell() + int(np.prod(shape)) * dtype.itemsize
+    if entry.file_size != size:
+        raise ValueError(f"{entry.filename} has {entry.file_size} bytes instead of {size}")
+    if shape[0] != num_rows:
+        raise ValueError(f"{entry.filename} has {shape[0]} rows instead of {num_rows}")
+
+
+# --- One process at a time ---
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Holds a lock file, which is removed at the end. Waits while another process holds it.
+
+    A file system without locks gets a warning; then nobody waits.
+    """
+    descriptor = _lock(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warning = f"{path.parent} has no file locks: let only one process collect there"
+            print(warning, file=sys.stderr)
+            return descriptor
+        was_removed = os.fstat(descriptor).st_nlink == 0
+        if not was_removed:
+            return descriptor
+        os.close(descriptor)  # The process that held it has finished. Lock the file that is there.
