@@ -68,7 +68,7 @@ class Args:
     target_entropy_end: float = -1.0  # Final target entropy per action dimension.
     # Share of the updates after which the target entropy has reached its final value.
     target_entropy_share: PositiveFloat = 0.7
-    # Ablation: from this update on the entropy is not part of the loss.
+    # Ablation: from this update on, the loss has no entropy term.
     entropy_until: NonNegativeInt = 2**31 - 1
     # Estimate of the divergence; the exact one takes d times as many passes.
     divergence: Literal["hutchinson", "exact"] = "hutchinson"
@@ -81,7 +81,7 @@ class Args:
     hidden_dims: tuple[PositiveInt, ...] = (256, 256, 256)  # Hidden-layer widths of all networks.
     batch_size: PositiveInt = 256  # Batch size B, in transitions.
     actor_lr: PositiveFloat = 3e-4  # Adam's initial learning rate of the policy.
-    # Final policy learning rate. The rate falls linearly from 12.5 % to 37.5 % of the updates.
+    # Final policy learning rate. It decays linearly between 12.5 % and 37.5 % of the updates.
     actor_lr_end: NonNegativeFloat = 3e-5
     critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
     target_rate: UnitInterval = 0.005  # Step size of the moving average of the critics.
@@ -116,7 +116,7 @@ class Args:
 
 
 # The class holds the paper's values and, where the paper states none, those of docs/fmer.md. The
-# plane's values are tuned here, for a CPU.
+# values for the plane are tuned here, for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,
@@ -164,7 +164,7 @@ def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
 
 
 def create(args: Args, observation_size: int, key: Array) -> State:
-    """Makes a new agent, whose actions are almost tanh(N(0, I)): the last layer starts near 0."""
+    """Creates a new agent, whose actions are almost tanh(N(0, I)): the last layer starts near 0."""
     key, critic_key, policy_key = jax.random.split(key, 3)
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))

@@ -63,19 +63,19 @@ class Args:
     schedule: Literal["linear", "cosine"] = "linear"  # Schedule of the diffusion's noise.
     # Factor kappa of the linear schedule.
     beta_scale: Annotated[float, Range(0, 1, exclusive=True)] = 0.3
-    start_scale: NonNegativeFloat = 0.5  # Deviation of the noise that chains start from.
-    eval_noise: NonNegativeFloat = 0.0  # Factor of the noise in the chains' steps in evaluations.
+    start_scale: NonNegativeFloat = 0.5  # Standard deviation of the noise that chains start from.
+    eval_noise: NonNegativeFloat = 0.0  # Factor on the noise of a chain's steps in evaluations.
     move_steps: NonNegativeInt = 30  # Gradient steps M that move the drawn actions.
     move_lr: NonNegativeFloat = 0.03  # Adam's learning rate of the drawn actions.
-    move_clip: NonNegativeFloat = 0.16  # Largest norm G of their gradient, of a whole batch.
-    target_policy_delay: PositiveInt = 2  # Updates from one of the averaged policy to the next.
+    move_clip: NonNegativeFloat = 0.16  # Largest norm G of their gradient, over a whole batch.
+    target_policy_delay: PositiveInt = 2  # Critic updates per update of the averaged policy.
 
     # --- networks and optimiser ---
     hidden_dims: tuple[PositiveInt, ...] = (256, 256, 256)  # Hidden-layer widths of all networks.
     batch_size: PositiveInt = 256  # Batch size B, in transitions.
     actor_lr: PositiveFloat = 3e-4  # Adam's learning rate of the policy.
     critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
-    max_grad_norm: PositiveFloat = 2.0  # Largest norm of the policy's or of both critics' gradient.
+    max_grad_norm: PositiveFloat = 2.0  # Largest gradient norm, each of policy and critics.
     target_rate: UnitInterval = 0.005  # Step size of the moving averages of critics and policy.
 
     # --- shared: run arguments ---
@@ -102,8 +102,8 @@ class Args:
     # --- end shared ---
 
 
-# The class holds the values of docs/dipo.md. The plane's values are tuned here, with small networks
-# for a CPU.
+# The class holds the values of docs/dipo.md. The values for the plane are tuned here, with small
+# networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,
@@ -146,7 +146,7 @@ def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
 
 
 def create(args: Args, observation_size: int, key: Array) -> State:
-    """Makes a new agent."""
+    """Creates a new agent."""
     key, critic_key, policy_key = jax.random.split(key, 3)
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))

@@ -58,22 +58,22 @@ class Args:
     schedule: Literal["linear", "cosine"] = "linear"  # Schedule of the diffusion's noise.
     # Factor kappa of the linear schedule.
     beta_scale: Annotated[float, Range(0, 1, exclusive=True)] = 0.8
-    start_scale: NonNegativeFloat = 0.5  # Deviation of the noise that chains start from.
-    noise_scale: PositiveFloat = 0.1  # Deviation of the noise added during training, per alpha.
+    start_scale: NonNegativeFloat = 0.5  # Standard deviation of the noise that chains start from.
+    noise_scale: PositiveFloat = 0.1  # Standard deviation of the training noise, per alpha.
     alpha_init: PositiveFloat = 5.0  # Initial temperature alpha of the weights.
     alpha_lr: PositiveFloat = 7e-3  # Adam's learning rate of log alpha.
-    alpha_period: PositiveInt = 250  # Updates from one step of alpha to the next.
-    # Target entropy H*/d, per action dimension, of the noise added during training.
+    alpha_period: PositiveInt = 250  # Critic updates per step of alpha.
+    # Target entropy H*/d of the training noise, per action dimension.
     noise_entropy: float = -0.9
     q_clip: NonNegativeFloat = 3.0  # Largest |(Q - m) / sigma| in a weight.
-    q_rate: UnitInterval = 1e-3  # Step size of m and sigma, the running mean and deviation of Q.
-    policy_delay: PositiveInt = 2  # Updates from one of the policy and of the averages to the next.
+    q_rate: UnitInterval = 1e-3  # Step size of the running mean m and deviation sigma of Q.
+    policy_delay: PositiveInt = 2  # Critic updates per update of the policy and averages.
 
     # --- networks and optimiser ---
     hidden_dims: tuple[PositiveInt, ...] = (256, 256, 256)  # Hidden-layer widths of all networks.
     batch_size: PositiveInt = 256  # Batch size B, in transitions.
     actor_lr: PositiveFloat = 3e-4  # Adam's initial learning rate of the policy.
-    # Final policy learning rate. The rate falls linearly from 12.5 % to 37.5 % of the updates.
+    # Final policy learning rate. It decays linearly between 12.5 % and 37.5 % of the updates.
     actor_lr_end: NonNegativeFloat = 3e-5
     critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
     target_rate: UnitInterval = 0.005  # Step size of the moving averages of critics and policy.
@@ -102,8 +102,8 @@ class Args:
     # --- end shared ---
 
 
-# The class holds the values of docs/dpmd.md. The plane's values are tuned here, with small networks
-# for a CPU.
+# The class holds the values of docs/dpmd.md. The values for the plane are tuned here, with small
+# networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,
@@ -158,7 +158,7 @@ def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
 
 
 def create(args: Args, observation_size: int, key: Array) -> State:
-    """Makes a new agent."""
+    """Creates a new agent."""
     key, critic_key, policy_key = jax.random.split(key, 3)
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))

@@ -56,18 +56,18 @@ class Args:
     # --- method ---
     reward_scale: NonNegativeFloat = 0.2  # Factor c of the rewards in the TD target.
     num_candidates: PositiveInt = 32  # Candidate actions M per state; the best one is used.
-    num_proposals: PositiveInt = 100  # Draws K of the noise per point, weighted by their values.
+    num_proposals: PositiveInt = 100  # Noise draws K per point, weighted by their actions' values.
     time_min: PositiveFloat = 0.0054  # Earliest time in the policy's loss.
     time_max: PositiveFloat = 0.999  # Latest time in the policy's loss; times are uniform.
     alpha_init: PositiveFloat = 1.0  # Initial temperature alpha of the weights.
     alpha_lr: PositiveFloat = 5e-3  # Adam's learning rate of log alpha.
-    alpha_period: PositiveInt = 100  # Updates from one step of alpha to the next.
+    alpha_period: PositiveInt = 100  # Critic updates per step of alpha.
     # Target entropy H*/d per action dimension; alpha falls while the entropy is above it.
     target_entropy: float = -1.0
-    entropy_steps: PositiveInt = 5  # Jumps n of the run that measures the entropy.
-    trace_clip: PositiveFloat = 10.0  # Largest trace of a jump of that run, per action dimension.
-    noise_scale: PositiveFloat = 0.01  # Deviation of the noise added during training, per alpha.
-    policy_delay: PositiveInt = 2  # Updates from one of the policy and of the averages to the next.
+    entropy_steps: PositiveInt = 5  # Number n of jumps along which the entropy is measured.
+    trace_clip: PositiveFloat = 10.0  # Largest trace of one of these jumps, per action dimension.
+    noise_scale: PositiveFloat = 0.01  # Standard deviation of the training noise, per alpha.
+    policy_delay: PositiveInt = 2  # Critic updates per update of the policy and averages.
     # Weight of -Q(one-step action) in the policy's loss (variant "2" of the code: 1).
     q_gradient: NonNegativeFloat = 0.0
 
@@ -75,7 +75,7 @@ class Args:
     hidden_dims: tuple[PositiveInt, ...] = (256, 256, 256)  # Hidden-layer widths of all networks.
     batch_size: PositiveInt = 256  # Batch size B, in transitions.
     actor_lr: PositiveFloat = 3e-4  # Adam's initial learning rate of the policy.
-    # Final policy learning rate. The rate falls linearly from 12.5 % to 37.5 % of the updates.
+    # Final policy learning rate. It decays linearly between 12.5 % and 37.5 % of the updates.
     actor_lr_end: NonNegativeFloat = 3e-5
     critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
     target_rate: UnitInterval = 0.005  # Step size of the moving averages of critics and policy.
@@ -108,8 +108,8 @@ class Args:
             raise UserError("--time-min and --time-max must be in order, between 0 and 1")
 
 
-# The class holds the paper's values as far as they are known (docs/flame.md). The plane's values
-# are tuned here, with small networks for a CPU.
+# The class holds the paper's values as far as they are known (docs/flame.md). The values for
+# the plane are tuned here, with small networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,
@@ -162,7 +162,7 @@ def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
 
 
 def create(args: Args, observation_size: int, key: Array) -> State:
-    """Makes a new agent, whose actions are almost clip(N(0, I)): the last layer starts near 0."""
+    """Creates a new agent, whose actions are almost clip(N(0, I)): the last layer starts near 0."""
     key, critic_key, policy_key = jax.random.split(key, 3)
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))
@@ -225,7 +225,7 @@ def choose(
     observations: Array,
     key: Array,
     count: int,
-    noise: Array,
+    noise: Array | float,
 ) -> Array:
     """Chooses the best of `count` actions by the critics, and adds noise of deviation `noise`:
     (B, S) -> (B, d) in [-1, 1]."""

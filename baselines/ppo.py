@@ -49,9 +49,9 @@ from common.run import Precision, Run, ours, parse
 @dataclasses.dataclass(frozen=True)
 class Args:
     # --- method ---
-    epochs: PositiveInt = 10  # Times that every step of a rollout is learnt from.
-    gae_lambda: UnitInterval = 0.95  # Lambda: 1 is the Monte-Carlo advantage, 0 one step of TD.
-    clip_range: PositiveFloat = 0.2  # Largest change c of ratios and values, from the rollout's.
+    epochs: PositiveInt = 10  # Passes over the steps of each rollout.
+    gae_lambda: UnitInterval = 0.95  # GAE's lambda: 1 is the Monte-Carlo advantage, 0 one-step TD.
+    clip_range: PositiveFloat = 0.2  # Clip range c: how far ratios and values may move.
     value_weight: NonNegativeFloat = 0.5  # Weight of the value's loss.
     entropy_weight: NonNegativeFloat = 0.0  # Weight of the policy's entropy.
     normal_clip: PositiveFloat = 10.0  # Largest normalised observation and reward.
@@ -59,7 +59,7 @@ class Args:
     # --- networks and optimiser ---
     hidden_dims: tuple[PositiveInt, ...] = (256, 256)  # Hidden-layer widths of all networks.
     batch_size: PositiveInt = 256  # Batch size B, in steps of the rollout.
-    lr: PositiveFloat = 3e-4  # Adam's initial learning rate; it falls to 0 linearly.
+    lr: PositiveFloat = 3e-4  # Adam's initial learning rate; it decays linearly to 0.
     max_grad_norm: PositiveFloat = 0.5  # Largest norm of the joint gradient of both networks.
 
     # --- forked: run arguments (rollouts in place of warm-up and replay) ---
@@ -92,8 +92,8 @@ class Args:
             raise UserError("--total-steps must be at least --rollout-steps")
 
 
-# The class holds FMER's and CleanRL's values. The plane's values are tuned here, with small
-# networks for a CPU.
+# The class holds FMER's and CleanRL's values. The values for the plane are tuned here, with
+# small networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=60_000,
@@ -148,7 +148,7 @@ def optimizer(args: Args) -> optax.GradientTransformation:
 
 
 def create(args: Args, observation_size: int, key: Array) -> State:
-    """Makes a new agent, whose actions are almost N(0, I)."""
+    """Creates a new agent, whose actions are almost N(0, I)."""
     key, policy_key, value_key = jax.random.split(key, 3)
     observations = jnp.zeros((1, observation_size))
     mean = network(args, args.action_size, 0.01).init(policy_key, observations)

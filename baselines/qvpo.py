@@ -71,13 +71,13 @@ class Args:
     schedule: Literal["linear", "cosine"] = "cosine"  # Schedule of the diffusion's noise.
     # Factor kappa of the linear schedule.
     beta_scale: Annotated[float, Range(0, 1, exclusive=True)] = 0.8
-    start_scale: NonNegativeFloat = 1.0  # Deviation of the noise that chains start from.
-    # Weight of the best action: its advantage, or its value cut off below at 1.
+    start_scale: NonNegativeFloat = 1.0  # Standard deviation of the noise that chains start from.
+    # Weight of the best action: its advantage, or its value but at least 1 (cut).
     policy_weight: Literal["advantage", "cut"] = "advantage"
     entropy_actions: NonNegativeInt = 10  # Uniform actions U per state in the policy's loss.
     # Initial weight e of a uniform action, relative to the best action's weight.
     entropy_start: NonNegativeFloat = 0.02
-    # Lowest weight e; without it e would fall to 0, linearly until the last update.
+    # Smallest weight e; it decays linearly towards 0 at the last update, but not below this.
     entropy_end: NonNegativeFloat = 0.002
 
     # --- networks and optimiser ---
@@ -85,7 +85,7 @@ class Args:
     batch_size: PositiveInt = 256  # Batch size B, in transitions.
     actor_lr: PositiveFloat = 1e-4  # Adam's learning rate of the policy.
     critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
-    max_grad_norm: PositiveFloat = 2.0  # Largest norm of the policy's or of both critics' gradient.
+    max_grad_norm: PositiveFloat = 2.0  # Largest gradient norm, each of policy and critics.
     target_rate: UnitInterval = 0.005  # Step size of the moving averages of critics and policy.
 
     # --- shared: run arguments ---
@@ -112,8 +112,8 @@ class Args:
     # --- end shared ---
 
 
-# The class holds the values of docs/qvpo.md. The plane's values are tuned here, with small networks
-# for a CPU.
+# The class holds the values of docs/qvpo.md. The values for the plane are tuned here, with small
+# networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,
@@ -160,7 +160,7 @@ def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
 
 
 def create(args: Args, observation_size: int, key: Array) -> State:
-    """Makes a new agent."""
+    """Creates a new agent."""
     key, critic_key, policy_key = jax.random.split(key, 3)
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))

@@ -52,7 +52,7 @@ from common.run import Precision, Run, ours, parse
 class Args:
     # --- method ---
     reward_scale: NonNegativeFloat = 1.0  # Factor c of the rewards in the TD target.
-    # Updates from one of the policy to the next, which then makes as many steps.
+    # Critic updates per update of the policy, which then makes as many steps.
     policy_delay: PositiveInt = 2
     # Target entropy H*/d per action dimension; alpha falls while the entropy is above it.
     target_entropy: float = -1.0
@@ -90,7 +90,7 @@ class Args:
 
 
 # The class holds the values of FMER's comparison (arXiv:2603.17685, table 3). The learning rates
-# are lost there, so they are CleanRL's. The plane's values, with small networks, are for a CPU.
+# are lost there, so they are CleanRL's. The values for the plane are for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,
@@ -137,7 +137,7 @@ def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
 
 
 def create(args: Args, observation_size: int, key: Array) -> State:
-    """Makes a new agent."""
+    """Creates a new agent."""
     key, critic_key, policy_key = jax.random.split(key, 3)
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))

@@ -55,11 +55,11 @@ from common.run import Precision, Run, ours, parse
 class Args:
     # --- method ---
     reward_scale: NonNegativeFloat = 1.0  # Factor c of the rewards in the TD target.
-    policy_delay: PositiveInt = 3  # Updates from one of the policy and of alpha to the next.
+    policy_delay: PositiveInt = 3  # Critic updates per update of the policy and of alpha.
     # Target entropy H*/d of the path, per action dimension; alpha falls while the entropy is above.
     target_entropy: float = 0.0
     flow_steps: PositiveInt = 4  # Steps T of the solver from noise to action.
-    # First updates, in which a batch is normalised by its own moments alone.
+    # Number of first updates, in which batches are normalised by their own moments alone.
     renorm_after: NonNegativeInt = 100_000
 
     # --- networks and optimiser ---
@@ -95,7 +95,7 @@ class Args:
 
 
 # The class holds the values of FMER's comparison (arXiv:2603.17685, table 3) and, where those are
-# lost, of the public code. The plane's values are tuned here, with small networks for a CPU.
+# lost, of the public code. The values for the plane are tuned here, with small networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,
@@ -214,7 +214,7 @@ def networks(args: Args) -> dict[str, nn.Module]:
 
 
 def create(args: Args, observation_size: int, key: Array) -> State:
-    """Makes a new agent."""
+    """Creates a new agent."""
     key, critic_key, velocity_key, deviation_key = jax.random.split(key, 4)
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))

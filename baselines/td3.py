@@ -52,10 +52,10 @@ from common.run import Precision, Run, ours, parse
 class Args:
     # --- method ---
     reward_scale: NonNegativeFloat = 1.0  # Factor c of the rewards in the TD target.
-    policy_delay: PositiveInt = 2  # Updates from one of the policy and of the averages to the next.
-    explore_noise: NonNegativeFloat = 0.1  # Deviation of the noise on actions during training.
-    target_noise: NonNegativeFloat = 0.2  # Deviation of the noise on actions in the TD target.
-    target_noise_clip: NonNegativeFloat = 0.5  # Largest noise on actions in the TD target.
+    policy_delay: PositiveInt = 2  # Critic updates per update of the policy and averages.
+    explore_noise: NonNegativeFloat = 0.1  # Standard deviation of the action noise in training.
+    target_noise: NonNegativeFloat = 0.2  # Standard deviation of the action noise in the TD target.
+    target_noise_clip: NonNegativeFloat = 0.5  # Largest action noise in the TD target.
 
     # --- networks and optimiser ---
     hidden_dims: tuple[PositiveInt, ...] = (256, 256)  # Hidden-layer widths of all networks.
@@ -89,7 +89,7 @@ class Args:
 
 
 # The class holds the values of FMER's comparison (arXiv:2603.17685, table 3). The learning rates
-# are lost there, so they are CleanRL's. The plane's values, with small networks, are for a CPU.
+# are lost there, so they are CleanRL's. The values for the plane are for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,
@@ -124,7 +124,7 @@ def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
 
 
 def create(args: Args, observation_size: int, key: Array) -> State:
-    """Makes a new agent."""
+    """Creates a new agent."""
     key, critic_key, policy_key = jax.random.split(key, 3)
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))
