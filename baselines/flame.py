@@ -75,7 +75,7 @@ class Args:
     hidden_dims: tuple[PositiveInt, ...] = (256, 256, 256)  # Hidden-layer widths of all networks.
     batch_size: PositiveInt = 256  # Batch size B, in transitions.
     actor_lr: PositiveFloat = 3e-4  # Adam's initial learning rate of the policy.
-    # Final policy learning rate. It decays linearly between 12.5 % and 37.5 % of the updates.
+    # Final policy learning rate. The rate decays linearly between 12.5 % and 37.5 % of the updates.
     actor_lr_end: NonNegativeFloat = 3e-5
     critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
     target_rate: UnitInterval = 0.005  # Step size of the moving averages of critics and policy.
@@ -323,10 +323,10 @@ def meanflow_target(
     there. It is linear in v, so v averaged over proposals does what the average of their targets
     would."""
 
-    # ref: that code makes one such pass for each of the K proposals
     def u(x, t):
         return average_velocity(args, flow, observations, x, r, t)
 
+    # ref: that code makes one such pass for each of the K proposals
     _, change = jax.jvp(u, (x, t), (v, jnp.ones_like(t)))
     return v - (t - r)[:, None] * change
 
