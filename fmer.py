@@ -261,8 +261,8 @@ def critic_loss(
     args: Args, params: dict, state: State, batch: Replay, next_actions: Array
 ) -> tuple[Array, dict]:
     """Computes the TD error of both critics against one target; next_actions (M, B, d) are
-    candidates at s'. The critics choose among them, their averages value the choice, so that noise
-    in one of the two does not overrate it."""
+    candidates at s'. The critics choose among them and their averages value the choice, as in
+    double Q-learning."""
     observations = batch.next_observations
     next_q = critic(args, state.params["critic"], observations, next_actions)
     chosen = best(next_q.min(0), next_actions)
@@ -326,15 +326,15 @@ def policy_loss(
     t = jax.random.uniform(time_key, weights.shape)
     z0 = jax.random.normal(noise_key, z1.shape)
     z = (1 - t[..., None]) * z0 + t[..., None] * z1  # Eq. (2)
-    v, trace = divergence(args, params, observations, z, t, probe_key)
+    v, div = divergence(args, params, observations, z, t, probe_key)
     error = ((v - (z1 - z0)) ** 2).sum(-1)
     matching = (weights * error).sum(0).mean()  # Eq. (11)
     active = state.step < args.entropy_until
     multiplier = jnp.where(active, jnp.exp(state.log_lambda), 0.0)
-    loss = matching - multiplier * trace.mean()  # Eq. (8), (18)
+    loss = matching - multiplier * div.mean()  # Eq. (8), (18)
     # The entropy per dimension of tanh(z_0), or of z_0.
     start = 0.669804 if args.squash == "tanh" else 1.418939
-    entropy = start * args.action_size + trace.mean()  # Eq. (16), (70)
+    entropy = start * args.action_size + div.mean()  # Eq. (16), (70)
     return loss, dict(matching_loss=matching, entropy=entropy / args.action_size)
 
 
