@@ -75,7 +75,7 @@ class Args:
     batch_size: PositiveInt = 256  # Batch size B, in transitions.
     actor_lr: PositiveFloat = 3e-4  # Adam's learning rate of the policy.
     critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
-    max_grad_norm: PositiveFloat = 2.0  # Largest gradient norm, each of policy and critics.
+    max_grad_norm: PositiveFloat = 2.0  # Largest gradient norm (policy and critics separately).
     target_rate: UnitInterval = 0.005  # Step size of the moving averages of critics and policy.
 
     # --- shared: run arguments ---

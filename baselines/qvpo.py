@@ -85,7 +85,7 @@ class Args:
     batch_size: PositiveInt = 256  # Batch size B, in transitions.
     actor_lr: PositiveFloat = 1e-4  # Adam's learning rate of the policy.
     critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
-    max_grad_norm: PositiveFloat = 2.0  # Largest gradient norm, each of policy and critics.
+    max_grad_norm: PositiveFloat = 2.0  # Largest gradient norm (policy and critics separately).
     target_rate: UnitInterval = 0.005  # Step size of the moving averages of critics and policy.
 
     # --- shared: run arguments ---
@@ -164,9 +164,11 @@ def create(args: Args, observation_size: int, key: Array) -> State:
     key, critic_key, policy_key = jax.random.split(key, 3)
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))
+    critics = networks(args)["critic"]
+    denoiser = networks(args)["policy"]
     params = dict(
-        critic=networks(args)["critic"].init(critic_key, observations, actions),
-        policy=networks(args)["policy"].init(policy_key, observations, actions, 0),
+        critic=critics.init(critic_key, observations, actions),
+        policy=denoiser.init(policy_key, observations, actions, 0),
     )
     opt_state = {name: adam.init(params[name]) for name, adam in optimizers(args).items()}
     return State(
