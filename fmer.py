@@ -2,7 +2,7 @@
 2026, arXiv:2603.17685).
 
 Online, off-policy. The policy is a flow in an unbounded latent space, squashed by tanh. It improves
-by mirror descent: N actions are drawn from the current policy, weighted by softmax(Q / eta), and
+by mirror descent: M actions are drawn from the current policy, weighted by softmax(Q / eta), and
 the flow is refitted to them; no gradient passes through the ODE. The divergence of the velocity
 gives the entropy of the actions, which a multiplier lambda holds at a target; eta is steered by the
 effective sample size (ESS) of the weights.
@@ -15,15 +15,17 @@ effective sample size (ESS) of the weights.
     python fmer.py                                   the plane with four goals, 3 minutes on a CPU
     python fmer.py --env halfcheetah --num-seeds 5   five agents in one program
 
-Shapes: B batch, S observation, d action, N candidates per state, T solver steps, E environments.
-Equation numbers: the paper's third version. docs/fmer.md has what it leaves open, and our choices.
+Shapes: B batch, S observation, d action, M candidates per state (the paper's N), T solver steps,
+E environments. Equation numbers: the paper's third version. docs/fmer.md says what the paper leaves
+open, and what we chose.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -31,16 +33,59 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
 from common.data import Replay, over_agents, spread
 from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, make_env, multigoal, resolve, seed_of
+from common.errors import UserError
+from common.flags import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UnitInterval
 from common.networks import LECUN, Critic, TimedMLP, mish
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    reward_scale: NonNegativeFloat = 0.2  # Factor c of the rewards in the TD target.
+    num_candidates: PositiveInt = 8  # Candidate actions M per state; the best one is executed.
+    # Candidates sampled per action during training; the best one is executed (0: num_candidates).
+    act_candidates: NonNegativeInt = 0
+    flow_steps: PositiveInt = 10  # Steps T of the solver from noise to action.
+    solver: Literal["euler", "rk2", "rk4"] = "euler"  # Solver of the ODE; rk2 is the midpoint rule.
+    squash: Literal["tanh", "clip"] = "tanh"  # Map from latents to actions; clip is an ablation.
+    latent_clip: PositiveFloat = 7.2543  # Largest |z_1| before tanh; this is atanh(1 - 1e-6).
+    # Weights of the candidates; uniform and top1 are ablations of softmax(Q / eta).
+    weights: Literal["soft", "uniform", "top1"] = "soft"
+    eta_init: PositiveFloat = 0.5  # Initial temperature eta of the weights.
+    eta_fixed: NonNegativeFloat = 0.0  # Ablation: eta stays at this value (0: it is tuned).
+    eta_rate: NonNegativeFloat = 1e-3  # Step size of log eta per excess of the ESS.
+    target_ess: UnitInterval = 0.5  # Target ESS as a share of num_candidates (the paper: 4 of 8).
+    lambda_init: PositiveFloat = 0.5  # Initial multiplier lambda of the entropy.
+    # Step size of log lambda per missing entropy, which is measured per action dimension.
+    lambda_rate: NonNegativeFloat = 1e-2
+    target_entropy_start: float = 0.0  # Initial target entropy per action dimension.
+    target_entropy_end: float = -1.0  # Final target entropy per action dimension.
+    # Share of the updates after which the target entropy has reached its final value.
+    target_entropy_share: PositiveFloat = 0.7
+    # Ablation: from this update on, the loss has no entropy term.
+    entropy_until: NonNegativeInt = 2**31 - 1
+    # Estimate of the divergence; the exact one takes d times as many passes.
+    divergence: Literal["hutchinson", "exact"] = "hutchinson"
+    # States that the policy is updated on; "next" reuses the candidates of the TD target.
+    actor_states: Literal["current", "next"] = "current"
+    # Step size of a moving average of the policy that acts and makes targets (0: none).
+    policy_ema: UnitInterval = 0.0
+
+    # --- networks and optimiser ---
+    hidden_dims: tuple[PositiveInt, ...] = (256, 256, 256)  # Hidden-layer widths of all networks.
+    batch_size: PositiveInt = 256  # Batch size B, in transitions.
+    actor_lr: PositiveFloat = 3e-4  # Adam's initial learning rate of the policy.
+    # Final policy learning rate. The rate decays linearly between 12.5 % and 37.5 % of the updates.
+    actor_lr_end: NonNegativeFloat = 3e-5
+    critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
+    target_rate: UnitInterval = 0.005  # Step size of the moving average of the critics.
+
     # --- shared: run arguments ---
     env: str = "multigoal"  # kitchen-1|2|4|7 hopper halfcheetah walker2d humanoid online-ant-xy
     seed: int = 0  # first seed; an agent does not depend on those trained beside it
@@ -64,250 +109,314 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
     # --- end shared ---
 
-    # method
-    reward_scale: float = 0.2  # c: factor of rewards in the TD target
-    num_candidates: int = 8  # N: actions per state that are weighted, or of which the best counts
-    act_candidates: int = 0  # of which the best is executed in training (0: as many as N)
-    flow_steps: int = 10  # T: steps of the solver from noise to action
-    solver: Literal["euler", "rk2", "rk4"] = "euler"  # rk2 is the midpoint rule
-    squash: Literal["tanh", "clip"] = "tanh"  # ablation: actions are clipped latents
-    latent_clip: float = 7.2543  # largest |z_1| of tanh, here atanh(1 - 1e-6)
-    weights: Literal["soft", "uniform", "top1"] = "soft"  # ablations of softmax(Q / eta)
-    eta_init: float = 0.5  # first temperature of the weights
-    eta_fixed: float = 0.0  # ablation: eta stays at this value (0: it is tuned)
-    eta_rate: float = 1e-3  # step of log eta per excess of the ESS
-    target_ess: float = 0.5  # ESS*/N (paper: 4 of 8)
-    lambda_init: float = 0.5  # first multiplier of the entropy
-    lambda_rate: float = 1e-2  # step of log lambda per missing entropy and action dimension
-    target_entropy_start: float = 0.0  # H*/d at the first update
-    target_entropy_end: float = -1.0  # H*/d at last
-    target_entropy_share: float = 0.7  # of the updates, after which H* has arrived there
-    entropy_until: int = 2**31 - 1  # ablation: update from which on lambda is 0 in the loss
-    divergence: Literal["hutchinson", "exact"] = "hutchinson"  # exact: d times as many passes
-    actor_states: Literal["current", "next"] = "current"  # next: reuse the target's candidates
-    policy_ema: float = 0.0  # rate of an average that acts and makes targets (0: none)
-
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (256, 256, 256)  # of all networks
-    batch_size: int = 256  # B: transitions per update
-    actor_lr: float = 3e-4  # Adam's learning rate of the policy, at first
-    actor_lr_end: float = 3e-5  # and from 37.5 % of the updates on (linear from 12.5 %)
-    critic_lr: float = 3e-4  # Adam's learning rate of the critics
-    target_rate: float = 0.005  # rate of the moving average of the critics
-
     def __post_init__(self):
         if self.actor_states == "next" and self.policy_ema:
-            raise SystemExit("--actor-states next needs candidates of the policy: no --policy-ema")
+            problem = "--actor-states next needs candidates of the policy itself"
+            raise UserError(f"{problem}; leave out --policy-ema or --actor-states")
 
 
-# The class holds the paper's values, or docs/fmer.md's; the plane's are for a CPU, tuned here.
+# The class holds the paper's values and, where the paper states none, those of docs/fmer.md. The
+# values for the plane are tuned here, for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
-        total_steps=15_000, warmup_steps=1_000, reward_scale=0.1, act_candidates=1, actor_lr=1e-3,
-        actor_lr_end=1e-3, critic_lr=1e-3, hidden_dims=(64, 64, 64), batch_size=32,
-        log_interval=500, eval_interval=5_000, eval_episodes=100, eval_slots=100,
+        total_steps=15_000,
+        warmup_steps=1_000,
+        reward_scale=0.1,
+        act_candidates=1,
+        actor_lr=1e-3,
+        actor_lr_end=1e-3,
+        critic_lr=1e-3,
+        hidden_dims=(64, 64, 64),
+        batch_size=32,
+        log_interval=500,
+        eval_interval=5_000,
+        eval_episodes=100,
+        eval_slots=100,
     ),
-}  # fmt: skip
+}
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (phi_1, phi_2), policy (theta)
-    targets: dict  # moving averages: critic and, if asked for, policy
+    targets: dict  # moving averages: critic and, with --policy-ema, policy
     opt_state: dict  # of critic and policy
-    log_eta: jax.Array  # (): temperature of the weights
-    log_lambda: jax.Array  # (): multiplier of the entropy
-    step: jax.Array  # () int32: updates so far
-    key: jax.Array  # (2,) uint32
+    log_eta: Array  # (): temperature of the weights
+    log_lambda: Array  # (): multiplier of the entropy
+    step: Array  # () int32: updates so far
+    key: Array  # (2,) uint32
 
 
-def planned_updates(args):
-    """Updates of the whole run, which schedules refer to."""
-    return max(1, (args.total_steps - args.warmup_steps) // args.env_steps_per_update)
+def planned_updates(args: Args) -> int:
+    """Counts the updates of the whole run, which schedules refer to."""
+    steps = args.total_steps - args.warmup_steps
+    return max(1, steps // args.env_steps_per_update)
 
 
-def optimizers(args):
-    """Adam for each of the two networks; the policy's rate falls between two shares of the run."""
-    at = [int(share * planned_updates(args)) for share in (0.125, 0.375)]
-    rate = optax.linear_schedule(args.actor_lr, args.actor_lr_end, max(1, at[1] - at[0]), at[0])
+def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
+    """Makes one Adam per network; the policy's rate falls between two shares of the run."""
+    start = int(0.125 * planned_updates(args))
+    end = int(0.375 * planned_updates(args))
+    rate = optax.linear_schedule(args.actor_lr, args.actor_lr_end, max(1, end - start), start)
     return dict(critic=optax.adam(args.critic_lr), policy=optax.adam(rate))
 
 
-def create(args, observation_size, key) -> State:
-    """A new agent, whose actions are almost tanh(N(0, I)): the last layer starts near 0."""
-    key, *keys = jax.random.split(key, 3)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.action_size))
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates a new agent, whose actions are almost tanh(N(0, I)): the last layer starts near 0."""
+    key, critic_key, policy_key = jax.random.split(key, 3)
+    observations = jnp.zeros((1, observation_size))
+    actions = jnp.zeros((1, args.action_size))
+    critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
+    flow = TimedMLP(args.hidden_dims, scale=0.01)
     params = dict(
-        critic=Critic(args.hidden_dims, 2, False, mish, LECUN).init(keys[0], s, a),
-        policy=TimedMLP(args.hidden_dims, scale=0.01).init(keys[1], s, a, 0.0),
+        critic=critics.init(critic_key, observations, actions),
+        policy=flow.init(policy_key, observations, actions, 0.0),
     )
     averaged = ("critic", "policy") if args.policy_ema else ("critic",)
     targets = {name: jax.tree.map(jnp.copy, params[name]) for name in averaged}
-    opt_state = {name: opt.init(params[name]) for name, opt in optimizers(args).items()}
-    duals = [jnp.float32(np.log(x)) for x in (args.eta_fixed or args.eta_init, args.lambda_init)]
-    return State(params, targets, opt_state, *duals, jnp.int32(0), key)
+    opt_state = {name: adam.init(params[name]) for name, adam in optimizers(args).items()}
+    return State(
+        params=params,
+        targets=targets,
+        opt_state=opt_state,
+        log_eta=jnp.float32(np.log(args.eta_fixed or args.eta_init)),
+        log_lambda=jnp.float32(np.log(args.lambda_init)),
+        step=jnp.int32(0),
+        key=key,
+    )
 
 
 # --- the method ----------------------------------------------------------------------------------
 
 
-def critic(args, params, observations, actions):
-    """Q_1, Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
-    return Critic(args.hidden_dims, 2, False, mish, LECUN).apply(params, observations, actions)
+def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Computes Q_1 and Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
+    critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
+    return critics.apply(params, observations, actions)
 
 
-def velocity(args, params, observations, z, t):
-    """v(z, t, s): (B, S), (..., B, d), t in [0, 1] that broadcasts to (..., B) -> (..., B, d)."""
-    return TimedMLP(args.hidden_dims, scale=0.01).apply(params, observations, z, 100 * t)
+def velocity(args: Args, params: dict, observations: Array, z: Array, t: Array) -> Array:
+    """Computes v(z, t, s): (B, S), (..., B, d), t in [0, 1] that broadcasts to (..., B) ->
+    (..., B, d)."""
+    flow = TimedMLP(args.hidden_dims, scale=0.01)
+    return flow.apply(params, observations, z, 100 * t)
 
 
-def integrate(args, flow, observations, z):
-    """Latents of actions from noise, by T steps of the solver: (B, S), (..., B, d) -> same."""
-    h, v = 1 / args.flow_steps, partial(velocity, args, flow, observations)
+def integrate(args: Args, flow: dict, observations: Array, z: Array) -> Array:
+    """Solves the ODE from noise to latents of actions, in T steps: (B, S), (..., B, d) -> same."""
+    h = 1 / args.flow_steps
+    v = partial(velocity, args, flow, observations)
 
     def step(z, t):
-        k = v(z, t)  # Eq. (1)
+        k1 = v(z, t)  # Eq. (1)
         if args.solver == "euler":
-            return z + h * k, None  # Eq. (10)
-        middle = v(z + h / 2 * k, t + h / 2)
+            return z + h * k1, None  # Eq. (10)
+        k2 = v(z + h / 2 * k1, t + h / 2)
         if args.solver == "rk2":
-            return z + h * middle, None
-        other = v(z + h / 2 * middle, t + h / 2)
-        return z + h / 6 * (k + 2 * middle + 2 * other + v(z + h * other, t + h)), None
+            return z + h * k2, None
+        k3 = v(z + h / 2 * k2, t + h / 2)
+        k4 = v(z + h * k3, t + h)
+        return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), None
 
-    z, _ = jax.lax.scan(step, z, jnp.arange(args.flow_steps) * h)
+    times = jnp.arange(args.flow_steps) * h
+    z, _ = jax.lax.scan(step, z, times)
     limit = args.latent_clip if args.squash == "tanh" else 1.0
     return jnp.clip(z, -limit, limit)
 
 
-def candidates(args, flow, observations, key, count):
-    """Latents of `count` samples per state: (B, S) -> (N, B, d)."""
-    z = jax.random.normal(key, (count, len(observations), args.action_size))
-    return integrate(args, flow, observations, z)
+def candidates(args: Args, flow: dict, observations: Array, key: Array, count: int) -> Array:
+    """Draws latents of `count` actions per state: (B, S) -> (count, B, d)."""
+    noise = jax.random.normal(key, (count, len(observations), args.action_size))
+    return integrate(args, flow, observations, noise)
 
 
-def squash(args, z):
-    """Actions of latents."""
+def squash(args: Args, z: Array) -> Array:
+    """Maps latents to actions."""
     return jnp.tanh(z) if args.squash == "tanh" else z
 
 
-def best(q, actions):
-    """The action of the highest value: (N, B), (N, B, d) -> (B, d)."""
-    return jnp.take_along_axis(actions, q.argmax(0)[None, :, None], 0)[0]
+def best(q: Array, actions: Array) -> Array:
+    """Picks the action of the highest value: (M, B), (M, B, d) -> (B, d)."""
+    index = q.argmax(0)[None, :, None]
+    return jnp.take_along_axis(actions, index, 0)[0]
 
 
-def sample_actions(args, state, observations, key, mode):
-    """(B, S) -> (B, d) in [-1, 1]: the best of N samples, but "single" (logged next to it) takes
-    one, and "explore" (in training) as many as --act-candidates says."""
+def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
+    """Chooses the best of some samples: (B, S) -> (B, d) in [-1, 1]. There are M samples; "single"
+    (logged alongside) takes one, "explore" (in training) as many as --act-candidates says."""
+    count = args.num_candidates
+    if mode == "single":
+        count = 1
+    elif mode == "explore" and args.act_candidates:
+        count = args.act_candidates
     flow = state.targets.get("policy", state.params["policy"])
-    count = dict(explore=args.act_candidates, single=1).get(mode) or args.num_candidates
     actions = squash(args, candidates(args, flow, observations, key, count))
-    return best(critic(args, state.params["critic"], observations, actions).min(0), actions)
+    q = critic(args, state.params["critic"], observations, actions).min(0)
+    return best(q, actions)
 
 
-def critic_loss(args, params, state, batch, next_actions):
-    """TD error of both critics against one target; next_actions (N, B, d) are candidates at s'."""
-    q = critic(args, state.params["critic"], batch.next_observations, next_actions).min(0)
-    chosen = best(q, next_actions)  # by the critics, valued by their averages: no self-deception
-    value = critic(args, state.targets["critic"], batch.next_observations, chosen).min(0)
-    target = args.reward_scale * batch.rewards + args.discount * batch.masks * value  # Eq. (20)
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Replay, next_actions: Array
+) -> tuple[Array, dict]:
+    """Computes the TD error of both critics against one target; next_actions (M, B, d) are
+    candidates at s'. The critics choose among them and their averages value the choice, as in
+    double Q-learning."""
+    observations = batch.next_observations
+    next_q = critic(args, state.params["critic"], observations, next_actions)
+    chosen = best(next_q.min(0), next_actions)
+    value = critic(args, state.targets["critic"], observations, chosen).min(0)
+    rewards = args.reward_scale * batch.rewards
+    target = rewards + args.discount * batch.masks * value  # Eq. (20)
     q = critic(args, params, batch.observations, batch.actions)
     loss = ((q - target) ** 2).sum(0).mean()  # Eq. (19)
-    return loss, dict(critic_loss=loss, q=q.mean(), target=target.mean())
+    metrics = dict(critic_loss=loss, q=q.mean(), target=target.mean())
+    return loss, metrics
 
 
-def weigh(args, q, eta):
-    """Weights of N candidates, which sum to 1, and their effective number: (N, B) -> (N, B), ()."""
-    w = jax.nn.softmax((q - q.max(0)) / eta, 0)  # Eq. (13): V(s) cancels, as does the maximum
+def weigh(args: Args, q: Array, eta: Array) -> tuple[Array, Array]:
+    """Computes the weights of M candidates, which sum to 1, and their effective number:
+    (M, B) -> (M, B), ()."""
+    weights = jax.nn.softmax((q - q.max(0)) / eta, 0)  # Eq. (13): V(s) cancels, as does the maximum
     if args.weights == "uniform":
-        w = jnp.full_like(q, 1 / len(q))
+        weights = jnp.full_like(q, 1 / len(q))
     if args.weights == "top1":
-        w = jax.nn.one_hot(q.argmax(0), len(q), axis=0)
-    return w, (1 / (w**2).sum(0)).mean()  # Eq. (14)
+        weights = jax.nn.one_hot(q.argmax(0), len(q), axis=0)
+    ess = 1 / (weights**2).sum(0)  # Eq. (14)
+    return weights, ess.mean()
 
 
-def divergence(args, flow, observations, z, t, key):
-    """Velocity (N, B, d), and divergence of the velocity of the *actions* (N, B), at z (N, B, d)
-    and t (N, B)."""
-    v = partial(velocity, args, flow, observations, t=t)
+def divergence(
+    args: Args, flow: dict, observations: Array, z: Array, t: Array, key: Array
+) -> tuple[Array, Array]:
+    """Computes the velocity (M, B, d), and the divergence of the velocity of the *actions* (M, B),
+    at z (M, B, d) and t (M, B)."""
+    field = partial(velocity, args, flow, observations, t=t)
     if args.divergence == "hutchinson":
         probe = jax.random.rademacher(key, z.shape, z.dtype)
-        speed, change = jax.jvp(v, (z,), (probe,))
+        v, change = jax.jvp(field, (z,), (probe,))
         trace = (probe * change).sum(-1)  # Eq. (69)
     else:
-        column = lambda e: (jax.jvp(v, (z,), (jnp.broadcast_to(e, z.shape),))[1] * e).sum(-1)
-        speed, trace = v(z), jax.vmap(column)(jnp.eye(z.shape[-1])).sum(0)
+
+        def diagonal(unit):
+            _, change = jax.jvp(field, (z,), (jnp.broadcast_to(unit, z.shape),))
+            return (change * unit).sum(-1)
+
+        v = field(z)
+        trace = jax.vmap(diagonal)(jnp.eye(z.shape[-1])).sum(0)
     if args.squash == "tanh":
-        trace -= 2 * (jnp.tanh(z) * speed).sum(-1)  # Eq. (17)
-    return speed, trace
+        trace -= 2 * (jnp.tanh(z) * v).sum(-1)  # Eq. (17)
+    return v, trace
 
 
-def policy_loss(args, params, state, observations, z1, w, key):
-    """Weighted flow matching to the latents z1 (N, B, d) of the candidates, with weights w (N, B),
-    and the entropy. Only `params` is differentiated: no gradient passes through the solver."""
-    keys = jax.random.split(key, 3)
-    t = jax.random.uniform(keys[0], w.shape)
-    z0 = jax.random.normal(keys[1], z1.shape)
+def policy_loss(
+    args: Args,
+    params: dict,
+    state: State,
+    observations: Array,
+    z1: Array,
+    weights: Array,
+    key: Array,
+) -> tuple[Array, dict]:
+    """Computes the loss of weighted flow matching to the latents z1 (M, B, d) of the candidates,
+    with weights (M, B), and of the entropy. Only `params` is differentiated: no gradient passes
+    through the solver."""
+    time_key, noise_key, probe_key = jax.random.split(key, 3)
+    t = jax.random.uniform(time_key, weights.shape)
+    z0 = jax.random.normal(noise_key, z1.shape)
     z = (1 - t[..., None]) * z0 + t[..., None] * z1  # Eq. (2)
-    speed, spread = divergence(args, params, observations, z, t, keys[2])
-    matching = (w * ((speed - (z1 - z0)) ** 2).sum(-1)).sum(0).mean()  # Eq. (11)
-    on = state.step < args.entropy_until
-    loss = matching - on * jnp.exp(state.log_lambda) * spread.mean()  # Eq. (8), (18)
-    start = 0.669804 if args.squash == "tanh" else 1.418939  # H of tanh(z_0), of z_0; per dimension
-    entropy = start * z1.shape[-1] + spread.mean()  # Eq. (16), (70)
-    return loss, dict(matching_loss=matching, entropy=entropy / z1.shape[-1])
+    v, div = divergence(args, params, observations, z, t, probe_key)
+    error = ((v - (z1 - z0)) ** 2).sum(-1)
+    matching = (weights * error).sum(0).mean()  # Eq. (11)
+    active = state.step < args.entropy_until
+    multiplier = jnp.where(active, jnp.exp(state.log_lambda), 0.0)
+    loss = matching - multiplier * div.mean()  # Eq. (8), (18)
+    # The entropy per dimension of tanh(z_0), or of z_0.
+    start = 0.669804 if args.squash == "tanh" else 1.418939
+    entropy = start * args.action_size + div.mean()  # Eq. (16), (70)
+    return loss, dict(matching_loss=matching, entropy=entropy / args.action_size)
 
 
-def target_entropy(args, step):
-    """H*/d, linear in the updates until a share of all."""
-    share = jnp.minimum(step / (args.target_entropy_share * planned_updates(args)), 1)
+def target_entropy(args: Args, step: Array) -> Array:
+    """Computes H*/d, which is linear in the updates until a share of all."""
+    last_step = args.target_entropy_share * planned_updates(args)
+    share = jnp.minimum(step / last_step, 1)
     return args.target_entropy_start * (1 - share) + args.target_entropy_end * share
 
 
-def descend(args, state, name, loss, *inputs):
-    """The state after one step of Adam on a loss of params[name], all else being constant."""
-    grads, metrics = jax.grad(partial(loss, args), has_aux=True)(state.params[name], state, *inputs)
+def descend(
+    args: Args, state: State, name: str, loss: Callable, *inputs: Any
+) -> tuple[State, dict]:
+    """Makes one step of Adam on a loss of params[name]; everything else is constant."""
+    gradient = jax.grad(partial(loss, args), has_aux=True)
+    grads, metrics = gradient(state.params[name], state, *inputs)
     updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
-    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
-    state = state.replace(params=params, opt_state=state.opt_state | {name: opt_state})
+    new_params = optax.apply_updates(state.params[name], updates)
+    state = state.replace(
+        params=state.params | {name: new_params},
+        opt_state=state.opt_state | {name: opt_state},
+    )
     return state, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
 
 
-def update(args, state, batch):
-    """One step of the critics, then one of the policy with the critics' new values, then of lambda
-    and eta (plain steps on their logarithms), then of the averages."""
+def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
+    """Makes one step of the critics, then one of the policy with the critics' new values, then of
+    lambda and eta (plain steps on their logarithms), then of the averages."""
     key, next_key, now_key, loss_key = jax.random.split(state.key, 4)
-    observations, N = batch.next_observations, args.num_candidates
+
+    # Update the critics.
+    observations = batch.next_observations
     flow = state.targets.get("policy", state.params["policy"])
-    z1 = candidates(args, flow, observations, next_key, N)
-    state, metrics = descend(args, state, "critic", critic_loss, batch, squash(args, z1))
+    z1 = candidates(args, flow, observations, next_key, args.num_candidates)
+    next_actions = squash(args, z1)
+    state, metrics = descend(args, state, "critic", critic_loss, batch, next_actions)
+
+    # Update the policy.
     if args.actor_states == "current":
         observations = batch.observations
-        z1 = candidates(args, state.params["policy"], observations, now_key, N)
+        flow = state.params["policy"]
+        z1 = candidates(args, flow, observations, now_key, args.num_candidates)
     q = critic(args, state.params["critic"], observations, squash(args, z1)).min(0)
-    w, ess = weigh(args, q, jnp.exp(state.log_eta))
-    state, more = descend(args, state, "policy", policy_loss, observations, z1, w, loss_key)
+    weights, ess = weigh(args, q, jnp.exp(state.log_eta))
+    state, more = descend(args, state, "policy", policy_loss, observations, z1, weights, loss_key)
 
+    # Update lambda and eta.
     goal = target_entropy(args, state.step)
-    log_lambda = state.log_lambda + args.lambda_rate * (goal - more["entropy"])  # Eq. (7)
+    missing = goal - more["entropy"]
+    log_lambda = state.log_lambda + args.lambda_rate * missing  # Eq. (7)
     log_lambda = jnp.clip(log_lambda, jnp.log(1e-3), jnp.log(10.0))
     log_lambda = jnp.where(state.step < args.entropy_until, log_lambda, state.log_lambda)
     log_eta = state.log_eta
     if args.weights == "soft" and not args.eta_fixed:
-        log_eta = log_eta - args.eta_rate * (ess - args.target_ess * N)
-        log_eta = jnp.clip(log_eta, jnp.log(1e-3), jnp.log(100.0))
-    rates, new = dict(critic=args.target_rate, policy=args.policy_ema), state.params
-    targets = {k: optax.incremental_update(new[k], x, rates[k]) for k, x in state.targets.items()}
+        excess = ess - args.target_ess * args.num_candidates
+        log_eta = jnp.clip(log_eta - args.eta_rate * excess, jnp.log(1e-3), jnp.log(100.0))
 
-    metrics |= more | dict(target_entropy=goal, multiplier=jnp.exp(state.log_lambda), ess=ess)
-    metrics |= dict(eta=jnp.exp(state.log_eta), saturated=(jnp.abs(z1) > 3).mean())
-    duals = dict(log_eta=log_eta, log_lambda=log_lambda)
-    return state.replace(targets=targets, **duals, step=state.step + 1, key=key), metrics
+    # Update the averages.
+    rates = dict(critic=args.target_rate, policy=args.policy_ema)
+    targets = {}
+    for name, average in state.targets.items():
+        targets[name] = optax.incremental_update(state.params[name], average, rates[name])
+
+    metrics |= more
+    metrics |= dict(
+        target_entropy=goal,
+        multiplier=jnp.exp(state.log_lambda),
+        ess=ess,
+        eta=jnp.exp(state.log_eta),
+        saturated=(jnp.abs(z1) > 3).mean(),
+    )
+    state = state.replace(
+        targets=targets,
+        log_eta=log_eta,
+        log_lambda=log_lambda,
+        step=state.step + 1,
+        key=key,
+    )
+    return state, metrics
 
 
-MODES = ("best", "single")  # of choosing actions in evaluations, the first one is the method's
+MODES = ("best", "single")  # Ways to choose evaluation actions; the first one is the method's.
 
 # --- shared: many agents -------------------------------------------------------------------------
 

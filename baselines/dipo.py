@@ -13,19 +13,24 @@ The numbers with letters are ours; (DDPM1) to (DDPM4) are the diffusion of Ho et
 (arXiv:2006.11239), written alike in dpmd.py and qvpo.py. docs/dipo.md lists what differs from the
 public code.
 
-    python -m baselines.dipo                                   the plane with four goals, on a CPU
-    python -m baselines.dipo --env halfcheetah --num-seeds 5   five agents in one program
+    python baselines/dipo.py                                   the plane with four goals, on a CPU
+    python baselines/dipo.py --env halfcheetah --num-seeds 5   five agents in one program
 
-Shapes: B batch, S observation, d action, N chains per state (one, here), T diffusion steps, C rows
-of the replay; agents (seeds) trained at once are the leading axis of all that `act` and
-`train_chunk` see.
+Shapes: B batch, S observation, d action, T diffusion steps, M gradient steps of actions, C rows of
+the replay; agents (seeds) trained at once are the leading axis of all that `act` and `train_chunk`
+see.
 """
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+if __name__ == "__main__":  # `python baselines/dipo.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
 import jax
@@ -33,16 +38,46 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
 from common.data import Replay, over_agents, spread
 from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, make_env, multigoal, resolve, seed_of
+from common.flags import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    UnitInterval,
+)
 from common.networks import LECUN, Critic, TimedMLP, mish
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    reward_scale: NonNegativeFloat = 0.2  # Factor c of the rewards in the TD target.
+    diffusion_steps: PositiveInt = 100  # Diffusion steps T from noise to action.
+    schedule: Literal["linear", "cosine"] = "linear"  # Schedule of the diffusion's noise.
+    # Factor kappa of the linear schedule.
+    beta_scale: Annotated[float, Range(0, 1, exclusive=True)] = 0.3
+    start_scale: NonNegativeFloat = 0.5  # Standard deviation of the noise that chains start from.
+    eval_noise: NonNegativeFloat = 0.0  # Factor on the noise of a chain's steps in evaluations.
+    move_steps: NonNegativeInt = 30  # Gradient steps M that move the drawn actions.
+    move_lr: NonNegativeFloat = 0.03  # Adam's learning rate of the drawn actions.
+    move_clip: NonNegativeFloat = 0.16  # Largest norm G of their gradient, over a whole batch.
+    target_policy_delay: PositiveInt = 2  # Critic updates per update of the averaged policy.
+
+    # --- networks and optimiser ---
+    hidden_dims: tuple[PositiveInt, ...] = (256, 256, 256)  # Hidden-layer widths of all networks.
+    batch_size: PositiveInt = 256  # Batch size B, in transitions.
+    actor_lr: PositiveFloat = 3e-4  # Adam's learning rate of the policy.
+    critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
+    max_grad_norm: PositiveFloat = 2.0  # Largest gradient norm (policy and critics separately).
+    target_rate: UnitInterval = 0.005  # Step size of the moving averages of critics and policy.
+
     # --- shared: run arguments ---
     env: str = "multigoal"  # kitchen-1|2|4|7 hopper halfcheetah walker2d humanoid online-ant-xy
     seed: int = 0  # first seed; an agent does not depend on those trained beside it
@@ -66,210 +101,267 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
     # --- end shared ---
 
-    # method
-    reward_scale: float = 0.2  # c: factor of rewards in the TD target
-    diffusion_steps: int = 100  # T: steps from noise to action
-    schedule: Literal["linear", "cosine"] = "linear"  # of the noise
-    beta_scale: float = 0.3  # kappa: factor of the linear schedule
-    start_scale: float = 0.5  # deviation of the noise that chains start from
-    eval_noise: float = 0.0  # factor of the noise in the steps of chains in evaluations
-    move_steps: int = 30  # M: gradient steps of the actions that are drawn
-    move_lr: float = 0.03  # Adam's learning rate of these
-    move_clip: float = 0.16  # G: largest norm of their gradient, of a whole batch
-    target_policy_delay: int = 2  # updates from one of the averaged policy to the next
 
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (256, 256, 256)  # of all networks
-    batch_size: int = 256  # B: transitions per update
-    actor_lr: float = 3e-4  # Adam's learning rate of the policy
-    critic_lr: float = 3e-4  # Adam's learning rate of the critics
-    max_grad_norm: float = 2.0  # largest norm of the gradient: the policy's, both critics'
-    target_rate: float = 0.005  # rate of the moving averages of critics and policy
-
-
-# The class holds the values of docs/dipo.md. The plane and the small networks there are for a CPU,
-# tuned here.
+# The class holds the values of docs/dipo.md. The values for the plane are tuned here, with small
+# networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
-        total_steps=15_000, warmup_steps=1_000, reward_scale=0.1, diffusion_steps=20,
-        beta_scale=0.8, actor_lr=1e-3, critic_lr=1e-3, hidden_dims=(64, 64, 64), batch_size=32,
-        log_interval=500, eval_interval=5_000, eval_episodes=100, eval_slots=100,
+        total_steps=15_000,
+        warmup_steps=1_000,
+        reward_scale=0.1,
+        diffusion_steps=20,
+        beta_scale=0.8,
+        actor_lr=1e-3,
+        critic_lr=1e-3,
+        hidden_dims=(64, 64, 64),
+        batch_size=32,
+        log_interval=500,
+        eval_interval=5_000,
+        eval_episodes=100,
+        eval_slots=100,
     ),
-}  # fmt: skip
+}
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (phi_1, phi_2), policy (theta)
     targets: dict  # moving averages: critic, and the policy of the TD target
     opt_state: dict  # of critic and policy
-    moved: jax.Array  # (C, d): actions of the second buffer, row by row beside the replay
-    stamp: jax.Array  # (C,) int32: number of the transition whose action was moved, -1 for none
-    step: jax.Array  # () int32: updates so far
-    key: jax.Array  # (2,) uint32
+    moved: Array  # (C, d): actions of the second buffer, one for each row of the replay
+    stamp: Array  # (C,) int32: number of the transition whose action was moved, -1 for none
+    step: Array  # () int32: updates so far
+    key: Array  # (2,) uint32
 
 
-def optimizers(args):
-    """Adam for each of the two networks, after clipping by the norm of the network's gradient."""
-    rates = dict(critic=args.critic_lr, policy=args.actor_lr)
+def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
+    """Makes one Adam per network, after clipping by the norm of the network's gradient."""
     clip = optax.clip_by_global_norm(args.max_grad_norm)
-    return {name: optax.chain(clip, optax.adam(rate)) for name, rate in rates.items()}
-
-
-def create(args, observation_size, key) -> State:
-    """A new agent."""
-    key, *keys = jax.random.split(key, 3)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.action_size))
-    params = dict(
-        critic=Critic(args.hidden_dims, 2, False, mish, LECUN).init(keys[0], s, a),
-        policy=TimedMLP(args.hidden_dims, 32, ()).init(keys[1], s, a, 0),
+    return dict(
+        critic=optax.chain(clip, optax.adam(args.critic_lr)),
+        policy=optax.chain(clip, optax.adam(args.actor_lr)),
     )
-    targets = jax.tree.map(jnp.copy, params)
-    opt_state = {name: opt.init(params[name]) for name, opt in optimizers(args).items()}
+
+
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates a new agent."""
+    key, critic_key, policy_key = jax.random.split(key, 3)
+    observations = jnp.zeros((1, observation_size))
+    actions = jnp.zeros((1, args.action_size))
+    critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
+    denoiser = TimedMLP(args.hidden_dims, 32, ())
+    params = dict(
+        critic=critics.init(critic_key, observations, actions),
+        policy=denoiser.init(policy_key, observations, actions, 0),
+    )
     C = min(args.replay_size, args.total_steps)
-    buffer = jnp.zeros((C, args.action_size)), jnp.full(C, -1, jnp.int32)
-    return State(params, targets, opt_state, *buffer, jnp.int32(0), key)
+    opt_state = {name: adam.init(params[name]) for name, adam in optimizers(args).items()}
+    return State(
+        params=params,
+        targets=jax.tree.map(jnp.copy, params),
+        opt_state=opt_state,
+        moved=jnp.zeros((C, args.action_size)),
+        stamp=jnp.full(C, -1, jnp.int32),
+        step=jnp.int32(0),
+        key=key,
+    )
 
 
 # --- the method ----------------------------------------------------------------------------------
 
 
-def critic(args, params, observations, actions):
-    """Q_1, Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
-    return Critic(args.hidden_dims, 2, False, mish, LECUN).apply(params, observations, actions)
+def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Computes Q_1 and Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
+    critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
+    return critics.apply(params, observations, actions)
 
 
-def predict_noise(args, params, observations, x, i):
-    """e(s, x, i): (B, S), (..., B, d), steps i that broadcast to (..., B) -> (..., B, d)."""
-    return TimedMLP(args.hidden_dims, 32, ()).apply(params, observations, x, i)
+def predict_noise(args: Args, params: dict, observations: Array, x: Array, i: Array) -> Array:
+    """Computes e(s, x, i): (B, S), (..., B, d), steps i that broadcast to (..., B) ->
+    (..., B, d)."""
+    denoiser = TimedMLP(args.hidden_dims, 32, ())
+    return denoiser.apply(params, observations, x, i)
 
 
-def noise_schedule(args):
-    """beta_i and abar_i of the steps i = 0 ... T - 1, from the action to noise: (T,) each, NumPy's
-    float64, as abar_0 is near 1."""
+def noise_schedule(args: Args) -> tuple[np.ndarray, np.ndarray]:
+    """Computes beta_i and abar_i of the steps i = 0 ... T - 1, from the action to noise: (T,) each,
+    NumPy's float64, because abar_0 is near 1."""
     T = args.diffusion_steps
     if args.schedule == "linear":
         beta = args.beta_scale * np.linspace(1e-4, 0.999, T)  # Eq. (DDPM4)
     else:
-        f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+        share = (np.arange(T + 1) / T + 0.008) / 1.008
+        f = np.cos(share * np.pi / 2) ** 2
         beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
     return beta, np.cumprod(1 - beta)
 
 
-def denoise(args, policy, observations, key, count, noise=1.0):
-    """Actions of `count` chains per state, whose steps add `noise` times the noise that they
-    should: (B, S) -> (N, B, d) in [-1, 1]."""
+def denoise(
+    args: Args, policy: dict, observations: Array, key: Array, count: int, noise: float = 1.0
+) -> Array:
+    """Draws actions by `count` chains per state, whose steps add `noise` times the noise that they
+    should: (B, S) -> (count, B, d) in [-1, 1]."""
     beta, abar = noise_schedule(args)
     before = np.append(1.0, abar[:-1])  # abar_{i-1}
-    to_clean = beta * np.sqrt(before) / (1 - abar)
-    to_x = (1 - before) * np.sqrt(1 - beta) / (1 - abar)
-    std = np.sqrt(beta * (1 - before) / (1 - abar))  # 0 at i = 0
+    signal = jnp.asarray(np.sqrt(abar))
+    spread = jnp.asarray(np.sqrt(1 - abar))
+    to_clean = jnp.asarray(beta * np.sqrt(before) / (1 - abar))
+    to_x = jnp.asarray((1 - before) * np.sqrt(1 - beta) / (1 - abar))
+    std = jnp.asarray(np.sqrt(beta * (1 - before) / (1 - abar)))  # 0 at i = 0
     keys = jax.random.split(key, args.diffusion_steps + 1)
     x = jax.random.normal(keys[-1], (count, len(observations), args.action_size))
 
     def step(x, inputs):
-        i, signal, spread, to_clean, to_x, std, key = inputs
-        clean = (x - spread * predict_noise(args, policy, observations, x, i)) / signal
-        mean = to_clean * jnp.clip(clean, -1, 1) + to_x * x
-        return mean + noise * std * jax.random.normal(key, x.shape), None  # Eq. (DDPM3)
+        i, key = inputs
+        eps = predict_noise(args, policy, observations, x, i)
+        clean = (x - spread[i] * eps) / signal[i]
+        mean = to_clean[i] * jnp.clip(clean, -1, 1) + to_x[i] * x
+        xi = jax.random.normal(key, x.shape)
+        return mean + noise * std[i] * xi, None  # Eq. (DDPM3)
 
-    numbers = np.sqrt(abar), np.sqrt(1 - abar), to_clean, to_x, std
-    inputs = jnp.arange(args.diffusion_steps), *map(jnp.asarray, numbers), keys[:-1]
+    inputs = jnp.arange(args.diffusion_steps), keys[:-1]
     x, _ = jax.lax.scan(step, args.start_scale * x, inputs, reverse=True)
     return jnp.clip(x, -1, 1)
 
 
-def sample_actions(args, state, observations, key, mode):
-    """(B, S) -> (B, d) in [-1, 1], by one chain: "explore" (in training) as it is, "greedy" without
-    noise in its steps (but not in its start)."""
+def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
+    """Chooses actions by one chain: (B, S) -> (B, d) in [-1, 1]. "explore" (in training) takes it
+    as it is, "greedy" without noise in its steps (but not in its start)."""
     noise = 1.0 if mode == "explore" else args.eval_noise
     return denoise(args, state.params["policy"], observations, key, 1, noise)[0]
 
 
-def critic_loss(args, params, state, batch, next_actions):
-    """TD error of both critics against one target; next_actions (B, d)."""
-    value = critic(args, state.targets["critic"], batch.next_observations, next_actions).min(0)
-    target = args.reward_scale * batch.rewards + args.discount * batch.masks * value  # Eq. (DIPO1)
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Replay, next_actions: Array
+) -> tuple[Array, dict]:
+    """Computes the TD error of both critics against one target; next_actions (B, d)."""
+    next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
+    value = next_q.min(0)
+    rewards = args.reward_scale * batch.rewards
+    target = rewards + args.discount * batch.masks * value  # Eq. (DIPO1)
     q = critic(args, params, batch.observations, batch.actions)
     loss = ((q - target) ** 2).sum(0).mean()
-    return loss, dict(critic_loss=loss, q=q.mean(), target=target.mean())
+    metrics = dict(critic_loss=loss, q=q.mean(), target=target.mean())
+    return loss, metrics
 
 
-def move(args, params, observations, actions):
-    """Actions after M steps uphill on the critics `params`, each from a new Adam: (B, d) -> same.
-    Equal pairs (s, a) move alike, so it does not matter which of them is written back last."""
-    value = lambda actions: critic(args, params, observations, actions).min(0).sum()
-    climber = optax.chain(optax.clip_by_global_norm(args.move_clip), optax.adam(args.move_lr))
+def move(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Moves actions by M steps uphill on the critics `params`, each from a new Adam: (B, d) ->
+    same. Equal pairs (s, a) move alike, so it does not matter which of them is written last."""
+    clip = optax.clip_by_global_norm(args.move_clip)
+    climber = optax.chain(clip, optax.adam(args.move_lr))
+
+    def value(actions):
+        return critic(args, params, observations, actions).min(0).sum()
 
     def step(_, carry):
         actions, moments = carry
-        updates, moments = climber.update(-jax.grad(value)(actions), moments)
+        uphill = jax.grad(value)(actions)
+        updates, moments = climber.update(-uphill, moments)
         return jnp.clip(actions + updates, -1, 1), moments  # Eq. (DIPO2)
 
-    return jax.lax.fori_loop(0, args.move_steps, step, (actions, climber.init(actions)))[0]
+    start = actions, climber.init(actions)
+    actions, _ = jax.lax.fori_loop(0, args.move_steps, step, start)
+    return actions
 
 
-def draw(args, state, replay, key):
-    """B rows of the second buffer: their numbers in the replay, those of their transitions (from 0,
-    in order of arrival), and their actions (B, d): the replay's where none was moved since."""
+def draw(args: Args, state: State, replay: Replay, key: Array) -> tuple[Array, Array, Array]:
+    """Draws B rows of the second buffer. Returns their numbers in the replay, those of their
+    transitions (from 0, in order of arrival), and their actions (B, d): the replay's where none was
+    moved since."""
     C = len(replay.rewards)
-    rows = jax.random.randint(key, (args.batch_size,), 0, jnp.minimum(replay.size, C))
+    filled = jnp.minimum(replay.size, C)
+    rows = jax.random.randint(key, (args.batch_size,), 0, filled)
     last = replay.size - 1
     arrival = last - (last - rows) % C
-    known = (state.stamp[rows] == arrival)[:, None]
-    return rows, arrival, jnp.where(known, state.moved[rows], replay.actions[rows])
+    known = state.stamp[rows] == arrival
+    actions = jnp.where(known[:, None], state.moved[rows], replay.actions[rows])
+    return rows, arrival, actions
 
 
-def policy_loss(args, params, state, observations, actions, weights, key):
-    """Weighted denoising of actions: (B, S), (..., B, d), (..., B); the mean of all components."""
+def policy_loss(
+    args: Args,
+    params: dict,
+    state: State,
+    observations: Array,
+    actions: Array,
+    weights: Array,
+    key: Array,
+) -> tuple[Array, dict]:
+    """Computes the weighted loss of denoising actions, the mean of all components: (B, S),
+    (..., B, d), (..., B)."""
     step_key, noise_key = jax.random.split(key)
     i = jax.random.randint(step_key, weights.shape, 0, args.diffusion_steps)
     noise = jax.random.normal(noise_key, actions.shape)
-    abar = noise_schedule(args)[1]
-    signal, spread = (jnp.asarray(np.sqrt(x))[i][..., None] for x in (abar, 1 - abar))
+    _, abar = noise_schedule(args)
+    signal = jnp.asarray(np.sqrt(abar))[i][..., None]
+    spread = jnp.asarray(np.sqrt(1 - abar))[i][..., None]
     x = signal * actions + spread * noise  # Eq. (DDPM1)
     error = (predict_noise(args, params, observations, x, i) - noise) ** 2
     loss = (weights[..., None] * error).mean()  # Eq. (DDPM2)
     return loss, dict(policy_loss=loss)
 
 
-def descend(args, state, name, loss, *inputs):
-    """The state after one step of Adam on a loss of params[name], all else being constant."""
-    grads, metrics = jax.grad(partial(loss, args), has_aux=True)(state.params[name], state, *inputs)
+def descend(
+    args: Args, state: State, name: str, loss: Callable, *inputs: Any
+) -> tuple[State, dict]:
+    """Makes one step of Adam on a loss of params[name]; everything else is constant."""
+    gradient = jax.grad(partial(loss, args), has_aux=True)
+    grads, metrics = gradient(state.params[name], state, *inputs)
     updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
-    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
-    state = state.replace(params=params, opt_state=state.opt_state | {name: opt_state})
+    new_params = optax.apply_updates(state.params[name], updates)
+    state = state.replace(
+        params=state.params | {name: new_params},
+        opt_state=state.opt_state | {name: opt_state},
+    )
     return state, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
 
 
-def update(args, state, batch, replay):
-    """One step of the critics; then actions of the second buffer (rows beside those of `replay`,
-    one agent's) are moved by the new critics, and the policy makes a step towards them; then the
-    averages, that of the policy every second time."""
+def update(args: Args, state: State, batch: Replay, replay: Replay) -> tuple[State, dict]:
+    """Makes one step of the critics; then actions of the second buffer (one for each row of
+    `replay`, one agent's) are moved by the new critics, and the policy makes a step towards them;
+    then come the averages, that of the policy at every target_policy_delay-th update."""
     key, next_key, draw_key, loss_key = jax.random.split(state.key, 4)
-    next_actions = denoise(args, state.targets["policy"], batch.next_observations, next_key, 1)[0]
+
+    # Update the critics.
+    policy = state.targets["policy"]
+    next_actions = denoise(args, policy, batch.next_observations, next_key, 1)[0]
     state, metrics = descend(args, state, "critic", critic_loss, batch, next_actions)
+
+    # Move actions of the second buffer, and update the policy.
     rows, arrival, old = draw(args, state, replay, draw_key)
     observations = replay.observations[rows]
     actions = move(args, state.params["critic"], observations, old)
-    inputs = observations, actions, jnp.ones(args.batch_size), loss_key
-    state, more = descend(args, state, "policy", policy_loss, *inputs)
+    weights = jnp.ones(args.batch_size)
+    state, more = descend(
+        args, state, "policy", policy_loss, observations, actions, weights, loss_key
+    )
+
+    # Update the averages.
+    step = state.step + 1
     targets = optax.incremental_update(state.params, state.targets, args.target_rate)
-    new, before = targets["policy"], state.targets["policy"]
-    period = args.target_policy_delay
-    targets["policy"] = optax.periodic_update(new, before, state.step + 1, period)
+    targets["policy"] = optax.periodic_update(
+        targets["policy"], state.targets["policy"], step, args.target_policy_delay
+    )
 
     both = jnp.stack([old, actions])
-    gain = critic(args, state.params["critic"], observations, both).min(0).mean(1)
-    metrics |= more | dict(move=jnp.abs(actions - old).mean(), move_gain=gain[1] - gain[0])
-    moved, stamp = state.moved.at[rows].set(actions), state.stamp.at[rows].set(arrival)
-    buffer = dict(moved=moved, stamp=stamp)
-    return state.replace(targets=targets, **buffer, step=state.step + 1, key=key), metrics
+    q = critic(args, state.params["critic"], observations, both).min(0)
+    q_old, q_moved = q.mean(1)
+    metrics |= more
+    metrics |= dict(move=jnp.abs(actions - old).mean(), move_gain=q_moved - q_old)
+    state = state.replace(
+        targets=targets,
+        moved=state.moved.at[rows].set(actions),
+        stamp=state.stamp.at[rows].set(arrival),
+        step=step,
+        key=key,
+    )
+    return state, metrics
 
 
-MODES = ("greedy",)  # of choosing actions in evaluations
+MODES = ("greedy",)  # Ways to choose actions in evaluations.
 
 # --- forked: many agents (`update` also needs the replay, for the actions of its rows) ------------
 

@@ -1,32 +1,37 @@
 """DPMD: Diffusion Policy Mirror Descent (Ma et al. 2025, arXiv:2502.00361).
 
 Online, off-policy. The policy is a denoising diffusion over actions. One step of mirror descent,
-pi_{k+1} ~ pi_k exp(Q / alpha), is a weighted regression: the policy's own actions (the best of N)
+pi_{k+1} ~ pi_k exp(Q / alpha), is a weighted regression: the policy's own actions (the best of M)
 are noised and denoised again, weighted by exp(Q / alpha); no gradient passes through the chain.
 Gaussian noise of size 0.1 alpha is added to actions in training, and alpha falls to where the
 entropy of that noise meets a target: it depends on alpha alone, so this is a schedule.
 
     x_i = sqrt(abar_i) a + sqrt(1 - abar_i) eps,  eps ~ N(0, I)                       Eq. (DDPM1)
     L(theta) = E w |e_theta(s, x_i, i) - eps|^2 / d                                   Eq. (DDPM2)
-    a = clip(best of N chains + 0.1 alpha xi),  w = exp(clip((Q - m) / sigma) / alpha)
+    a = clip(best of M chains + 0.1 alpha xi),  w = exp(clip((Q - m) / sigma) / alpha)
                                                                                Eq. (DPMD1), (DPMD3)
 
 The numbers with letters are ours; (DDPM1) to (DDPM4) are the diffusion of Ho et al. 2020
 (arXiv:2006.11239), written alike in qvpo.py and dipo.py. docs/dpmd.md lists what differs from the
 public code (`# ref:`).
 
-    python -m baselines.dpmd                                   the plane with four goals, on a CPU
-    python -m baselines.dpmd --env halfcheetah --num-seeds 5   five agents in one program
+    python baselines/dpmd.py                                   the plane with four goals, on a CPU
+    python baselines/dpmd.py --env halfcheetah --num-seeds 5   five agents in one program
 
-Shapes: B batch, S observation, d action, N candidates per state, T diffusion steps; agents (seeds)
+Shapes: B batch, S observation, d action, M candidates per state, T diffusion steps; agents (seeds)
 trained at once are the leading axis of all that `act` and `train_chunk` see.
 """
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+if __name__ == "__main__":  # `python baselines/dpmd.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
 import jax
@@ -34,16 +39,45 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
 from common.data import Replay, over_agents, spread
 from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, make_env, multigoal, resolve, seed_of
+from common.flags import NonNegativeFloat, PositiveFloat, PositiveInt, Range, UnitInterval
 from common.networks import LECUN, Critic, TimedMLP, mish
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    reward_scale: NonNegativeFloat = 0.2  # Factor c of the rewards in the TD target.
+    num_candidates: PositiveInt = 32  # Candidate actions M per state; the best one is used.
+    diffusion_steps: PositiveInt = 20  # Diffusion steps T from noise to action.
+    schedule: Literal["linear", "cosine"] = "linear"  # Schedule of the diffusion's noise.
+    # Factor kappa of the linear schedule.
+    beta_scale: Annotated[float, Range(0, 1, exclusive=True)] = 0.8
+    start_scale: NonNegativeFloat = 0.5  # Standard deviation of the noise that chains start from.
+    noise_scale: PositiveFloat = 0.1  # Standard deviation of the training noise, per alpha.
+    alpha_init: PositiveFloat = 5.0  # Initial temperature alpha of the weights.
+    alpha_lr: PositiveFloat = 7e-3  # Adam's learning rate of log alpha.
+    alpha_period: PositiveInt = 250  # Critic updates per step of alpha.
+    # Target entropy H*/d of the training noise, per action dimension.
+    noise_entropy: float = -0.9
+    q_clip: NonNegativeFloat = 3.0  # Largest |(Q - m) / sigma| in a weight.
+    q_rate: UnitInterval = 1e-3  # Step size of the running mean m and deviation sigma of Q.
+    policy_delay: PositiveInt = 2  # Critic updates per update of the policy and averages.
+
+    # --- networks and optimiser ---
+    hidden_dims: tuple[PositiveInt, ...] = (256, 256, 256)  # Hidden-layer widths of all networks.
+    batch_size: PositiveInt = 256  # Batch size B, in transitions.
+    actor_lr: PositiveFloat = 3e-4  # Adam's initial learning rate of the policy.
+    # Final policy learning rate. The rate decays linearly between 12.5 % and 37.5 % of the updates.
+    actor_lr_end: NonNegativeFloat = 3e-5
+    critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
+    target_rate: UnitInterval = 0.005  # Step size of the moving averages of critics and policy.
+
     # --- shared: run arguments ---
     env: str = "multigoal"  # kitchen-1|2|4|7 hopper halfcheetah walker2d humanoid online-ant-xy
     seed: int = 0  # first seed; an agent does not depend on those trained beside it
@@ -67,141 +101,162 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
     # --- end shared ---
 
-    # method
-    reward_scale: float = 0.2  # c: factor of rewards in the TD target
-    num_candidates: int = 32  # N: actions per state, of which the best counts
-    diffusion_steps: int = 20  # T: steps from noise to action
-    schedule: Literal["linear", "cosine"] = "linear"  # of the noise
-    beta_scale: float = 0.8  # kappa: factor of the linear schedule
-    start_scale: float = 0.5  # deviation of the noise that chains start from
-    noise_scale: float = 0.1  # deviation of the noise added in training, per alpha
-    alpha_init: float = 5.0  # first temperature of the weights
-    alpha_lr: float = 7e-3  # Adam's learning rate of log alpha
-    alpha_period: int = 250  # updates from one step of alpha to the next
-    noise_entropy: float = -0.9  # H*/d: where the entropy of the noise in training goes
-    q_clip: float = 3.0  # largest |(Q - m) / sigma| in a weight
-    q_rate: float = 1e-3  # rate of m and sigma, the running mean and deviation of Q
-    policy_delay: int = 2  # updates of the critics from one of the policy to the next
 
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (256, 256, 256)  # of all networks
-    batch_size: int = 256  # B: transitions per update
-    actor_lr: float = 3e-4  # Adam's learning rate of the policy, at first
-    actor_lr_end: float = 3e-5  # and from 37.5 % of the updates on (linear from 12.5 %)
-    critic_lr: float = 3e-4  # Adam's learning rate of the critics
-    target_rate: float = 0.005  # rate of the moving averages of critics and policy
-
-
-# The class holds the values of docs/dpmd.md. The plane and the small networks there are for a CPU,
-# tuned here.
+# The class holds the values of docs/dpmd.md. The values for the plane are tuned here, with small
+# networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
-        total_steps=15_000, warmup_steps=1_000, reward_scale=0.1, num_candidates=8, alpha_period=10,
-        actor_lr=1e-3, actor_lr_end=1e-3, critic_lr=1e-3, hidden_dims=(64, 64, 64), batch_size=32,
-        log_interval=500, eval_interval=5_000, eval_episodes=100, eval_slots=100,
+        total_steps=15_000,
+        warmup_steps=1_000,
+        reward_scale=0.1,
+        num_candidates=8,
+        alpha_period=10,
+        actor_lr=1e-3,
+        actor_lr_end=1e-3,
+        critic_lr=1e-3,
+        hidden_dims=(64, 64, 64),
+        batch_size=32,
+        log_interval=500,
+        eval_interval=5_000,
+        eval_episodes=100,
+        eval_slots=100,
     ),
-}  # fmt: skip
+}
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (phi_1, phi_2), policy (theta)
     targets: dict  # moving averages: critic, and the policy that acts
     opt_state: dict  # of critic, policy and alpha
-    log_alpha: jax.Array  # (): temperature of the weights, size of the noise
-    q_mean: jax.Array  # (): m, running mean of Q
-    q_std: jax.Array  # (): sigma, running deviation of Q
-    step: jax.Array  # () int32: updates so far
-    key: jax.Array  # (2,) uint32
+    log_alpha: Array  # (): temperature of the weights, size of the noise
+    q_mean: Array  # (): m, running mean of Q
+    q_std: Array  # (): sigma, running deviation of Q
+    step: Array  # () int32: updates so far
+    key: Array  # (2,) uint32
 
 
-def planned_updates(args):
-    """Updates of the whole run, which schedules refer to."""
-    return max(1, (args.total_steps - args.warmup_steps) // args.env_steps_per_update)
+def planned_updates(args: Args) -> int:
+    """Counts the updates of the whole run, which schedules refer to."""
+    steps = args.total_steps - args.warmup_steps
+    return max(1, steps // args.env_steps_per_update)
 
 
-def optimizers(args):
-    """Adam for each of the two networks and for log alpha; the policy's rate falls between two
-    shares of the run, counted in its own updates."""
-    at = [int(share * planned_updates(args) / args.policy_delay) for share in (0.125, 0.375)]
-    rate = optax.linear_schedule(args.actor_lr, args.actor_lr_end, max(1, at[1] - at[0]), at[0])
-    rates = dict(critic=args.critic_lr, policy=rate, alpha=args.alpha_lr)
-    return {name: optax.adam(rate) for name, rate in rates.items()}
-
-
-def create(args, observation_size, key) -> State:
-    """A new agent."""
-    key, *keys = jax.random.split(key, 3)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.action_size))
-    params = dict(
-        critic=Critic(args.hidden_dims, 2, False, mish, LECUN).init(keys[0], s, a),
-        policy=TimedMLP(args.hidden_dims).init(keys[1], s, a, 0),
+def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
+    """Makes one Adam for each network and for log alpha; the policy's rate falls between two shares
+    of the run, counted in its own updates."""
+    start = int(0.125 * planned_updates(args) / args.policy_delay)
+    end = int(0.375 * planned_updates(args) / args.policy_delay)
+    rate = optax.linear_schedule(args.actor_lr, args.actor_lr_end, max(1, end - start), start)
+    return dict(
+        critic=optax.adam(args.critic_lr),
+        policy=optax.adam(rate),
+        alpha=optax.adam(args.alpha_lr),
     )
-    targets = jax.tree.map(jnp.copy, params)
+
+
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates a new agent."""
+    key, critic_key, policy_key = jax.random.split(key, 3)
+    observations = jnp.zeros((1, observation_size))
+    actions = jnp.zeros((1, args.action_size))
+    critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
+    denoiser = TimedMLP(args.hidden_dims)
+    params = dict(
+        critic=critics.init(critic_key, observations, actions),
+        policy=denoiser.init(policy_key, observations, actions, 0),
+    )
     log_alpha = jnp.float32(np.log(args.alpha_init))
     trained = params | dict(alpha=log_alpha)
-    opt_state = {name: opt.init(trained[name]) for name, opt in optimizers(args).items()}
-    scalars = log_alpha, jnp.float32(0), jnp.float32(1), jnp.int32(0)
-    return State(params, targets, opt_state, *scalars, key)
+    opt_state = {name: adam.init(trained[name]) for name, adam in optimizers(args).items()}
+    return State(
+        params=params,
+        targets=jax.tree.map(jnp.copy, params),
+        opt_state=opt_state,
+        log_alpha=log_alpha,
+        q_mean=jnp.float32(0),
+        q_std=jnp.float32(1),
+        step=jnp.int32(0),
+        key=key,
+    )
 
 
 # --- the method ----------------------------------------------------------------------------------
 
 
-def critic(args, params, observations, actions):
-    """Q_1, Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
-    return Critic(args.hidden_dims, 2, False, mish, LECUN).apply(params, observations, actions)
+def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Computes Q_1 and Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
+    critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
+    return critics.apply(params, observations, actions)
 
 
-def predict_noise(args, params, observations, x, i):
-    """e(s, x, i): (B, S), (..., B, d), steps i that broadcast to (..., B) -> (..., B, d)."""
-    return TimedMLP(args.hidden_dims).apply(params, observations, x, i)
+def predict_noise(args: Args, params: dict, observations: Array, x: Array, i: Array) -> Array:
+    """Computes e(s, x, i): (B, S), (..., B, d), steps i that broadcast to (..., B) ->
+    (..., B, d)."""
+    denoiser = TimedMLP(args.hidden_dims)
+    return denoiser.apply(params, observations, x, i)
 
 
-def noise_schedule(args):
-    """beta_i and abar_i of the steps i = 0 ... T - 1, from the action to noise: (T,) each, NumPy's
-    float64, as abar_0 is near 1."""
+def noise_schedule(args: Args) -> tuple[np.ndarray, np.ndarray]:
+    """Computes beta_i and abar_i of the steps i = 0 ... T - 1, from the action to noise: (T,) each,
+    NumPy's float64, because abar_0 is near 1."""
     T = args.diffusion_steps
     if args.schedule == "linear":
         beta = args.beta_scale * np.linspace(1e-4, 0.999, T)  # Eq. (DDPM4)
     else:
-        f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+        share = (np.arange(T + 1) / T + 0.008) / 1.008
+        f = np.cos(share * np.pi / 2) ** 2
         beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
     return beta, np.cumprod(1 - beta)
 
 
-def denoise(args, policy, observations, key, count, noise=1.0):
-    """Actions of `count` chains per state, whose steps add `noise` times the noise that they
-    should: (B, S) -> (N, B, d) in [-1, 1]."""
+def denoise(
+    args: Args, policy: dict, observations: Array, key: Array, count: int, noise: float = 1.0
+) -> Array:
+    """Draws actions by `count` chains per state, whose steps add `noise` times the noise that they
+    should: (B, S) -> (count, B, d) in [-1, 1]."""
     beta, abar = noise_schedule(args)
     before = np.append(1.0, abar[:-1])  # abar_{i-1}
-    to_clean = beta * np.sqrt(before) / (1 - abar)
-    to_x = (1 - before) * np.sqrt(1 - beta) / (1 - abar)
-    std = np.sqrt(beta * (1 - before) / (1 - abar))  # 0 at i = 0
+    signal = jnp.asarray(np.sqrt(abar))
+    spread = jnp.asarray(np.sqrt(1 - abar))
+    to_clean = jnp.asarray(beta * np.sqrt(before) / (1 - abar))
+    to_x = jnp.asarray((1 - before) * np.sqrt(1 - beta) / (1 - abar))
+    std = jnp.asarray(np.sqrt(beta * (1 - before) / (1 - abar)))  # 0 at i = 0
     keys = jax.random.split(key, args.diffusion_steps + 1)
     x = jax.random.normal(keys[-1], (count, len(observations), args.action_size))
 
     def step(x, inputs):
-        i, signal, spread, to_clean, to_x, std, key = inputs
-        clean = (x - spread * predict_noise(args, policy, observations, x, i)) / signal
-        mean = to_clean * jnp.clip(clean, -1, 1) + to_x * x
-        return mean + noise * std * jax.random.normal(key, x.shape), None  # Eq. (DDPM3)
+        i, key = inputs
+        eps = predict_noise(args, policy, observations, x, i)
+        clean = (x - spread[i] * eps) / signal[i]
+        mean = to_clean[i] * jnp.clip(clean, -1, 1) + to_x[i] * x
+        xi = jax.random.normal(key, x.shape)
+        return mean + noise * std[i] * xi, None  # Eq. (DDPM3)
 
-    numbers = np.sqrt(abar), np.sqrt(1 - abar), to_clean, to_x, std
-    inputs = jnp.arange(args.diffusion_steps), *map(jnp.asarray, numbers), keys[:-1]
+    inputs = jnp.arange(args.diffusion_steps), keys[:-1]
     x, _ = jax.lax.scan(step, args.start_scale * x, inputs, reverse=True)
     return jnp.clip(x, -1, 1)
 
 
-def best(q, actions):
-    """The action of the highest value: (N, B), (N, B, d) -> (B, d)."""
-    return jnp.take_along_axis(actions, q.argmax(0)[None, :, None], 0)[0]
+def best(q: Array, actions: Array) -> Array:
+    """Picks the action of the highest value: (M, B), (M, B, d) -> (B, d)."""
+    index = q.argmax(0)[None, :, None]
+    return jnp.take_along_axis(actions, index, 0)[0]
 
 
-def choose(args, state, policy, observations, key, count, noise):
-    """The best of `count` actions, and noise of `noise` times the size in training: -> (B, d)."""
+def choose(
+    args: Args,
+    state: State,
+    policy: dict,
+    observations: Array,
+    key: Array,
+    count: int,
+    noise: float,
+) -> Array:
+    """Chooses the best of `count` actions, and adds `noise` times the noise of training:
+    (B, S) -> (B, d) in [-1, 1]."""
     chain_key, noise_key = jax.random.split(key)
     actions = denoise(args, policy, observations, chain_key, count)
     q = critic(args, state.params["critic"], observations, actions).min(0)
@@ -211,90 +266,137 @@ def choose(args, state, policy, observations, key, count, noise):
     return jnp.clip(best(q, actions) + size * xi, -1, 1)  # Eq. (DPMD1)
 
 
-def sample_actions(args, state, observations, key, mode):
-    """(B, S) -> (B, d) in [-1, 1], by the averaged policy: "explore" (in training) with noise;
-    "best" without; "single" (logged next to it) without noise and one chain per state."""
-    count, policy = 1 if mode == "single" else args.num_candidates, state.targets["policy"]
-    return choose(args, state, policy, observations, key, count, 1.0 * (mode == "explore"))
+def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
+    """Chooses actions by the averaged policy: (B, S) -> (B, d) in [-1, 1]. "explore" (in training)
+    adds noise, "best" does not; "single" (logged alongside) takes one chain per state, no noise."""
+    count = 1 if mode == "single" else args.num_candidates
+    noise = 1.0 if mode == "explore" else 0.0
+    return choose(args, state, state.targets["policy"], observations, key, count, noise)
 
 
-def critic_loss(args, params, state, batch, next_actions):
-    """TD error of both critics against one target; next_actions (B, d)."""
-    value = critic(args, state.targets["critic"], batch.next_observations, next_actions).min(0)
-    target = args.reward_scale * batch.rewards + args.discount * batch.masks * value  # Eq. (DPMD2)
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Replay, next_actions: Array
+) -> tuple[Array, dict]:
+    """Computes the TD error of both critics against one target; next_actions (B, d)."""
+    next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
+    value = next_q.min(0)
+    rewards = args.reward_scale * batch.rewards
+    target = rewards + args.discount * batch.masks * value  # Eq. (DPMD2)
     q = critic(args, params, batch.observations, batch.actions)
     loss = ((q - target) ** 2).sum(0).mean()
-    return loss, dict(critic_loss=loss, q=q.mean(), target=target.mean())
+    metrics = dict(critic_loss=loss, q=q.mean(), target=target.mean())
+    return loss, metrics
 
 
-def weigh(args, state, q):
-    """Weights of actions of these values, not normalised: (B,) -> (B,)."""
+def weigh(args: Args, state: State, q: Array) -> Array:
+    """Computes weights of actions of these values, not normalised: (B,) -> (B,)."""
     normal = (q - state.q_mean) / state.q_std  # ref: the code has q - m / sigma
     normal = jnp.clip(normal, -args.q_clip, args.q_clip)
     return jnp.exp(normal / jnp.exp(state.log_alpha))  # Eq. (DPMD3)
 
 
-def policy_loss(args, params, state, observations, actions, weights, key):
-    """Weighted denoising of actions: (B, S), (..., B, d), (..., B); the mean of all components."""
+def policy_loss(
+    args: Args,
+    params: dict,
+    state: State,
+    observations: Array,
+    actions: Array,
+    weights: Array,
+    key: Array,
+) -> tuple[Array, dict]:
+    """Computes the weighted loss of denoising actions, the mean of all components: (B, S),
+    (..., B, d), (..., B)."""
     step_key, noise_key = jax.random.split(key)
     i = jax.random.randint(step_key, weights.shape, 0, args.diffusion_steps)
     noise = jax.random.normal(noise_key, actions.shape)
-    abar = noise_schedule(args)[1]
-    signal, spread = (jnp.asarray(np.sqrt(x))[i][..., None] for x in (abar, 1 - abar))
+    _, abar = noise_schedule(args)
+    signal = jnp.asarray(np.sqrt(abar))[i][..., None]
+    spread = jnp.asarray(np.sqrt(1 - abar))[i][..., None]
     x = signal * actions + spread * noise  # Eq. (DDPM1)
     error = (predict_noise(args, params, observations, x, i) - noise) ** 2
     loss = (weights[..., None] * error).mean()  # Eq. (DDPM2)
     return loss, dict(policy_loss=loss)
 
 
-def alpha_gradient(args, state):
-    """d/d log alpha of log alpha (H - H*): H is the entropy of the noise added in training. Linear
-    in log alpha and nothing else, so Adam's way down from the first alpha is always the same."""
-    deviation = jnp.log(args.noise_scale) + state.log_alpha  # its logarithm
-    entropy = deviation + 0.5 * float(np.log(2 * np.pi * np.e))  # per dimension
+def alpha_gradient(args: Args, state: State) -> Array:
+    """Computes d/d log alpha of log alpha (H - H*), with the entropy H of the noise added in
+    training. It is linear in log alpha and depends on nothing else, so Adam's way down from the
+    first alpha is always the same."""
+    log_std = jnp.log(args.noise_scale) + state.log_alpha
+    entropy = log_std + 0.5 * float(np.log(2 * np.pi * np.e))  # per dimension
     return args.action_size * (entropy - args.noise_entropy)  # Eq. (DPMD4)
 
 
-def descend(args, state, name, loss, *inputs):
-    """The state after one step of Adam on a loss of params[name], all else being constant."""
-    grads, metrics = jax.grad(partial(loss, args), has_aux=True)(state.params[name], state, *inputs)
+def descend(
+    args: Args, state: State, name: str, loss: Callable, *inputs: Any
+) -> tuple[State, dict]:
+    """Makes one step of Adam on a loss of params[name]; everything else is constant."""
+    gradient = jax.grad(partial(loss, args), has_aux=True)
+    grads, metrics = gradient(state.params[name], state, *inputs)
     updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
-    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
-    state = state.replace(params=params, opt_state=state.opt_state | {name: opt_state})
+    new_params = optax.apply_updates(state.params[name], updates)
+    state = state.replace(
+        params=state.params | {name: new_params},
+        opt_state=state.opt_state | {name: opt_state},
+    )
     return state, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
 
 
-def update(args, state, batch):
-    """One step of the critics. Every second time also one of the policy, with the actions of the TD
-    target, weighted by the critics' new values, and one of the averages. Now and then, alpha."""
+def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
+    """Makes one step of the critics. Every policy_delay-th update also makes one of the policy,
+    with the actions of the TD target, weighted by the critics' new values, and one of the averages.
+    Every alpha_period-th update makes one of alpha."""
     key, next_key, loss_key = jax.random.split(state.key, 3)
-    observations, N = batch.next_observations, args.num_candidates
-    actions = choose(args, state, state.params["policy"], observations, next_key, N, 1.0)
+
+    # Update the critics.
+    observations = batch.next_observations
+    policy = state.params["policy"]
+    actions = choose(args, state, policy, observations, next_key, args.num_candidates, 1.0)
     # ref: one Adam step per update, the code takes two with the same gradient
     state, metrics = descend(args, state, "critic", critic_loss, batch, actions)
+
+    # Update the policy and the averages.
     q = critic(args, state.params["critic"], observations, actions).min(0)
     weights = weigh(args, state, q)
-    inputs = observations, actions, weights, loss_key
-    after, more = descend(args, state, "policy", policy_loss, *inputs)
+    after, more = descend(
+        args, state, "policy", policy_loss, observations, actions, weights, loss_key
+    )
     targets = optax.incremental_update(after.params, state.targets, args.target_rate)
-    every = lambda period, new, old: optax.periodic_update(new, old, state.step + 1, period)
-    state = every(args.policy_delay, after.replace(targets=targets), state)
+    after = after.replace(targets=targets)
+    step = state.step + 1
+    state = optax.periodic_update(after, state, step, args.policy_delay)
 
-    moments = state.opt_state["alpha"]
-    move, new = optimizers(args)["alpha"].update(alpha_gradient(args, state), moments)
-    new, old = (state.log_alpha + move, new), (state.log_alpha, moments)
-    log_alpha, moments = every(args.alpha_period, new, old)
+    # Update alpha.
+    old = dict(log_alpha=state.log_alpha, moments=state.opt_state["alpha"])
+    adam = optimizers(args)["alpha"]
+    change, moments = adam.update(alpha_gradient(args, state), old["moments"])
+    new = dict(log_alpha=state.log_alpha + change, moments=moments)
+    new = optax.periodic_update(new, old, step, args.alpha_period)
+
+    # Update the statistics of Q.
     q_mean = state.q_mean + args.q_rate * (q.mean() - state.q_mean)  # Eq. (DPMD5)
     q_std = state.q_std + args.q_rate * (q.std() - state.q_std)
 
-    metrics |= more | dict(alpha=jnp.exp(state.log_alpha), q_mean=state.q_mean, q_std=state.q_std)
-    metrics |= dict(weight=weights.mean(), ess_share=weights.mean() ** 2 / (weights**2).mean())
-    opt_state, scalars = state.opt_state | dict(alpha=moments), dict(q_mean=q_mean, q_std=q_std)
-    state = state.replace(opt_state=opt_state, log_alpha=log_alpha, **scalars)
-    return state.replace(step=state.step + 1, key=key), metrics
+    metrics |= more
+    metrics |= dict(
+        alpha=jnp.exp(state.log_alpha),
+        q_mean=state.q_mean,
+        q_std=state.q_std,
+        weight=weights.mean(),
+        ess_share=weights.mean() ** 2 / (weights**2).mean(),
+    )
+    state = state.replace(
+        opt_state=state.opt_state | dict(alpha=new["moments"]),
+        log_alpha=new["log_alpha"],
+        q_mean=q_mean,
+        q_std=q_std,
+        step=step,
+        key=key,
+    )
+    return state, metrics
 
 
-MODES = ("best", "single")  # of choosing actions in evaluations, the first one is the method's
+MODES = ("best", "single")  # Ways to choose evaluation actions; the first one is the method's.
 
 # --- shared: many agents -------------------------------------------------------------------------
 

@@ -16,17 +16,23 @@ jump. A run of n shorter jumps through the same network gives the entropy.
 The public code holds many variants and mixes time directions; this is one consistent reading, whose
 equation numbers are ours. docs/flame.md says what was chosen, `# ref:` what differs from that code.
 
-    python -m baselines.flame                        the plane with four goals, 3 minutes on a CPU
-    python -m baselines.flame --env halfcheetah --num-seeds 5
+    python baselines/flame.py                        the plane with four goals, 3 minutes on a CPU
+    python baselines/flame.py --env halfcheetah --num-seeds 5
 
-Shapes: B batch, S observation, d action, N candidates per state, K proposals per point, n jumps;
+Shapes: B batch, S observation, d action, M candidates per state, K proposals per point, n jumps;
 agents (seeds) trained at once are the leading axis of all that `act` and `train_chunk` see.
 """
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+
+if __name__ == "__main__":  # `python baselines/flame.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
 import jax
@@ -34,16 +40,46 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
 from common.data import Replay, over_agents, spread
 from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, make_env, multigoal, resolve, seed_of
+from common.errors import UserError
+from common.flags import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval
 from common.networks import LECUN, Critic, TimedMLP, mish
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    reward_scale: NonNegativeFloat = 0.2  # Factor c of the rewards in the TD target.
+    num_candidates: PositiveInt = 32  # Candidate actions M per state; the best one is used.
+    num_proposals: PositiveInt = 100  # Noise draws K per point, weighted by their actions' values.
+    time_min: PositiveFloat = 0.0054  # Earliest time in the policy's loss.
+    time_max: PositiveFloat = 0.999  # Latest time in the policy's loss; times are uniform.
+    alpha_init: PositiveFloat = 1.0  # Initial temperature alpha of the weights.
+    alpha_lr: PositiveFloat = 5e-3  # Adam's learning rate of log alpha.
+    alpha_period: PositiveInt = 100  # Critic updates per step of alpha.
+    # Target entropy H*/d per action dimension; alpha falls while the entropy is above it.
+    target_entropy: float = -1.0
+    entropy_steps: PositiveInt = 5  # Number n of jumps along which the entropy is measured.
+    trace_clip: PositiveFloat = 10.0  # Largest trace of one of these jumps, per action dimension.
+    noise_scale: PositiveFloat = 0.01  # Standard deviation of the training noise, per alpha.
+    policy_delay: PositiveInt = 2  # Critic updates per update of the policy and averages.
+    # Weight of -Q(one-step action) in the policy's loss (variant "2" of the code: 1).
+    q_gradient: NonNegativeFloat = 0.0
+
+    # --- networks and optimiser ---
+    hidden_dims: tuple[PositiveInt, ...] = (256, 256, 256)  # Hidden-layer widths of all networks.
+    batch_size: PositiveInt = 256  # Batch size B, in transitions.
+    actor_lr: PositiveFloat = 3e-4  # Adam's initial learning rate of the policy.
+    # Final policy learning rate. The rate decays linearly between 12.5 % and 37.5 % of the updates.
+    actor_lr_end: NonNegativeFloat = 3e-5
+    critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
+    target_rate: UnitInterval = 0.005  # Step size of the moving averages of critics and policy.
+
     # --- shared: run arguments ---
     env: str = "multigoal"  # kitchen-1|2|4|7 hopper halfcheetah walker2d humanoid online-ant-xy
     seed: int = 0  # first seed; an agent does not depend on those trained beside it
@@ -67,182 +103,246 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
     # --- end shared ---
 
-    # method
-    reward_scale: float = 0.2  # c: factor of rewards in the TD target
-    num_candidates: int = 32  # N: actions per state, of which the best counts
-    num_proposals: int = 100  # K: draws of the noise per point, weighted by their actions' values
-    time_min: float = 0.0054  # earliest time in the policy's loss
-    time_max: float = 0.999  # latest time, where times are uniform
-    alpha_init: float = 1.0  # first temperature of the weights
-    alpha_lr: float = 5e-3  # Adam's learning rate of log alpha
-    alpha_period: int = 100  # updates from one step of alpha to the next
-    target_entropy: float = -1.0  # H*/d: alpha falls while the entropy is above
-    entropy_steps: int = 5  # n: jumps of the run that measures the entropy
-    trace_clip: float = 10.0  # largest trace of a jump there, per action dimension
-    noise_scale: float = 0.01  # deviation of the noise added in training, per alpha
-    policy_delay: int = 2  # updates between two of the policy and of the averages
-    q_gradient: float = 0.0  # weight of -Q(one-step action) in the policy's loss (variant "2": 1)
-
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (256, 256, 256)  # of all networks
-    batch_size: int = 256  # B: transitions per update
-    actor_lr: float = 3e-4  # Adam's learning rate of the policy, at first
-    actor_lr_end: float = 3e-5  # and from 37.5 % of the updates on (linear from 12.5 %)
-    critic_lr: float = 3e-4  # Adam's learning rate of the critics
-    target_rate: float = 0.005  # rate of the moving averages of critics and policy
-
     def __post_init__(self):
         if not 0 < self.time_min < self.time_max < 1:
-            raise SystemExit("--time-min and --time-max must be in order, between 0 and 1")
+            raise UserError("--time-min and --time-max must be in order, between 0 and 1")
 
 
-# The class holds the paper's values as far as they are known (docs/flame.md). The plane and the
-# small networks there are for a CPU, tuned here.
+# The class holds the paper's values as far as they are known (docs/flame.md). The values for
+# the plane are tuned here, with small networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
-        total_steps=15_000, warmup_steps=1_000, reward_scale=0.1, num_proposals=32, alpha_period=10,
-        actor_lr=1e-3, actor_lr_end=1e-3, critic_lr=1e-3, hidden_dims=(64, 64, 64), batch_size=32,
-        log_interval=500, eval_interval=5_000, eval_episodes=100, eval_slots=100,
+        total_steps=15_000,
+        warmup_steps=1_000,
+        reward_scale=0.1,
+        num_proposals=32,
+        alpha_period=10,
+        actor_lr=1e-3,
+        actor_lr_end=1e-3,
+        critic_lr=1e-3,
+        hidden_dims=(64, 64, 64),
+        batch_size=32,
+        log_interval=500,
+        eval_interval=5_000,
+        eval_episodes=100,
+        eval_slots=100,
     ),
-}  # fmt: skip
+}
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (phi_1, phi_2), policy (theta)
     targets: dict  # moving averages of critic and policy
     opt_state: dict  # of critic, policy and alpha
-    log_alpha: jax.Array  # (): temperature of weights and entropy
-    step: jax.Array  # () int32: updates so far
-    key: jax.Array  # (2,) uint32
+    log_alpha: Array  # (): temperature of weights and entropy
+    step: Array  # () int32: updates so far
+    key: Array  # (2,) uint32
 
 
-def planned_updates(args):
-    """Updates of the whole run, which schedules refer to."""
-    return max(1, (args.total_steps - args.warmup_steps) // args.env_steps_per_update)
+def planned_updates(args: Args) -> int:
+    """Counts the updates of the whole run, which schedules refer to."""
+    steps = args.total_steps - args.warmup_steps
+    return max(1, steps // args.env_steps_per_update)
 
 
-def optimizers(args):
-    """Adam for both networks and log alpha; the policy's rate, which counts the policy's own steps,
-    falls between two shares of the run."""
-    at = [int(share * planned_updates(args) / args.policy_delay) for share in (0.125, 0.375)]
-    rate = optax.linear_schedule(args.actor_lr, args.actor_lr_end, max(1, at[1] - at[0]), at[0])
-    rates = dict(critic=args.critic_lr, policy=rate, alpha=args.alpha_lr)
-    return {name: optax.adam(rate) for name, rate in rates.items()}
+def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
+    """Makes one Adam for each network and for log alpha; the policy's rate falls between two shares
+    of the run, counted in its own updates."""
+    start = int(0.125 * planned_updates(args) / args.policy_delay)
+    end = int(0.375 * planned_updates(args) / args.policy_delay)
+    rate = optax.linear_schedule(args.actor_lr, args.actor_lr_end, max(1, end - start), start)
+    return dict(
+        critic=optax.adam(args.critic_lr),
+        policy=optax.adam(rate),
+        alpha=optax.adam(args.alpha_lr),
+    )
 
 
-def create(args, observation_size, key) -> State:
-    """A new agent, whose actions are almost clip(N(0, I)): the last layer starts near 0."""
-    key, *keys = jax.random.split(key, 3)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.action_size))
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates a new agent, whose actions are almost clip(N(0, I)): the last layer starts near 0."""
+    key, critic_key, policy_key = jax.random.split(key, 3)
+    observations = jnp.zeros((1, observation_size))
+    actions = jnp.zeros((1, args.action_size))
+    critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
+    flow = TimedMLP(args.hidden_dims, scale=0.01)
     params = dict(
-        critic=Critic(args.hidden_dims, 2, False, mish, LECUN).init(keys[0], s, a),
-        policy=TimedMLP(args.hidden_dims, scale=0.01).init(keys[1], s, a, 0.0, 0.0),
+        critic=critics.init(critic_key, observations, actions),
+        policy=flow.init(policy_key, observations, actions, 0.0, 0.0),
     )
     log_alpha = jnp.float32(np.log(args.alpha_init))
-    opt = optimizers(args)
-    opt_state = {name: opt[name].init(x) for name, x in (params | dict(alpha=log_alpha)).items()}
-    targets = jax.tree.map(jnp.copy, params)
-    return State(params, targets, opt_state, log_alpha, jnp.int32(0), key)
+    trained = params | dict(alpha=log_alpha)
+    opt_state = {name: adam.init(trained[name]) for name, adam in optimizers(args).items()}
+    return State(
+        params=params,
+        targets=jax.tree.map(jnp.copy, params),
+        opt_state=opt_state,
+        log_alpha=log_alpha,
+        step=jnp.int32(0),
+        key=key,
+    )
 
 
 # --- the method ----------------------------------------------------------------------------------
 
 
-def critic(args, params, observations, actions):
-    """Q_1, Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
-    return Critic(args.hidden_dims, 2, False, mish, LECUN).apply(params, observations, actions)
+def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Computes Q_1 and Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
+    critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
+    return critics.apply(params, observations, actions)
 
 
-def average_velocity(args, params, observations, x, r, t):
-    """u(x, r, t, s) over the times from t down to r, so that x_r = x_t - (t - r) u: (B, S),
-    (..., B, d), times that broadcast to (..., B) -> (..., B, d)."""
-    # Times in [0, 1]: 100 times that, as in fmer.py, makes du/dt of Eq. (FLAME5) blow up.
-    return TimedMLP(args.hidden_dims, scale=0.01).apply(params, observations, x, r, t)
+def average_velocity(
+    args: Args, params: dict, observations: Array, x: Array, r: Array, t: Array
+) -> Array:
+    """Computes u(x, r, t, s) over the times from t down to r, so that x_r = x_t - (t - r) u:
+    (B, S), (..., B, d), times that broadcast to (..., B) -> (..., B, d)."""
+    # Times are in [0, 1]; 100 times that, as in fmer.py, makes du/dt of Eq. (FLAME5) blow up.
+    flow = TimedMLP(args.hidden_dims, scale=0.01)
+    return flow.apply(params, observations, x, r, t)
 
 
-def candidates(args, flow, observations, key, count):
-    """`count` samples per state, in one jump each: (B, S) -> (N, B, d) in [-1, 1]."""
+def candidates(args: Args, flow: dict, observations: Array, key: Array, count: int) -> Array:
+    """Draws `count` actions per state, in one jump each: (B, S) -> (count, B, d) in [-1, 1]."""
     # ref: that code draws 0.5 N(0, I) here, but trains with N(0, I)
     noise = jax.random.normal(key, (count, len(observations), args.action_size))
     u = average_velocity(args, flow, observations, noise, 0.0, 1.0)
     return jnp.clip(noise - u, -1, 1)  # Eq. (FLAME2)
 
 
-def choose(args, state, flow, observations, key, count, noise):
-    """The best of `count` samples by the critics, plus noise of deviation `noise`: -> (B, d)."""
-    keys = jax.random.split(key)
-    actions = candidates(args, flow, observations, keys[0], count)
+def best(q: Array, actions: Array) -> Array:
+    """Picks the action of the highest value: (M, B), (M, B, d) -> (B, d)."""
+    index = q.argmax(0)[None, :, None]
+    return jnp.take_along_axis(actions, index, 0)[0]
+
+
+def choose(
+    args: Args,
+    state: State,
+    flow: dict,
+    observations: Array,
+    key: Array,
+    count: int,
+    noise: Array | float,
+) -> Array:
+    """Chooses the best of `count` actions by the critics, and adds noise of deviation `noise`:
+    (B, S) -> (B, d) in [-1, 1]."""
+    candidates_key, noise_key = jax.random.split(key)
+    actions = candidates(args, flow, observations, candidates_key, count)
     q = critic(args, state.params["critic"], observations, actions).min(0)
-    best = jnp.take_along_axis(actions, q.argmax(0)[None, :, None], 0)[0]
-    return jnp.clip(best + noise * jax.random.normal(keys[1], best.shape), -1, 1)
+    chosen = best(q, actions)
+    return jnp.clip(chosen + noise * jax.random.normal(noise_key, chosen.shape), -1, 1)
 
 
-def sample_actions(args, state, observations, key, mode):
-    """(B, S) -> (B, d) in [-1, 1] by the averaged policy: "best" of N samples, in training
-    ("explore") with noise; "single" (logged next to it) is one sample."""
+def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
+    """Chooses actions by the averaged policy: (B, S) -> (B, d) in [-1, 1]. "best" is the best of M
+    samples, "explore" (in training) adds noise, "single" (logged alongside) is one sample."""
     count = 1 if mode == "single" else args.num_candidates
-    noise = args.noise_scale * jnp.exp(state.log_alpha) * (mode == "explore")
+    noise = 0.0
+    if mode == "explore":
+        noise = args.noise_scale * jnp.exp(state.log_alpha)
     return choose(args, state, state.targets["policy"], observations, key, count, noise)
 
 
-def entropy(args, flow, observations, key):
-    """Of the policy before clipping, along one run of n jumps per state: (B, S) -> (B,)."""
+def entropy(args: Args, flow: dict, observations: Array, key: Array) -> Array:
+    """Estimates the entropy of the policy before clipping, along one run of n jumps per state:
+    (B, S) -> (B,)."""
+    B = len(observations)
+    d = args.action_size
+    h = 1 / args.entropy_steps
     keys = jax.random.split(key, args.entropy_steps + 1)
-    x, h = jax.random.normal(keys[0], (len(observations), args.action_size)), 1 / args.entropy_steps
-    result = 0.5 * args.action_size * jnp.log(2 * jnp.pi * jnp.e)
+    x = jax.random.normal(keys[0], (B, d))
+    result = jnp.full(B, 0.5 * d * jnp.log(2 * jnp.pi * jnp.e))
     # ref: that code clips to +-10 in all, less than what a policy of 17 dimensions must reach
-    limit = args.trace_clip * args.action_size
+    limit = args.trace_clip * d
 
     def jump(carry, inputs):
-        (x, result), (key, t) = carry, inputs
+        x, result = carry
+        key, t = inputs
         probe = jax.random.rademacher(key, x.shape, x.dtype)
-        u = lambda x: average_velocity(args, flow, observations, x, t - h, t)
-        speed, change = jax.jvp(u, (x,), (probe,))
+        field = partial(average_velocity, args, flow, observations, r=t - h, t=t)
+        u, change = jax.jvp(field, (x,), (probe,))
         trace = jnp.clip((probe * change).sum(-1), -limit, limit)
-        return (x - h * speed, result - h * trace), None  # Eq. (FLAME6)
+        return (x - h * u, result - h * trace), None  # Eq. (FLAME6)
 
     times = 1 - h * jnp.arange(args.entropy_steps)
-    (_, result), _ = jax.lax.scan(jump, (x, jnp.full(len(x), result)), (keys[1:], times))
-    return result
+    last, _ = jax.lax.scan(jump, (x, result), (keys[1:], times))
+    return last[1]
 
 
-def critic_loss(args, params, state, batch, next_actions, next_entropy):
-    """TD error of both critics against one soft target: next_actions (B, d), next_entropy (B,)."""
-    value = critic(args, state.targets["critic"], batch.next_observations, next_actions).min(0)
+def critic_loss(
+    args: Args,
+    params: dict,
+    state: State,
+    batch: Replay,
+    next_actions: Array,
+    next_entropy: Array,
+) -> tuple[Array, dict]:
+    """Computes the TD error of both critics against one soft target: next_actions (B, d),
+    next_entropy (B,)."""
+    next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
     # ref: that code subtracts the entropy, and asks itself which sign is right
-    value += jnp.exp(state.log_alpha) * next_entropy
-    target = args.reward_scale * batch.rewards + args.discount * batch.masks * value  # Eq. (FLAME7)
+    value = next_q.min(0) + jnp.exp(state.log_alpha) * next_entropy
+    rewards = args.reward_scale * batch.rewards
+    target = rewards + args.discount * batch.masks * value  # Eq. (FLAME7)
     q = critic(args, params, batch.observations, batch.actions)
     loss = ((q - target) ** 2).sum(0).mean()
-    return loss, dict(critic_loss=loss, q=q.mean(), target=target.mean())
+    metrics = dict(critic_loss=loss, q=q.mean(), target=target.mean())
+    return loss, metrics
 
 
-def reweighted_velocity(args, critics, log_alpha, observations, x, t, key):
-    """Velocity at x (B, d) and t (B,) of the path to the policy proportional to exp(Q / alpha) on
-    the box, and the effective number of proposals: -> (B, d), ()."""
+def reweighted_velocity(
+    args: Args,
+    critics: dict,
+    log_alpha: Array,
+    observations: Array,
+    x: Array,
+    t: Array,
+    key: Array,
+) -> tuple[Array, Array]:
+    """Computes the velocity at x (B, d) and t (B,) of the path to the policy proportional to
+    exp(Q / alpha) on the box, and the effective number of proposals: -> (B, d), ()."""
     t = t[:, None]
-    low, high = (x - (1 - t)) / t, (x + (1 - t)) / t  # Eq. (FLAME3): then x_k is in the box
+    low = (x - (1 - t)) / t  # Eq. (FLAME3): between low and high x_k is in the box
+    high = (x + (1 - t)) / t
     noise = jax.random.truncated_normal(key, low, high, (args.num_proposals, *x.shape))
-    actions = jnp.clip((x - t * noise) / (1 - t), -1, 1)  # but for rounding
+    actions = jnp.clip((x - t * noise) / (1 - t), -1, 1)  # clips rounding errors alone
     q = critic(args, critics, observations, actions).min(0)
-    w = jax.nn.softmax((q - q.max(0)) / jnp.exp(log_alpha), 0)  # Eq. (FLAME4)
-    return (w[..., None] * (noise - actions)).sum(0), (1 / (w**2).sum(0)).mean()
+    weights = jax.nn.softmax((q - q.max(0)) / jnp.exp(log_alpha), 0)  # Eq. (FLAME4)
+    v = (weights[..., None] * (noise - actions)).sum(0)
+    ess = 1 / (weights**2).sum(0)
+    return v, ess.mean()
 
 
-def meanflow_target(args, flow, observations, x, r, t, v):
-    """What u should be at x (B, d) and times r <= t (B,), given the velocity v (B, d) there. It is
-    linear in v, so v averaged over proposals does what the average of their targets would."""
+def meanflow_target(
+    args: Args, flow: dict, observations: Array, x: Array, r: Array, t: Array, v: Array
+) -> Array:
+    """Computes what u should be at x (B, d) and times r <= t (B,), given the velocity v (B, d)
+    there. It is linear in v, so v averaged over proposals does what the average of their targets
+    would."""
+
+    def u(x, t):
+        return average_velocity(args, flow, observations, x, r, t)
+
     # ref: that code makes one such pass for each of the K proposals
-    u = lambda x, t: average_velocity(args, flow, observations, x, r, t)
     _, change = jax.jvp(u, (x, t), (v, jnp.ones_like(t)))
     return v - (t - r)[:, None] * change
 
 
-def policy_loss(args, params, state, observations, x, r, t, goal, key):
-    """Regression of u at x (B, d) and times r <= t (B,) on the goal (B, d)."""
+def policy_loss(
+    args: Args,
+    params: dict,
+    state: State,
+    observations: Array,
+    x: Array,
+    r: Array,
+    t: Array,
+    goal: Array,
+    key: Array,
+) -> tuple[Array, dict]:
+    """Computes the regression of u at x (B, d) and times r <= t (B,) on the goal (B, d)."""
     u = average_velocity(args, params, observations, x, r, t)
     loss = ((u - goal) ** 2).sum(-1).mean()  # Eq. (FLAME5)
     metrics = dict(meanflow_loss=loss)
@@ -253,61 +353,85 @@ def policy_loss(args, params, state, observations, x, r, t, goal, key):
     return loss, metrics
 
 
-def descend(args, state, name, loss, *inputs):
-    """The state after one step of Adam on a loss of params[name], all else being constant."""
-    grads, metrics = jax.grad(partial(loss, args), has_aux=True)(state.params[name], state, *inputs)
+def descend(
+    args: Args, state: State, name: str, loss: Callable, *inputs: Any
+) -> tuple[State, dict]:
+    """Makes one step of Adam on a loss of params[name]; everything else is constant."""
+    gradient = jax.grad(partial(loss, args), has_aux=True)
+    grads, metrics = gradient(state.params[name], state, *inputs)
     updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
-    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
-    state = state.replace(params=params, opt_state=state.opt_state | {name: opt_state})
+    new_params = optax.apply_updates(state.params[name], updates)
+    state = state.replace(
+        params=state.params | {name: new_params},
+        opt_state=state.opt_state | {name: opt_state},
+    )
     return state, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
 
 
-def improve(args, state, batch, key):
-    """One step of the policy, then of all averages."""
-    keys = jax.random.split(key, 4)
-    s, params = batch.observations, state.params
-    limits = dict(minval=args.time_min, maxval=args.time_max)
-    r, t = jnp.sort(jax.random.uniform(keys[0], (2, len(s)), **limits), 0)
-    noise = jax.random.normal(keys[1], batch.actions.shape)
+def improve(args: Args, state: State, batch: Replay, key: Array) -> tuple[State, dict]:
+    """Makes one step of the policy, then one of all averages."""
+    time_key, noise_key, proposals_key, loss_key = jax.random.split(key, 4)
+    observations = batch.observations
+    times = jax.random.uniform(
+        time_key, (2, len(observations)), minval=args.time_min, maxval=args.time_max
+    )
+    r, t = jnp.sort(times, 0)
+    noise = jax.random.normal(noise_key, batch.actions.shape)
     x = (1 - t[:, None]) * batch.actions + t[:, None] * noise  # Eq. (FLAME1)
-    v, ess = reweighted_velocity(args, params["critic"], state.log_alpha, s, x, t, keys[2])
-    goal = meanflow_target(args, params["policy"], s, x, r, t, v)
-    state, metrics = descend(args, state, "policy", policy_loss, s, x, r, t, goal, keys[3])
+    critics = state.params["critic"]
+    v, ess = reweighted_velocity(args, critics, state.log_alpha, observations, x, t, proposals_key)
+    goal = meanflow_target(args, state.params["policy"], observations, x, r, t, v)
+    state, metrics = descend(
+        args, state, "policy", policy_loss, observations, x, r, t, goal, loss_key
+    )
     targets = optax.incremental_update(state.params, state.targets, args.target_rate)
     return state.replace(targets=targets), metrics | dict(ess=ess)
 
 
-def update(args, state, batch):
-    """One step of the critics; where they are due, one of the policy and of the averages, given the
-    new critics, and one of alpha."""
-    key, *keys = jax.random.split(state.key, 4)
-    observations, flow = batch.next_observations, state.params["policy"]
+def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
+    """Makes one step of the critics; where they are due, one of the policy and of the averages,
+    given the new critics, and one of alpha."""
+    key, next_key, entropy_key, policy_key = jax.random.split(state.key, 4)
+
+    # Update the critics.
+    observations = batch.next_observations
+    flow = state.params["policy"]
     noise = args.noise_scale * jnp.exp(state.log_alpha)
-    actions = choose(args, state, flow, observations, keys[0], args.num_candidates, noise)
-    h = entropy(args, flow, observations, keys[1])
+    actions = choose(args, state, flow, observations, next_key, args.num_candidates, noise)
+    h = entropy(args, flow, observations, entropy_key)
     state, metrics = descend(args, state, "critic", critic_loss, batch, actions, h)
     metrics |= dict(entropy=h.mean() / args.action_size, alpha=jnp.exp(state.log_alpha))
     step = state.step + 1
     state = state.replace(step=step, key=key)
 
-    # A loop of 0 or 1 rounds: unlike a condition, it spares many agents the work, too. That the key
-    # depends on the round keeps the compiler from doing the work before the loop.
-    turn = lambda i, carry: improve(args, carry[0], batch, jax.random.fold_in(keys[2], i))
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(turn, 0, (state,))[1])
-    due = jnp.where(step % args.policy_delay == 0, 1, 0)
-    state, more = jax.lax.fori_loop(0, due, turn, (state, zeros))
-    metrics |= {name: args.policy_delay * x for name, x in more.items()}  # right on average
+    # Update the policy and the averages. This is a loop of 0 or 1 rounds: unlike a condition, it
+    # spares many agents the work, too. That the key depends on the round keeps the compiler from
+    # doing the work before the loop.
+    def turn(i, carry):
+        state, _ = carry
+        return improve(args, state, batch, jax.random.fold_in(policy_key, i))
 
-    grads = h.mean() - args.target_entropy * args.action_size  # Eq. (FLAME8)
-    old = state.log_alpha, state.opt_state["alpha"]
-    updates, opt_alpha = optimizers(args)["alpha"].update(grads, old[1])
-    new = jnp.maximum(old[0] + updates, jnp.log(1e-3)), opt_alpha
-    new = jax.tree.map(partial(jnp.where, step % args.alpha_period == 0), new, old)
-    opt_state = state.opt_state | dict(alpha=new[1])
-    return state.replace(log_alpha=new[0], opt_state=opt_state), metrics
+    shapes = jax.eval_shape(turn, 0, (state, None))[1]
+    zeros = jax.tree.map(jnp.zeros_like, shapes)
+    rounds = jnp.where(step % args.policy_delay == 0, 1, 0)
+    state, more = jax.lax.fori_loop(0, rounds, turn, (state, zeros))
+    # The means over updates are those over the policy's steps.
+    metrics |= {name: args.policy_delay * x for name, x in more.items()}
+
+    # Update alpha.
+    excess = h.mean() - args.target_entropy * args.action_size  # Eq. (FLAME8)
+    old = dict(log_alpha=state.log_alpha, moments=state.opt_state["alpha"])
+    adam = optimizers(args)["alpha"]
+    change, moments = adam.update(excess, old["moments"])
+    log_alpha = jnp.maximum(state.log_alpha + change, jnp.log(1e-3))
+    new = dict(log_alpha=log_alpha, moments=moments)
+    due = step % args.alpha_period == 0
+    new = jax.tree.map(partial(jnp.where, due), new, old)
+    opt_state = state.opt_state | dict(alpha=new["moments"])
+    return state.replace(log_alpha=new["log_alpha"], opt_state=opt_state), metrics
 
 
-MODES = ("best", "single")  # of choosing actions in evaluations, the first one is the method's
+MODES = ("best", "single")  # Ways to choose evaluation actions; the first one is the method's.
 
 # --- shared: many agents -------------------------------------------------------------------------
 

@@ -14,16 +14,20 @@ rewards are normalised by running statistics, which are part of the agent.
 Equation numbers are ours. Sizes and rates that FMER's paper does not state are those of CleanRL:
 docs/ppo.md; `# ref:` marks what differs from it.
 
-    python -m baselines.ppo                          the plane with four goals, 3 minutes on a CPU
-    python -m baselines.ppo --env halfcheetah --num-seeds 5
+    python baselines/ppo.py                          the plane with four goals, 3 minutes on a CPU
+    python baselines/ppo.py --env halfcheetah --num-seeds 5
 
 Shapes: B batch, S observation, d action, E environments of an agent, T steps of each in a rollout;
 agents (seeds) trained at once are the leading axis of all that `act` and `train_chunk` see.
 """
 
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # `python baselines/ppo.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
 import jax
@@ -31,16 +35,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
 from common.data import over_agents, spread
 from common.envs import TRAINING, EnvPool, make_env, resolve, seed_of
+from common.errors import UserError
+from common.flags import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval
 from common.networks import MLP
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    epochs: PositiveInt = 10  # Passes over the steps of each rollout.
+    gae_lambda: UnitInterval = 0.95  # GAE's lambda: 1 is the Monte-Carlo advantage, 0 one-step TD.
+    clip_range: PositiveFloat = 0.2  # Clip range c: how far ratios and values may move.
+    value_weight: NonNegativeFloat = 0.5  # Weight of the value's loss.
+    entropy_weight: NonNegativeFloat = 0.0  # Weight of the policy's entropy.
+    normal_clip: PositiveFloat = 10.0  # Largest normalised observation and reward.
+
+    # --- networks and optimiser ---
+    hidden_dims: tuple[PositiveInt, ...] = (256, 256)  # Hidden-layer widths of all networks.
+    batch_size: PositiveInt = 256  # Batch size B, in steps of the rollout.
+    lr: PositiveFloat = 3e-4  # Adam's initial learning rate; it decays linearly to 0.
+    max_grad_norm: PositiveFloat = 0.5  # Largest norm of the joint gradient of both networks.
+
     # --- forked: run arguments (rollouts in place of warm-up and replay) ---
     env: str = "multigoal"  # kitchen-1|2|4|7 hopper halfcheetah walker2d humanoid online-ant-xy
     seed: int = 0  # first seed; an agent does not depend on those trained beside it
@@ -63,132 +84,139 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
     # --- end forked ---
 
-    # method
-    epochs: int = 10  # times that every step of a rollout is learnt from
-    gae_lambda: float = 0.95  # lambda: 1 is the Monte-Carlo advantage, 0 one step of TD
-    clip_range: float = 0.2  # c: how far ratios and values may move from those of the rollout
-    value_weight: float = 0.5  # of the value's loss
-    entropy_weight: float = 0.0  # of the policy's entropy
-    normal_clip: float = 10.0  # largest normalised observation and reward
-
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (256, 256)  # of all networks
-    batch_size: int = 256  # B: steps per update
-    lr: float = 3e-4  # Adam's learning rate
-    max_grad_norm: float = 0.5  # largest norm of the gradient of both networks
-
     def __post_init__(self):
-        if any(self.rollout_steps % max(1, n) for n in (self.batch_size, self.num_envs)):
-            raise SystemExit("--rollout-steps must be a multiple of --batch-size and --num-envs")
+        for size in (self.batch_size, self.num_envs):
+            if self.rollout_steps % max(1, size):
+                raise UserError("--rollout-steps must be a multiple of --batch-size and --num-envs")
         if self.total_steps < self.rollout_steps:
-            raise SystemExit("--total-steps must be at least --rollout-steps")
+            raise UserError("--total-steps must be at least --rollout-steps")
 
 
-# The class holds FMER's and CleanRL's values. The plane and the small networks there are for a CPU,
-# tuned here.
+# The class holds FMER's and CleanRL's values. The values for the plane are tuned here, with
+# small networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
-        total_steps=60_000, rollout_steps=512, num_envs=4, hidden_dims=(64, 64), batch_size=64,
-        lr=1e-3, log_interval=2_000, eval_interval=20_000, eval_episodes=100, eval_slots=100,
+        total_steps=60_000,
+        rollout_steps=512,
+        num_envs=4,
+        hidden_dims=(64, 64),
+        batch_size=64,
+        lr=1e-3,
+        log_interval=2_000,
+        eval_interval=20_000,
+        eval_episodes=100,
+        eval_slots=100,
     ),
-}  # fmt: skip
+}
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from rollout to rollout."""
+    """Holds everything that an agent carries from rollout to rollout."""
 
     params: dict  # policy (mean, log_std), value
     opt_state: optax.OptState
     statistics: dict  # count, mean, variance so far, of observations and of discounted returns
-    returns: jax.Array  # (E,): discounted returns so far of the running episodes
-    key: jax.Array  # (2,) uint32
+    returns: Array  # (E,): discounted returns so far of the running episodes
+    key: Array  # (2,) uint32
 
 
 @flax.struct.dataclass
 class Batch:
-    """Steps to learn from."""
+    """Holds steps to learn from."""
 
-    observations: jax.Array  # (B, S), normalised
-    actions: jax.Array  # (B, d), as drawn
-    log_prob: jax.Array  # (B,), when they were drawn
-    values: jax.Array  # (B,), V(s) before learning
-    advantages: jax.Array  # (B,)
-    returns: jax.Array  # (B,)
+    observations: Array  # (B, S), normalised
+    actions: Array  # (B, d), as drawn
+    log_prob: Array  # (B,), when they were drawn
+    values: Array  # (B,), V(s) before learning
+    advantages: Array  # (B,)
+    returns: Array  # (B,)
 
 
-def planned_updates(args):
-    """Updates of the whole run, which the learning rate refers to."""
+def planned_updates(args: Args) -> int:
+    """Counts the updates of the whole run, which the learning rate refers to."""
     rollouts = args.total_steps // args.rollout_steps
-    return rollouts * args.epochs * (args.rollout_steps // args.batch_size)
+    minibatches = args.rollout_steps // args.batch_size
+    return rollouts * args.epochs * minibatches
 
 
-def optimizer(args):
-    """Adam on both networks; its rate falls to 0, linearly in the updates."""
+def optimizer(args: Args) -> optax.GradientTransformation:
+    """Makes one Adam for both networks; its rate falls to 0, linearly in the updates."""
     rate = optax.linear_schedule(args.lr, 0.0, planned_updates(args))
     clip = optax.clip_by_global_norm(args.max_grad_norm)
     return optax.chain(clip, optax.adam(rate, eps=1e-5))
 
 
-def create(args, observation_size, key) -> State:
-    """A new agent, whose actions are almost N(0, I)."""
-    key, *keys = jax.random.split(key, 3)
-    s, new = jnp.zeros((1, observation_size)), (jnp.zeros(()), jnp.zeros(()), jnp.ones(()))
-    mean = network(args, args.action_size, 0.01).init(keys[0], s)
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates a new agent, whose actions are almost N(0, I)."""
+    key, policy_key, value_key = jax.random.split(key, 3)
+    observations = jnp.zeros((1, observation_size))
+    mean = network(args, args.action_size, 0.01).init(policy_key, observations)
     params = dict(
         policy=dict(mean=mean, log_std=jnp.zeros(args.action_size)),
-        value=network(args, 1, 1.0).init(keys[1], s),
+        value=network(args, 1, 1.0).init(value_key, observations),
     )
-    wide = (new[0], *(jnp.broadcast_to(x, observation_size) for x in new[1:]))
-    statistics = dict(observations=wide, returns=new)
-    opt_state = optimizer(args).init(params)
-    return State(params, opt_state, statistics, jnp.zeros(args.num_envs), key)
+    statistics = dict(
+        observations=(jnp.zeros(()), jnp.zeros(observation_size), jnp.ones(observation_size)),
+        returns=(jnp.zeros(()), jnp.zeros(()), jnp.ones(())),
+    )
+    return State(
+        params=params,
+        opt_state=optimizer(args).init(params),
+        statistics=statistics,
+        returns=jnp.zeros(args.num_envs),
+        key=key,
+    )
 
 
 # --- the method ----------------------------------------------------------------------------------
 
 
-def network(args, out, gain):
-    """ReLU layers of orthogonal weights, the last one's scaled by `gain`."""
+def network(args: Args, out: int, gain: float) -> MLP:
+    """Makes ReLU layers of orthogonal weights, the last one's scaled by `gain`."""
     orthogonal = jax.nn.initializers.orthogonal
     return MLP(args.hidden_dims, out, False, jax.nn.relu, orthogonal(2**0.5), orthogonal(gain))
 
 
-def policy(args, params, observations):
-    """pi(.|s), a Gaussian: (..., S), normalised -> mean (..., d), log-deviation (d,)."""
+def policy(args: Args, params: dict, observations: Array) -> tuple[Array, Array]:
+    """Computes the Gaussian pi(.|s): (..., S), normalised -> mean (..., d), log-deviation (d,)."""
     mean = network(args, args.action_size, 0.01).apply(params["mean"], observations)
     return mean, params["log_std"]
 
 
-def value(args, params, observations):
-    """V(s): (..., S), normalised -> (...)."""
+def value(args: Args, params: dict, observations: Array) -> Array:
+    """Computes V(s): (..., S), normalised -> (...)."""
     return network(args, 1, 1.0).apply(params, observations)[..., 0]
 
 
-def log_density(mean, log_std, actions):
-    """log pi(a|s): (..., d) each -> (...)."""
-    normal = -0.5 * ((actions - mean) / jnp.exp(log_std)) ** 2 - log_std
+def log_density(mean: Array, log_std: Array, actions: Array) -> Array:
+    """Computes log pi(a|s): (..., d) each -> (...)."""
+    xi = (actions - mean) / jnp.exp(log_std)
+    normal = -0.5 * xi**2 - log_std
     return (normal - 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
 
 
-def normalise(args, statistics, observations):
-    """Zero mean and unit variance, within limits."""
+def normalise(args: Args, statistics: dict, observations: Array) -> Array:
+    """Shifts and scales observations to zero mean and unit variance, within limits."""
     _, mean, variance = statistics["observations"]
     x = (observations - mean) / jnp.sqrt(variance + 1e-8)
     return jnp.clip(x, -args.normal_clip, args.normal_clip)
 
 
-def merge(old, x):
-    """Count, mean and variance of what `old` has seen and of the rows of x (n, ...)."""
-    (count, mean, variance), n = old, len(x)
-    share, shift = n / (count + n), x.mean(0) - mean
-    spread = (1 - share) * variance + share * x.var(0) + share * (1 - share) * shift**2
-    return count + n, mean + share * shift, spread  # Eq. (PPO5)
+def merge(old: tuple[Array, Array, Array], x: Array) -> tuple[Array, Array, Array]:
+    """Computes count, mean and variance of what `old` has seen and of the rows of x (n, ...)."""
+    count, mean, variance = old
+    n = len(x)
+    share = n / (count + n)
+    shift = x.mean(0) - mean
+    within = (1 - share) * variance + share * x.var(0)
+    between = share * (1 - share) * shift**2
+    return count + n, mean + share * shift, within + between  # Eq. (PPO5)
 
 
-def sample_actions(args, state, observations, key, mode):
-    """(B, S) -> (B, d): the mean, in [-1, 1], or in training ("explore") a sample, which is not
-    clipped yet: its density is that of the Gaussian."""
+def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
+    """Chooses actions: (B, S) -> (B, d). They are the mean, in [-1, 1], or in training ("explore")
+    a sample, which is not clipped yet: its density is that of the Gaussian."""
     observations = normalise(args, state.statistics, observations)
     mean, log_std = policy(args, state.params["policy"], observations)
     if mode == "explore":
@@ -196,9 +224,9 @@ def sample_actions(args, state, observations, key, mode):
     return jnp.clip(mean, -1, 1)
 
 
-def discounted(args, start, rewards, terminals):
-    """Discounted sums of the rewards since the episode's begin, from `start` (E,) on: (E, T) ->
-    those after the last step (E,), where an ended episode counts 0, and all (E, T)."""
+def discounted(args: Args, start: Array, rewards: Array, terminals: Array) -> tuple[Array, Array]:
+    """Sums the discounted rewards since the beginning of the episode, from `start` (E,) on:
+    (E, T) -> the sums after the last step (E,), where an ended episode counts 0, and all (E, T)."""
 
     def step(total, inputs):
         reward, over = inputs
@@ -209,9 +237,17 @@ def discounted(args, start, rewards, terminals):
     return last, totals.T
 
 
-def advantages(args, rewards, masks, terminals, values, next_values):
-    """GAE: (E, T) each -> (E, T). next_values are those of the observations that a step led to,
-    also where the clock ended an episode: it goes on in V, but no advantage comes from beyond."""
+def advantages(
+    args: Args,
+    rewards: Array,
+    masks: Array,
+    terminals: Array,
+    values: Array,
+    next_values: Array,
+) -> Array:
+    """Computes GAE: (E, T) each -> (E, T). next_values are those of the observations that a step
+    led to, also where the clock ended an episode: it goes on in V, but no advantage comes from
+    beyond."""
     # ref: CleanRL takes V = 0 after a time-out, too
     delta = rewards + args.discount * masks * next_values - values  # Eq. (PPO1)
 
@@ -221,60 +257,85 @@ def advantages(args, rewards, masks, terminals, values, next_values):
         return after, after
 
     start = jnp.zeros_like(delta[:, 0])
-    return jax.lax.scan(step, start, (delta.T, terminals.T), reverse=True)[1].T
+    _, result = jax.lax.scan(step, start, (delta.T, terminals.T), reverse=True)
+    return result.T
 
 
-def prepare(args, state, rollout):
-    """The agent with statistics that include the rollout, (E, T, ...) each, and all its steps as
-    one batch. ref: CleanRL moves the statistics at every step, also while it plays."""
-    old, params, steps = state.statistics, state.params, args.rollout_steps
-    rows, over = rollout["observations"], rollout["terminals"]
-    returns, totals = discounted(args, state.returns, rollout["rewards"], over)
+def prepare(args: Args, state: State, rollout: dict) -> tuple[State, Batch]:
+    """Includes the rollout, (E, T, ...) each, in the agent's statistics, and makes one batch of all
+    its steps. ref: CleanRL moves the statistics at every step, also while it plays."""
+    observations = rollout["observations"]
+    terminals = rollout["terminals"]
+    old = state.statistics
+    steps = args.rollout_steps
+    returns, totals = discounted(args, state.returns, rollout["rewards"], terminals)
     new = dict(
-        observations=merge(old["observations"], rows.reshape(steps, -1)),
+        observations=merge(old["observations"], observations.reshape(steps, -1)),
         returns=merge(old["returns"], totals.reshape(steps)),
     )
-    rewards = rollout["rewards"] / jnp.sqrt(new["returns"][2] + 1e-8)  # Eq. (PPO6)
+    _, _, variance = new["returns"]
+    rewards = rollout["rewards"] / jnp.sqrt(variance + 1e-8)  # Eq. (PPO6)
     rewards = jnp.clip(rewards, -args.normal_clip, args.normal_clip)
-    s, after = (normalise(args, new, x) for x in (rows, rollout["next_observations"]))
-    values, next_values = (value(args, params["value"], x) for x in (s, after))
-    gae = advantages(args, rewards, rollout["masks"], over, values, next_values)
-    gaussian = policy(args, params["policy"], normalise(args, old, rows))  # that has played
-    log_prob = log_density(*gaussian, rollout["actions"])
-    batch = Batch(s, rollout["actions"], log_prob, values, gae, gae + values)
+
+    normal = normalise(args, new, observations)
+    next_normal = normalise(args, new, rollout["next_observations"])
+    values = value(args, state.params["value"], normal)
+    next_values = value(args, state.params["value"], next_normal)
+    gae = advantages(args, rewards, rollout["masks"], terminals, values, next_values)
+
+    # The policy that has played saw the old statistics.
+    seen = normalise(args, old, observations)
+    mean, log_std = policy(args, state.params["policy"], seen)
+    batch = Batch(
+        observations=normal,
+        actions=rollout["actions"],
+        log_prob=log_density(mean, log_std, rollout["actions"]),
+        values=values,
+        advantages=gae,
+        returns=gae + values,
+    )
     batch = jax.tree.map(lambda x: x.reshape(steps, *x.shape[2:]), batch)
     return state.replace(statistics=new, returns=returns), batch
 
 
-def policy_loss(args, params, batch):
-    """The clipped objective, with advantages of mean 0 and deviation 1 over the batch."""
+def policy_loss(args: Args, params: dict, batch: Batch) -> tuple[Array, dict]:
+    """Computes the clipped objective, with advantages of mean 0 and deviation 1 over the batch."""
     mean, log_std = policy(args, params, batch.observations)
     log_ratio = log_density(mean, log_std, batch.actions) - batch.log_prob
-    ratio, A = jnp.exp(log_ratio), batch.advantages
-    A = (A - A.mean()) / (A.std() + 1e-8)
+    ratio = jnp.exp(log_ratio)
     near = jnp.clip(ratio, 1 - args.clip_range, 1 + args.clip_range)
+    A = batch.advantages
+    A = (A - A.mean()) / (A.std() + 1e-8)
     loss = -jnp.minimum(ratio * A, near * A).mean()  # Eq. (PPO3)
     entropy = (log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e)).sum()
-    metrics = dict(policy_loss=loss, entropy=entropy / log_std.size, clipped=(near != ratio).mean())
-    metrics |= dict(kl=(ratio - 1 - log_ratio).mean())
+    metrics = dict(
+        policy_loss=loss,
+        entropy=entropy / log_std.size,
+        clipped=(near != ratio).mean(),
+        kl=(ratio - 1 - log_ratio).mean(),
+    )
     return loss - args.entropy_weight * entropy, metrics
 
 
-def value_loss(args, params, batch):
-    """Squared error, the larger one of V and of V moved by no more than the clip range."""
-    q, R = value(args, params, batch.observations), batch.returns
-    near = batch.values + jnp.clip(q - batch.values, -args.clip_range, args.clip_range)
-    loss = 0.5 * jnp.maximum((q - R) ** 2, (near - R) ** 2).mean()  # Eq. (PPO4)
-    return args.value_weight * loss, dict(critic_loss=loss, q=q.mean(), target=R.mean())
+def value_loss(args: Args, params: dict, batch: Batch) -> tuple[Array, dict]:
+    """Computes the squared error, the larger one of V and of V moved by no more than the clip
+    range."""
+    V = value(args, params, batch.observations)
+    change = jnp.clip(V - batch.values, -args.clip_range, args.clip_range)
+    error = (V - batch.returns) ** 2
+    near_error = (batch.values + change - batch.returns) ** 2
+    loss = 0.5 * jnp.maximum(error, near_error).mean()  # Eq. (PPO4)
+    metrics = dict(critic_loss=loss, q=V.mean(), target=batch.returns.mean())
+    return args.value_weight * loss, metrics
 
 
-def update(args, state, batch):
-    """One step of both networks on a minibatch."""
+def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
+    """Makes one step of both networks on a minibatch."""
 
     def total_loss(params):
-        loss, metrics = policy_loss(args, params["policy"], batch)
-        other, more = value_loss(args, params["value"], batch)
-        return loss + other, metrics | more
+        policy_part, metrics = policy_loss(args, params["policy"], batch)
+        value_part, more = value_loss(args, params["value"], batch)
+        return policy_part + value_part, metrics | more
 
     grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
     updates, opt_state = optimizer(args).update(grads, state.opt_state)
@@ -283,7 +344,7 @@ def update(args, state, batch):
     return state.replace(params=params, opt_state=opt_state), metrics
 
 
-MODES = ("mean",)  # of choosing actions in evaluations
+MODES = ("mean",)  # Ways to choose actions in evaluations.
 
 # --- forked: many agents (all epochs of a rollout at once) ---------------------------------------
 

@@ -1,9 +1,10 @@
 """QVPO: Q-weighted Variational Policy Optimization (Ding et al. 2024, arXiv:2405.16173).
 
 Online, off-policy. The policy is a denoising diffusion over actions. It improves by a weighted
-regression: of N own actions per state the best is noised and denoised again, with its advantage
-over the mean of the N as weight; no gradient passes through the chain. Uniform random actions with
-small weights beside it keep the policy wide. Acting, too, takes the best of several actions.
+regression: of M own actions per state the best is noised and denoised again, with its advantage
+over the mean of the M as weight; no gradient passes through the chain. Uniform random actions with
+small weights are fitted alongside and keep the policy wide. Acting, too, takes the best of several
+actions.
 
     x_i = sqrt(abar_i) a + sqrt(1 - abar_i) eps,  eps ~ N(0, I)                       Eq. (DDPM1)
     L(theta) = E w |e_theta(s, x_i, i) - eps|^2 / d                                   Eq. (DDPM2)
@@ -14,18 +15,24 @@ The numbers with letters are ours; (DDPM1) to (DDPM4) are the diffusion of Ho et
 (arXiv:2006.11239), written alike in dpmd.py and dipo.py. docs/qvpo.md lists what differs from the
 public code.
 
-    python -m baselines.qvpo                                   the plane with four goals, on a CPU
-    python -m baselines.qvpo --env halfcheetah --num-seeds 5   five agents in one program
+    python baselines/qvpo.py                                   the plane with four goals, on a CPU
+    python baselines/qvpo.py --env halfcheetah --num-seeds 5   five agents in one program
 
-Shapes: B batch, S observation, d action, N candidates per state, T diffusion steps; agents (seeds)
-trained at once are the leading axis of all that `act` and `train_chunk` see.
+Shapes: B batch, S observation, d action, M candidates per state, T diffusion steps, U uniform
+actions per state; agents (seeds) trained at once are the leading axis of all that `act` and
+`train_chunk` see.
 """
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+if __name__ == "__main__":  # `python baselines/qvpo.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.linen as nn
 import flax.struct
@@ -34,16 +41,53 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
 from common.data import Replay, over_agents, spread
 from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, make_env, multigoal, resolve, seed_of
+from common.flags import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    UnitInterval,
+)
 from common.networks import Critic, TimedMLP, mish
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    reward_scale: NonNegativeFloat = 1.0  # Factor c of the rewards in the TD target.
+    num_candidates: PositiveInt = 64  # Candidate actions M per state; the best trains the policy.
+    # Candidates sampled per action during training; the best one is executed (0: num_candidates).
+    act_candidates: NonNegativeInt = 4
+    target_candidates: PositiveInt = 4  # Candidates at s'; the best one makes the TD target.
+    eval_candidates: PositiveInt = 32  # Candidates in evaluations; the best one is executed.
+    diffusion_steps: PositiveInt = 20  # Diffusion steps T from noise to action.
+    schedule: Literal["linear", "cosine"] = "cosine"  # Schedule of the diffusion's noise.
+    # Factor kappa of the linear schedule.
+    beta_scale: Annotated[float, Range(0, 1, exclusive=True)] = 0.8
+    start_scale: NonNegativeFloat = 1.0  # Standard deviation of the noise that chains start from.
+    # Weight of the best action: its advantage, or its value but at least 1 (cut).
+    policy_weight: Literal["advantage", "cut"] = "advantage"
+    entropy_actions: NonNegativeInt = 10  # Uniform actions U per state in the policy's loss.
+    # Initial weight e of a uniform action, relative to the best action's weight.
+    entropy_start: NonNegativeFloat = 0.02
+    # Smallest weight e; it decays linearly towards 0 at the last update, but not below this.
+    entropy_end: NonNegativeFloat = 0.002
+
+    # --- networks and optimiser ---
+    hidden_dims: tuple[PositiveInt, ...] = (256, 256, 256)  # Hidden-layer widths of all networks.
+    batch_size: PositiveInt = 256  # Batch size B, in transitions.
+    actor_lr: PositiveFloat = 1e-4  # Adam's learning rate of the policy.
+    critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
+    max_grad_norm: PositiveFloat = 2.0  # Largest gradient norm (policy and critics separately).
+    target_rate: UnitInterval = 0.005  # Step size of the moving averages of critics and policy.
+
     # --- shared: run arguments ---
     env: str = "multigoal"  # kitchen-1|2|4|7 hopper halfcheetah walker2d humanoid online-ant-xy
     seed: int = 0  # first seed; an agent does not depend on those trained beside it
@@ -67,141 +111,150 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
     # --- end shared ---
 
-    # method
-    reward_scale: float = 1.0  # c: factor of rewards in the TD target
-    num_candidates: int = 64  # N: actions per state, of which the best trains the policy
-    act_candidates: int = 4  # of which the best is executed in training (0: as many as N)
-    target_candidates: int = 4  # of which the best makes the TD target
-    eval_candidates: int = 32  # of which the best is executed in evaluations
-    diffusion_steps: int = 20  # T: steps from noise to action
-    schedule: Literal["linear", "cosine"] = "cosine"  # of the noise
-    beta_scale: float = 0.8  # kappa: factor of the linear schedule
-    start_scale: float = 1.0  # deviation of the noise that chains start from
-    policy_weight: Literal["advantage", "cut"] = "advantage"  # cut: Q itself, but at least 1
-    entropy_actions: int = 10  # uniform actions per state
-    entropy_start: float = 0.02  # e: their weight per weight of the best action, at first
-    entropy_end: float = 0.002  # the lowest e (it would fall to 0 linearly at the last update)
 
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (256, 256, 256)  # of all networks
-    batch_size: int = 256  # B: transitions per update
-    actor_lr: float = 1e-4  # Adam's learning rate of the policy
-    critic_lr: float = 3e-4  # Adam's learning rate of the critics
-    max_grad_norm: float = 2.0  # largest norm of the gradient: the policy's, both critics'
-    target_rate: float = 0.005  # rate of the moving averages of critics and policy
-
-
-# The class holds the values of docs/qvpo.md. The plane and the small networks there are for a CPU,
-# tuned here.
+# The class holds the values of docs/qvpo.md. The values for the plane are tuned here, with small
+# networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
-        total_steps=15_000, warmup_steps=1_000, reward_scale=0.1, num_candidates=8,
-        eval_candidates=8, actor_lr=1e-3, critic_lr=1e-3, hidden_dims=(64, 64, 64), batch_size=32,
-        log_interval=500, eval_interval=5_000, eval_episodes=100, eval_slots=100,
+        total_steps=15_000,
+        warmup_steps=1_000,
+        reward_scale=0.1,
+        num_candidates=8,
+        eval_candidates=8,
+        actor_lr=1e-3,
+        critic_lr=1e-3,
+        hidden_dims=(64, 64, 64),
+        batch_size=32,
+        log_interval=500,
+        eval_interval=5_000,
+        eval_episodes=100,
+        eval_slots=100,
     ),
-}  # fmt: skip
+}
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (phi_1, phi_2), policy (theta)
     targets: dict  # moving averages: critic, policy
     opt_state: dict  # of critic and policy
-    step: jax.Array  # () int32: updates so far
-    key: jax.Array  # (2,) uint32
+    step: Array  # () int32: updates so far
+    key: Array  # (2,) uint32
 
 
-def planned_updates(args):
-    """Updates of the whole run, which schedules refer to."""
-    return max(1, (args.total_steps - args.warmup_steps) // args.env_steps_per_update)
+def planned_updates(args: Args) -> int:
+    """Counts the updates of the whole run, which schedules refer to."""
+    steps = args.total_steps - args.warmup_steps
+    return max(1, steps // args.env_steps_per_update)
 
 
-def optimizers(args):
-    """Adam for each of the two networks, after clipping by the norm of the network's gradient."""
-    rates = dict(critic=args.critic_lr, policy=args.actor_lr)
+def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
+    """Makes one Adam per network, after clipping by the norm of the network's gradient."""
     clip = optax.clip_by_global_norm(args.max_grad_norm)
-    return {name: optax.chain(clip, optax.adam(rate, eps=1e-5)) for name, rate in rates.items()}
-
-
-def create(args, observation_size, key) -> State:
-    """A new agent."""
-    key, *keys = jax.random.split(key, 3)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.action_size))
-    params = dict(
-        critic=networks(args)["critic"].init(keys[0], s, a),
-        policy=networks(args)["policy"].init(keys[1], s, a, 0),
+    return dict(
+        critic=optax.chain(clip, optax.adam(args.critic_lr, eps=1e-5)),
+        policy=optax.chain(clip, optax.adam(args.actor_lr, eps=1e-5)),
     )
-    targets = jax.tree.map(jnp.copy, params)
-    opt_state = {name: opt.init(params[name]) for name, opt in optimizers(args).items()}
-    return State(params, targets, opt_state, jnp.int32(0), key)
+
+
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates a new agent."""
+    key, critic_key, policy_key = jax.random.split(key, 3)
+    observations = jnp.zeros((1, observation_size))
+    actions = jnp.zeros((1, args.action_size))
+    critics = networks(args)["critic"]
+    denoiser = networks(args)["policy"]
+    params = dict(
+        critic=critics.init(critic_key, observations, actions),
+        policy=denoiser.init(policy_key, observations, actions, 0),
+    )
+    opt_state = {name: adam.init(params[name]) for name, adam in optimizers(args).items()}
+    return State(
+        params=params,
+        targets=jax.tree.map(jnp.copy, params),
+        opt_state=opt_state,
+        step=jnp.int32(0),
+        key=key,
+    )
 
 
 # --- the method ----------------------------------------------------------------------------------
 
 
-def networks(args):
-    """Critics and policy, whose time has 32 sinusoids and an MLP of its own. Kernels start at a
-    truncated normal of deviation 1 / (2 sqrt(inputs))."""
+def networks(args: Args) -> dict[str, nn.Module]:
+    """Makes critics and policy, whose time has 32 sinusoids and an MLP of its own. Kernels start at
+    a truncated normal of deviation 1 / (2 sqrt(inputs))."""
     start = nn.initializers.variance_scaling(0.25, "fan_in", "truncated_normal")
-    policy = TimedMLP(args.hidden_dims, 32, (256, 32), 1.0, start)
-    return dict(critic=Critic(args.hidden_dims, 2, False, mish, start), policy=policy)
+    critics = Critic(args.hidden_dims, 2, False, mish, start)
+    denoiser = TimedMLP(args.hidden_dims, 32, (256, 32), 1.0, start)
+    return dict(critic=critics, policy=denoiser)
 
 
-def critic(args, params, observations, actions):
-    """Q_1, Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
-    return networks(args)["critic"].apply(params, observations, actions)
+def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Computes Q_1 and Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
+    critics = networks(args)["critic"]
+    return critics.apply(params, observations, actions)
 
 
-def predict_noise(args, params, observations, x, i):
-    """e(s, x, i): (B, S), (..., B, d), steps i that broadcast to (..., B) -> (..., B, d)."""
-    return networks(args)["policy"].apply(params, observations, x, i)
+def predict_noise(args: Args, params: dict, observations: Array, x: Array, i: Array) -> Array:
+    """Computes e(s, x, i): (B, S), (..., B, d), steps i that broadcast to (..., B) ->
+    (..., B, d)."""
+    denoiser = networks(args)["policy"]
+    return denoiser.apply(params, observations, x, i)
 
 
-def noise_schedule(args):
-    """beta_i and abar_i of the steps i = 0 ... T - 1, from the action to noise: (T,) each, NumPy's
-    float64, as abar_0 is near 1."""
+def noise_schedule(args: Args) -> tuple[np.ndarray, np.ndarray]:
+    """Computes beta_i and abar_i of the steps i = 0 ... T - 1, from the action to noise: (T,) each,
+    NumPy's float64, because abar_0 is near 1."""
     T = args.diffusion_steps
     if args.schedule == "linear":
         beta = args.beta_scale * np.linspace(1e-4, 0.999, T)  # Eq. (DDPM4)
     else:
-        f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+        share = (np.arange(T + 1) / T + 0.008) / 1.008
+        f = np.cos(share * np.pi / 2) ** 2
         beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
     return beta, np.cumprod(1 - beta)
 
 
-def denoise(args, policy, observations, key, count, noise=1.0):
-    """Actions of `count` chains per state, whose steps add `noise` times the noise that they
-    should: (B, S) -> (N, B, d) in [-1, 1]."""
+def denoise(
+    args: Args, policy: dict, observations: Array, key: Array, count: int, noise: float = 1.0
+) -> Array:
+    """Draws actions by `count` chains per state, whose steps add `noise` times the noise that they
+    should: (B, S) -> (count, B, d) in [-1, 1]."""
     beta, abar = noise_schedule(args)
     before = np.append(1.0, abar[:-1])  # abar_{i-1}
-    to_clean = beta * np.sqrt(before) / (1 - abar)
-    to_x = (1 - before) * np.sqrt(1 - beta) / (1 - abar)
-    std = np.sqrt(beta * (1 - before) / (1 - abar))  # 0 at i = 0
+    signal = jnp.asarray(np.sqrt(abar))
+    spread = jnp.asarray(np.sqrt(1 - abar))
+    to_clean = jnp.asarray(beta * np.sqrt(before) / (1 - abar))
+    to_x = jnp.asarray((1 - before) * np.sqrt(1 - beta) / (1 - abar))
+    std = jnp.asarray(np.sqrt(beta * (1 - before) / (1 - abar)))  # 0 at i = 0
     keys = jax.random.split(key, args.diffusion_steps + 1)
     x = jax.random.normal(keys[-1], (count, len(observations), args.action_size))
 
     def step(x, inputs):
-        i, signal, spread, to_clean, to_x, std, key = inputs
-        clean = (x - spread * predict_noise(args, policy, observations, x, i)) / signal
-        mean = to_clean * jnp.clip(clean, -1, 1) + to_x * x
-        return mean + noise * std * jax.random.normal(key, x.shape), None  # Eq. (DDPM3)
+        i, key = inputs
+        eps = predict_noise(args, policy, observations, x, i)
+        clean = (x - spread[i] * eps) / signal[i]
+        mean = to_clean[i] * jnp.clip(clean, -1, 1) + to_x[i] * x
+        xi = jax.random.normal(key, x.shape)
+        return mean + noise * std[i] * xi, None  # Eq. (DDPM3)
 
-    numbers = np.sqrt(abar), np.sqrt(1 - abar), to_clean, to_x, std
-    inputs = jnp.arange(args.diffusion_steps), *map(jnp.asarray, numbers), keys[:-1]
+    inputs = jnp.arange(args.diffusion_steps), keys[:-1]
     x, _ = jax.lax.scan(step, args.start_scale * x, inputs, reverse=True)
     return jnp.clip(x, -1, 1)
 
 
-def best(q, actions):
-    """The action of the highest value: (N, B), (N, B, d) -> (B, d)."""
-    return jnp.take_along_axis(actions, q.argmax(0)[None, :, None], 0)[0]
+def best(q: Array, actions: Array) -> Array:
+    """Picks the action of the highest value: (M, B), (M, B, d) -> (B, d)."""
+    index = q.argmax(0)[None, :, None]
+    return jnp.take_along_axis(actions, index, 0)[0]
 
 
-def sample_actions(args, state, observations, key, mode):
-    """(B, S) -> (B, d) in [-1, 1]: the best of some actions. "explore" (in training), "best" and
-    "single" (logged next to it, one chain per state) differ in their number alone."""
+def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
+    """Chooses the best of some actions: (B, S) -> (B, d) in [-1, 1]. "explore" (in training),
+    "best" and "single" (logged alongside, one chain per state) differ in their number alone."""
     counts = dict(explore=args.act_candidates, best=args.eval_candidates, single=1)
     count = counts[mode] or args.num_candidates
     actions = denoise(args, state.params["policy"], observations, key, count)
@@ -209,75 +262,109 @@ def sample_actions(args, state, observations, key, mode):
     return best(q, actions)  # Eq. (QVPO1)
 
 
-def critic_loss(args, params, state, batch, next_actions):
-    """TD error of both critics against one target; next_actions (N, B, d), of which the averages
-    choose and value the best."""
-    q = critic(args, state.targets["critic"], batch.next_observations, next_actions).min(0)
-    target = args.reward_scale * batch.rewards + args.discount * batch.masks * q.max(0)
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Replay, next_actions: Array
+) -> tuple[Array, dict]:
+    """Computes the TD error of both critics against one target. The critics' averages choose and
+    value the best of next_actions (count, B, d)."""
+    next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
+    value = next_q.min(0).max(0)
+    rewards = args.reward_scale * batch.rewards
+    target = rewards + args.discount * batch.masks * value
     q = critic(args, params, batch.observations, batch.actions)
     loss = ((q - target) ** 2).sum(0).mean()  # Eq. (QVPO2)
-    return loss, dict(critic_loss=loss, q=q.mean(), target=target.mean())
+    metrics = dict(critic_loss=loss, q=q.mean(), target=target.mean())
+    return loss, metrics
 
 
-def weigh(args, q):
-    """Weight of the best of N actions of these values: (N, B) -> (B,), at least 0."""
+def weigh(args: Args, q: Array) -> Array:
+    """Computes the weight of the best of M actions of these values: (M, B) -> (B,), at least 0."""
     if args.policy_weight == "cut":
         return jnp.maximum(q.max(0), 1.0)
     return jnp.maximum(q.max(0) - q.mean(0), 0.0)  # Eq. (QVPO3)
 
 
-def entropy_weight(args, step):
-    """e: weight of a uniform action per weight of the best one, by the share of the updates."""
+def entropy_weight(args: Args, step: Array) -> Array:
+    """Computes e, the weight of a uniform action relative to the best one's, by the share of the
+    updates."""
     share = step / planned_updates(args)
     return jnp.maximum(args.entropy_start * (1 - share), args.entropy_end)  # Eq. (QVPO5)
 
 
-def policy_loss(args, params, state, observations, actions, weights, key):
-    """Weighted denoising of actions: (B, S), (..., B, d), (..., B); the mean of all components."""
+def policy_loss(
+    args: Args,
+    params: dict,
+    state: State,
+    observations: Array,
+    actions: Array,
+    weights: Array,
+    key: Array,
+) -> tuple[Array, dict]:
+    """Computes the weighted loss of denoising actions, the mean of all components: (B, S),
+    (..., B, d), (..., B)."""
     step_key, noise_key = jax.random.split(key)
     i = jax.random.randint(step_key, weights.shape, 0, args.diffusion_steps)
     noise = jax.random.normal(noise_key, actions.shape)
-    abar = noise_schedule(args)[1]
-    signal, spread = (jnp.asarray(np.sqrt(x))[i][..., None] for x in (abar, 1 - abar))
+    _, abar = noise_schedule(args)
+    signal = jnp.asarray(np.sqrt(abar))[i][..., None]
+    spread = jnp.asarray(np.sqrt(1 - abar))[i][..., None]
     x = signal * actions + spread * noise  # Eq. (DDPM1)
     error = (predict_noise(args, params, observations, x, i) - noise) ** 2
     loss = (weights[..., None] * error).mean()  # Eq. (DDPM2)
     return loss, dict(policy_loss=loss)
 
 
-def descend(args, state, name, loss, *inputs):
-    """The state after one step of Adam on a loss of params[name], all else being constant."""
-    grads, metrics = jax.grad(partial(loss, args), has_aux=True)(state.params[name], state, *inputs)
+def descend(
+    args: Args, state: State, name: str, loss: Callable, *inputs: Any
+) -> tuple[State, dict]:
+    """Makes one step of Adam on a loss of params[name]; everything else is constant."""
+    gradient = jax.grad(partial(loss, args), has_aux=True)
+    grads, metrics = gradient(state.params[name], state, *inputs)
     updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
-    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
-    state = state.replace(params=params, opt_state=state.opt_state | {name: opt_state})
+    new_params = optax.apply_updates(state.params[name], updates)
+    state = state.replace(
+        params=state.params | {name: new_params},
+        opt_state=state.opt_state | {name: opt_state},
+    )
     return state, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
 
 
-def update(args, state, batch):
-    """One step of the critics, then one of the policy with the critics' new values, then of the
-    averages."""
+def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
+    """Makes one step of the critics, then one of the policy with the critics' new values, then of
+    the averages."""
     key, next_key, now_key, uniform_key, loss_key = jax.random.split(state.key, 5)
-    inputs = batch.next_observations, next_key, args.target_candidates
-    next_actions = denoise(args, state.targets["policy"], *inputs)
+
+    # Update the critics.
+    policy = state.targets["policy"]
+    next_observations = batch.next_observations
+    next_actions = denoise(args, policy, next_observations, next_key, args.target_candidates)
     state, metrics = descend(args, state, "critic", critic_loss, batch, next_actions)
-    observations, inputs = batch.observations, (now_key, args.num_candidates)
-    actions = denoise(args, state.params["policy"], observations, *inputs)
+
+    # Update the policy on its best actions and on uniform ones.
+    observations = batch.observations
+    policy = state.params["policy"]
+    actions = denoise(args, policy, observations, now_key, args.num_candidates)
     q = critic(args, state.params["critic"], observations, actions).min(0)
-    weight, e = weigh(args, q), entropy_weight(args, state.step)
-    shape = args.entropy_actions, *batch.actions.shape
+    weight = weigh(args, q)
+    e = entropy_weight(args, state.step)
+    shape = (args.entropy_actions, *batch.actions.shape)
     uniform = jax.random.uniform(uniform_key, shape, minval=-1, maxval=1)
-    actions = jnp.concatenate([best(q, actions)[None], uniform])  # (1 + 10, B, d)
-    weights = jnp.append(1.0, jnp.full(args.entropy_actions, e))[:, None] * weight  # Eq. (QVPO4)
-    inputs = observations, actions, weights, loss_key
-    state, more = descend(args, state, "policy", policy_loss, *inputs)
+    actions = jnp.concatenate([best(q, actions)[None], uniform])  # (1 + U, B, d)
+    shares = jnp.append(1.0, jnp.full(args.entropy_actions, e))
+    weights = shares[:, None] * weight  # Eq. (QVPO4)
+    state, more = descend(
+        args, state, "policy", policy_loss, observations, actions, weights, loss_key
+    )
+
+    # Update the averages.
     targets = optax.incremental_update(state.params, state.targets, args.target_rate)
+    metrics |= more
+    metrics |= dict(weight=weight.mean(), entropy_weight=e, q_best=q.max(0).mean())
+    state = state.replace(targets=targets, step=state.step + 1, key=key)
+    return state, metrics
 
-    metrics |= more | dict(weight=weight.mean(), entropy_weight=e, q_best=q.max(0).mean())
-    return state.replace(targets=targets, step=state.step + 1, key=key), metrics
 
-
-MODES = ("best", "single")  # of choosing actions in evaluations, the first one is the method's
+MODES = ("best", "single")  # Ways to choose evaluation actions; the first one is the method's.
 
 # --- shared: many agents -------------------------------------------------------------------------
 

@@ -13,17 +13,23 @@ through its own noise, and alpha holds the entropy at a target.
 
 Equation numbers are ours, see docs/equations.md; `# ref:` marks what differs from public code.
 
-    python -m baselines.sac                          the plane with four goals, small networks
-    python -m baselines.sac --env halfcheetah --num-seeds 5
+    python baselines/sac.py                          the plane with four goals, small networks
+    python baselines/sac.py --env halfcheetah --num-seeds 5
 
 Shapes: B batch, S observation, d action; agents (seeds) trained at once are the leading axis of all
 that `act` and `train_chunk` see.
 """
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+
+if __name__ == "__main__":  # `python baselines/sac.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.linen as nn
 import flax.struct
@@ -32,16 +38,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
 from common.data import Replay, over_agents, spread
 from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, make_env, multigoal, resolve, seed_of
+from common.flags import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval
 from common.networks import LECUN, MLP, Critic
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    reward_scale: NonNegativeFloat = 1.0  # Factor c of the rewards in the TD target.
+    # Critic updates per update of the policy, which then makes as many steps.
+    policy_delay: PositiveInt = 2
+    # Target entropy H*/d per action dimension; alpha falls while the entropy is above it.
+    target_entropy: float = -1.0
+
+    # --- networks and optimiser ---
+    hidden_dims: tuple[PositiveInt, ...] = (256, 256)  # Hidden-layer widths of all networks.
+    batch_size: PositiveInt = 256  # Batch size B, in transitions.
+    actor_lr: PositiveFloat = 3e-4  # Adam's learning rate of the policy.
+    critic_lr: PositiveFloat = 1e-3  # Adam's learning rate of the critics.
+    alpha_lr: PositiveFloat = 1e-3  # Adam's learning rate of log alpha.
+    target_rate: UnitInterval = 0.005  # Step size of the moving average of the critics.
+
     # --- shared: run arguments ---
     env: str = "multigoal"  # kitchen-1|2|4|7 hopper halfcheetah walker2d humanoid online-ant-xy
     seed: int = 0  # first seed; an agent does not depend on those trained beside it
@@ -65,83 +88,95 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
     # --- end shared ---
 
-    # method
-    reward_scale: float = 1.0  # c: factor of rewards in the TD target
-    policy_delay: int = 2  # updates between two of the policy, which then makes as many steps
-    target_entropy: float = -1.0  # H*/d: alpha falls while the entropy is above
 
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (256, 256)  # of all networks
-    batch_size: int = 256  # B: transitions per update
-    actor_lr: float = 3e-4  # Adam's learning rate of the policy
-    critic_lr: float = 1e-3  # Adam's learning rate of the critics
-    alpha_lr: float = 1e-3  # Adam's learning rate of log alpha
-    target_rate: float = 0.005  # rate of the moving average of the critics
-
-
-# The class holds the values of FMER's comparison (arXiv:2603.17685, table 3) and, for the learning
-# rates there are lost, CleanRL's. The plane and the small networks there are for a CPU.
+# The class holds the values of FMER's comparison (arXiv:2603.17685, table 3). The learning rates
+# are lost there, so they are CleanRL's. The values for the plane are for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
-        total_steps=15_000, warmup_steps=1_000, reward_scale=0.1, actor_lr=1e-3,
-        hidden_dims=(64, 64, 64), batch_size=32,
-        log_interval=500, eval_interval=5_000, eval_episodes=100, eval_slots=100,
+        total_steps=15_000,
+        warmup_steps=1_000,
+        reward_scale=0.1,
+        actor_lr=1e-3,
+        hidden_dims=(64, 64, 64),
+        batch_size=32,
+        log_interval=500,
+        eval_interval=5_000,
+        eval_episodes=100,
+        eval_slots=100,
     ),
-    "online-ant-xy": dict(  # OGBench's expert of the ant (common/ant.py)
-        total_steps=400_000, policy_delay=1, target_entropy=-0.5, actor_lr=1e-4, critic_lr=1e-4,
-        alpha_lr=1e-4, eval_interval=20_000,
+    "online-ant-xy": dict(  # OGBench's expert of the ant, see common/ant.py.
+        total_steps=400_000,
+        policy_delay=1,
+        target_entropy=-0.5,
+        actor_lr=1e-4,
+        critic_lr=1e-4,
+        alpha_lr=1e-4,
+        eval_interval=20_000,
     ),
-}  # fmt: skip
+}
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (Q_1, Q_2), policy (pi), log_alpha
     targets: dict  # moving averages: critic
     opt_state: dict  # of each of params
-    step: jax.Array  # () int32: updates so far
-    key: jax.Array  # (2,) uint32
+    step: Array  # () int32: updates so far
+    key: Array  # (2,) uint32
 
 
-def optimizers(args):
-    """Adam for each of `params`."""
-    rates = dict(critic=args.critic_lr, policy=args.actor_lr, log_alpha=args.alpha_lr)
-    return {name: optax.adam(rate) for name, rate in rates.items()}
+def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
+    """Makes one Adam for each of `params`."""
+    return dict(
+        critic=optax.adam(args.critic_lr),
+        policy=optax.adam(args.actor_lr),
+        log_alpha=optax.adam(args.alpha_lr),
+    )
 
 
-def create(args, observation_size, key) -> State:
-    """A new agent."""
-    key, *keys = jax.random.split(key, 3)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.action_size))
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates a new agent."""
+    key, critic_key, policy_key = jax.random.split(key, 3)
+    observations = jnp.zeros((1, observation_size))
+    actions = jnp.zeros((1, args.action_size))
+    critics = Critic(args.hidden_dims, 2, False, nn.relu, LECUN)
+    gaussian = MLP(args.hidden_dims, 2 * args.action_size, False, nn.relu, LECUN)
     params = dict(
-        critic=Critic(args.hidden_dims, 2, False, nn.relu, LECUN).init(keys[0], s, a),
-        policy=MLP(args.hidden_dims, 2 * a.shape[-1], False, nn.relu, LECUN).init(keys[1], s),
+        critic=critics.init(critic_key, observations, actions),
+        policy=gaussian.init(policy_key, observations),
         log_alpha=jnp.zeros(()),  # alpha = 1
     )
-    targets = {name: jax.tree.map(jnp.copy, params[name]) for name in ("critic",)}
-    opt_state = {name: opt.init(params[name]) for name, opt in optimizers(args).items()}
-    return State(params, targets, opt_state, jnp.int32(0), key)
+    opt_state = {name: adam.init(params[name]) for name, adam in optimizers(args).items()}
+    return State(
+        params=params,
+        targets=dict(critic=jax.tree.map(jnp.copy, params["critic"])),
+        opt_state=opt_state,
+        step=jnp.int32(0),
+        key=key,
+    )
 
 
 # --- the method ----------------------------------------------------------------------------------
 
 
-def critic(args, params, observations, actions):
-    """Q_1, Q_2: (B, S), (B, d) -> (2, B)."""
-    return Critic(args.hidden_dims, 2, False, nn.relu, LECUN).apply(params, observations, actions)
+def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Computes Q_1 and Q_2: (B, S), (B, d) -> (2, B)."""
+    critics = Critic(args.hidden_dims, 2, False, nn.relu, LECUN)
+    return critics.apply(params, observations, actions)
 
 
-def policy(args, params, observations):
-    """Mean and log-deviation of actions before tanh: (B, S) -> (B, d), (B, d)."""
-    network = MLP(args.hidden_dims, 2 * args.action_size, False, nn.relu, LECUN)
-    mean, raw = jnp.split(network.apply(params, observations), 2, -1)
-    return mean, -5 + 3.5 * (jnp.tanh(raw) + 1)  # ref: in [-5, 2] as in CleanRL; papers: clipped
+def policy(args: Args, params: dict, observations: Array) -> tuple[Array, Array]:
+    """Computes mean and log-deviation of actions before tanh: (B, S) -> (B, d), (B, d)."""
+    gaussian = MLP(args.hidden_dims, 2 * args.action_size, False, nn.relu, LECUN)
+    mean, raw = jnp.split(gaussian.apply(params, observations), 2, -1)
+    log_std = -5 + 3.5 * (jnp.tanh(raw) + 1)  # ref: in [-5, 2] as in CleanRL; papers: clipped
+    return mean, log_std
 
 
-def sample(args, params, observations, key):
-    """Actions and their log-densities: (B, S) -> (B, d), (B,)."""
+def sample(args: Args, params: dict, observations: Array, key: Array) -> tuple[Array, Array]:
+    """Draws actions, and computes their log-densities: (B, S) -> (B, d), (B,)."""
     mean, log_std = policy(args, params, observations)
     noise = jax.random.normal(key, mean.shape)
     u = mean + jnp.exp(log_std) * noise
@@ -150,52 +185,70 @@ def sample(args, params, observations, key):
     return jnp.tanh(u), (normal - slope).sum(-1)  # Eq. (SAC1), (SAC2)
 
 
-def sample_actions(args, state, observations, key, mode):
-    """(B, S) -> (B, d) in [-1, 1]: in training ("explore") a sample, else tanh of the mean."""
+def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
+    """Chooses actions: (B, S) -> (B, d) in [-1, 1]. In training ("explore") they are samples,
+    otherwise tanh of the mean."""
     if mode == "explore":
-        return sample(args, state.params["policy"], observations, key)[0]
-    return jnp.tanh(policy(args, state.params["policy"], observations)[0])
+        actions, _ = sample(args, state.params["policy"], observations, key)
+        return actions
+    mean, _ = policy(args, state.params["policy"], observations)
+    return jnp.tanh(mean)
 
 
-def critic_loss(args, params, state, batch, key):
-    """TD error of both critics against one target."""
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Replay, key: Array
+) -> tuple[Array, dict]:
+    """Computes the TD error of both critics against one target."""
     alpha = jnp.exp(state.params["log_alpha"])
-    actions, log_prob = sample(args, state.params["policy"], batch.next_observations, key)
-    q = critic(args, state.targets["critic"], batch.next_observations, actions).min(0)
-    value = q - alpha * log_prob
-    target = args.reward_scale * batch.rewards + args.discount * batch.masks * value  # Eq. (SAC3)
+    next_actions, log_prob = sample(args, state.params["policy"], batch.next_observations, key)
+    next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
+    value = next_q.min(0) - alpha * log_prob
+    rewards = args.reward_scale * batch.rewards
+    target = rewards + args.discount * batch.masks * value  # Eq. (SAC3)
     q = critic(args, params, batch.observations, batch.actions)
     loss = ((q - target) ** 2).sum(0).mean()  # Eq. (SAC4)
-    return loss, dict(critic_loss=loss, q=q.mean(), target=target.mean())
+    metrics = dict(critic_loss=loss, q=q.mean(), target=target.mean())
+    return loss, metrics
 
 
-def policy_loss(args, params, state, observations, key):
-    """The lower value of an action, and its entropy; the gradient passes through the action."""
+def policy_loss(
+    args: Args, params: dict, state: State, observations: Array, key: Array
+) -> tuple[Array, dict]:
+    """Computes the lower value of an action, and its entropy; the gradient passes through the
+    action."""
     alpha = jnp.exp(state.params["log_alpha"])
     actions, log_prob = sample(args, params, observations, key)
-    q = critic(args, state.params["critic"], observations, actions).min(0)
-    loss = (alpha * log_prob - q).mean()  # Eq. (SAC5)
-    return loss, dict(policy_loss=loss, entropy=-log_prob.mean() / args.action_size, alpha=alpha)
+    q = critic(args, state.params["critic"], observations, actions)
+    loss = (alpha * log_prob - q.min(0)).mean()  # Eq. (SAC5)
+    entropy = -log_prob.mean() / args.action_size
+    return loss, dict(policy_loss=loss, entropy=entropy, alpha=alpha)
 
 
-def alpha_loss(args, params, state, entropy):
-    """Raises alpha while the policy's entropy (per dimension) is below its target."""
+def alpha_loss(args: Args, params: Array, state: State, entropy: Array) -> tuple[Array, dict]:
+    """Computes a loss that raises alpha while the policy's entropy (per dimension) is below its
+    target; `params` is log alpha."""
     gap = args.action_size * (entropy - args.target_entropy)
     return jnp.exp(params) * gap, {}  # Eq. (SAC6)
 
 
-def descend(args, state, name, loss, *inputs):
-    """The state after one step of Adam on a loss of params[name], all else being constant."""
-    grads, metrics = jax.grad(partial(loss, args), has_aux=True)(state.params[name], state, *inputs)
+def descend(
+    args: Args, state: State, name: str, loss: Callable, *inputs: Any
+) -> tuple[State, dict]:
+    """Makes one step of Adam on a loss of params[name]; everything else is constant."""
+    gradient = jax.grad(partial(loss, args), has_aux=True)
+    grads, metrics = gradient(state.params[name], state, *inputs)
     updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
-    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
-    state = state.replace(params=params, opt_state=state.opt_state | {name: opt_state})
+    new_params = optax.apply_updates(state.params[name], updates)
+    state = state.replace(
+        params=state.params | {name: new_params},
+        opt_state=state.opt_state | {name: opt_state},
+    )
     return state, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
 
 
-def update(args, state, batch):
-    """One step of the critics; at every policy_delay-th update also as many steps of the policy and
-    of alpha, with fresh noise; then one of the averages."""
+def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
+    """Makes one step of the critics; at every policy_delay-th update also as many steps of the
+    policy and of alpha, with fresh noise; then one of the averages."""
     key, next_key, now_key = jax.random.split(state.key, 3)
     state, metrics = descend(args, state, "critic", critic_loss, batch, next_key)
 
@@ -206,18 +259,21 @@ def update(args, state, batch):
         state, _ = descend(args, state, "log_alpha", alpha_loss, more["entropy"])
         return state, jax.tree.map(jnp.add, sums, more)
 
-    # A loop that may be empty, for under vmap a condition would cost as much as both branches. The
-    # policy's metrics are such that their means over updates are those over the policy's steps.
+    # This is a loop that may be empty, because under vmap a condition costs as much as both
+    # branches. The means of the policy's metrics over updates are those over the policy's steps.
     due = (state.step + 1) % args.policy_delay == 0
-    names = "policy_loss entropy alpha policy_grad_norm".split()
-    carry = state, dict.fromkeys(names, jnp.zeros(()))
-    state, more = jax.lax.fori_loop(0, due * args.policy_delay, step, carry)
+    rounds = jnp.where(due, args.policy_delay, 0)
+    names = ("policy_loss", "entropy", "alpha", "policy_grad_norm")
+    zeros = dict.fromkeys(names, jnp.zeros(()))
+    state, more = jax.lax.fori_loop(0, rounds, step, (state, zeros))
+
     online = {name: state.params[name] for name in state.targets}
     targets = optax.incremental_update(online, state.targets, args.target_rate)  # Eq. (SAC7)
-    return state.replace(targets=targets, step=state.step + 1, key=key), metrics | more
+    state = state.replace(targets=targets, step=state.step + 1, key=key)
+    return state, metrics | more
 
 
-MODES = ("greedy",)  # of choosing actions in evaluations
+MODES = ("greedy",)  # Ways to choose actions in evaluations.
 
 # --- shared: many agents -------------------------------------------------------------------------
 

@@ -15,17 +15,23 @@ jointly, keeps them stable.
 
 Equation numbers are ours, see docs/equations.md; `# ref:` marks what differs from public code.
 
-    python -m baselines.sac_flow                     the plane with four goals, small networks
-    python -m baselines.sac_flow --env halfcheetah --num-seeds 5
+    python baselines/sac_flow.py                     the plane with four goals, small networks
+    python baselines/sac_flow.py --env halfcheetah --num-seeds 5
 
 Shapes: B batch, S observation, d action, T steps of the flow; agents (seeds) trained at once are
 the leading axis of all that `act` and `train_chunk` see.
 """
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+
+if __name__ == "__main__":  # `python baselines/sac_flow.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.linen as nn
 import flax.struct
@@ -34,17 +40,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from jax.scipy.stats import norm
 from tqdm import tqdm
 
 from common.data import Replay, over_agents, spread
 from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, make_env, multigoal, resolve, seed_of
+from common.flags import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from common.networks import LECUN, MLP
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    reward_scale: NonNegativeFloat = 1.0  # Factor c of the rewards in the TD target.
+    policy_delay: PositiveInt = 3  # Critic updates per update of the policy and of alpha.
+    # Target entropy H*/d of the path, per action dimension; alpha falls while the entropy is above.
+    target_entropy: float = 0.0
+    flow_steps: PositiveInt = 4  # Steps T of the solver from noise to action.
+    # Number of first updates, in which batches are normalised by their own moments alone.
+    renorm_after: NonNegativeInt = 100_000
+
+    # --- networks and optimiser ---
+    hidden_dims: tuple[PositiveInt, ...] = (1024, 1024)  # Hidden-layer widths of the critics.
+    policy_width: PositiveInt = 512  # Width of the policy's hidden layers.
+    batch_size: PositiveInt = 512  # Batch size B, in transitions.
+    actor_lr: PositiveFloat = 3e-4  # Adam's learning rate of the policy.
+    critic_lr: PositiveFloat = 1e-3  # Adam's learning rate of the critics.
+    alpha_lr: PositiveFloat = 1e-3  # Adam's learning rate of log alpha.
+
     # --- shared: run arguments ---
     env: str = "multigoal"  # kitchen-1|2|4|7 hopper halfcheetah walker2d humanoid online-ant-xy
     seed: int = 0  # first seed; an agent does not depend on those trained beside it
@@ -68,55 +93,52 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
     # --- end shared ---
 
-    # method
-    reward_scale: float = 1.0  # c: factor of rewards in the TD target
-    policy_delay: int = 3  # updates between two of the policy
-    target_entropy: float = 0.0  # H*/d: alpha falls while the entropy of the path is above
-    flow_steps: int = 4  # T: steps of the solver from noise to action
-    renorm_after: int = 100_000  # first updates, which use the own moments of a batch alone
-
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (1024, 1024)  # of the critics
-    policy_width: int = 512  # of the policy's hidden layers
-    batch_size: int = 512  # B: transitions per update
-    actor_lr: float = 3e-4  # Adam's learning rate of the policy
-    critic_lr: float = 1e-3  # Adam's learning rate of the critics
-    alpha_lr: float = 1e-3  # Adam's learning rate of log alpha
-
 
 # The class holds the values of FMER's comparison (arXiv:2603.17685, table 3) and, where those are
-# lost, of the public code. The plane and the small networks there are for a CPU, tuned here.
+# lost, of the public code. The values for the plane are tuned here, with small networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
-        total_steps=15_000, warmup_steps=1_000, reward_scale=0.1, actor_lr=1e-3,
-        alpha_lr=1e-2, hidden_dims=(64, 64), policy_width=64, batch_size=32,
-        log_interval=500, eval_interval=5_000, eval_episodes=100, eval_slots=100,
+        total_steps=15_000,
+        warmup_steps=1_000,
+        reward_scale=0.1,
+        actor_lr=1e-3,
+        alpha_lr=1e-2,
+        hidden_dims=(64, 64),
+        policy_width=64,
+        batch_size=32,
+        log_interval=500,
+        eval_interval=5_000,
+        eval_episodes=100,
+        eval_slots=100,
     ),
-}  # fmt: skip
+}
 
 
 class Renorm(nn.Module):
-    """Batch renormalisation (Ioffe 2017) of x (B, n). In training the batch is normalised by its
+    """Renormalises batches x (B, n), after Ioffe (2017). In training a batch is normalised by its
     own moments and, where `corrected` is True, brought near what the running ones would give, by
     constants r and b; elsewhere (`corrected` is None) by the running moments."""
 
     @nn.compact
-    def __call__(self, x, corrected=None):
+    def __call__(self, x: Array, corrected: Array | None = None) -> Array:
         size = x.shape[-1:]
-        running = self.variable("statistics", "mean", jnp.zeros, size)
-        spread = self.variable("statistics", "var", jnp.ones, size)
-        mean, std = running.value, jnp.sqrt(spread.value + 1e-3)
+        running_mean = self.variable("statistics", "mean", jnp.zeros, size)
+        running_var = self.variable("statistics", "var", jnp.ones, size)
+        mean = running_mean.value
+        std = jnp.sqrt(running_var.value + 1e-3)
         y = (x - mean) / std
         if corrected is not None:
-            own_mean, own_std = x.mean(0), jnp.sqrt(x.var(0) + 1e-3)
+            own_mean = x.mean(0)
+            own_std = jnp.sqrt(x.var(0) + 1e-3)
             r = jnp.where(corrected, jnp.clip(own_std / std, 1 / 3, 3), 1)
             b = jnp.where(corrected, jnp.clip((own_mean - mean) / std, -5, 5), 0)
             r, b = jax.lax.stop_gradient((r, b))
             y = (x - own_mean) / own_std * r + b  # Eq. (SF4)
-            running.value = 0.99 * running.value + 0.01 * x.mean(0)
-            spread.value = 0.99 * spread.value + 0.01 * x.var(0)
+            running_mean.value = 0.99 * running_mean.value + 0.01 * x.mean(0)
+            running_var.value = 0.99 * running_var.value + 0.01 * x.var(0)
         scale = self.param("scale", nn.initializers.ones, size)
-        return scale * y + self.param("bias", nn.initializers.zeros, size)
+        bias = self.param("bias", nn.initializers.zeros, size)
+        return scale * y + bias
 
 
 class Normalised(nn.Module):
@@ -125,10 +147,11 @@ class Normalised(nn.Module):
     hidden: tuple
 
     @nn.compact
-    def __call__(self, x, corrected):
+    def __call__(self, x: Array, corrected: Array | None) -> Array:
         x = Renorm()(x, corrected)
         for width in self.hidden:
-            x = Renorm()(nn.relu(nn.Dense(width, kernel_init=LECUN)(x)), corrected)
+            x = nn.relu(nn.Dense(width, kernel_init=LECUN)(x))
+            x = Renorm()(x, corrected)
         return nn.Dense(1, kernel_init=LECUN)(x)[..., 0]
 
 
@@ -138,90 +161,147 @@ class FlowG(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, observations, x, t, corrected):
-        inputs = Renorm()(jnp.concatenate([observations, x], -1), corrected)
+    def __call__(self, observations: Array, x: Array, t: Array, corrected: Array | None) -> Array:
+        inputs = jnp.concatenate([observations, x], -1)
+        inputs = Renorm()(inputs, corrected)
         angle = 100 * t * 10_000.0 ** (-jnp.arange(16) / 16)
         waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)])
         waves = jnp.broadcast_to(waves, (*x.shape[:-1], *waves.shape))
         inputs = jnp.concatenate([inputs, waves], -1)
         network = partial(MLP, (self.width,), x.shape[-1], False, nn.swish, LECUN)
         gate = nn.sigmoid(5 + network(nn.initializers.zeros)(inputs))
-        return gate * (network()(inputs) - x)  # Eq. (SF2)
+        candidate = network()(inputs)
+        return gate * (candidate - x)  # Eq. (SF2)
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update. There are no target networks."""
+    """Holds everything that an agent carries from update to update. There are no target
+    networks."""
 
     params: dict  # critic (Q_1, Q_2), policy (velocity v and deviation sigma), log_alpha
     statistics: dict  # running moments of critic and, for every step of the flow, of policy
     opt_state: dict  # of each of params
-    step: jax.Array  # () int32: updates so far
-    key: jax.Array  # (2,) uint32
+    step: Array  # () int32: updates so far
+    key: Array  # (2,) uint32
 
 
-def optimizers(args):
-    """Adam for each of `params`."""
-    rates = dict(critic=args.critic_lr, policy=args.actor_lr, log_alpha=args.alpha_lr)
-    return {name: optax.adam(rate, b1=0.5) for name, rate in rates.items()}
+def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
+    """Makes one Adam for each of `params`."""
+    return dict(
+        critic=optax.adam(args.critic_lr, b1=0.5),
+        policy=optax.adam(args.actor_lr, b1=0.5),
+        log_alpha=optax.adam(args.alpha_lr, b1=0.5),
+    )
 
 
-def networks(args):
-    """The critics, whose inputs are one array, and the policy's velocity and log-deviation."""
-    Twins = nn.vmap(Normalised, dict(params=0, statistics=0), dict(params=True), None, 0, 2)
-    deviation = MLP((args.policy_width,) * 2, args.action_size, False, nn.relu, LECUN)
-    return Twins(args.hidden_dims), FlowG(args.policy_width), deviation
+def networks(args: Args) -> dict[str, nn.Module]:
+    """Makes the critics, whose inputs are one array, and the policy's velocity and
+    log-deviation."""
+    Twins = nn.vmap(
+        Normalised,
+        variable_axes=dict(params=0, statistics=0),
+        split_rngs=dict(params=True),
+        in_axes=None,
+        axis_size=2,
+    )
+    widths = (args.policy_width, args.policy_width)
+    return dict(
+        critic=Twins(args.hidden_dims),
+        velocity=FlowG(args.policy_width),
+        deviation=MLP(widths, args.action_size, False, nn.relu, LECUN),
+    )
 
 
-def create(args, observation_size, key) -> State:
-    """A new agent."""
-    key, *keys = jax.random.split(key, 4)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.action_size))
-    critics, flow, deviation = networks(args)
-    critic = critics.init(keys[0], jnp.concatenate([s, a], -1), None)
-    velocity = flow.init(keys[1], s, a, 0.0, None)
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates a new agent."""
+    key, critic_key, velocity_key, deviation_key = jax.random.split(key, 4)
+    observations = jnp.zeros((1, observation_size))
+    actions = jnp.zeros((1, args.action_size))
+    both = jnp.concatenate([observations, actions], -1)
+    parts = networks(args)
+    critics = parts["critic"].init(critic_key, both, None)
+    flow = parts["velocity"].init(velocity_key, observations, actions, 0.0, None)
+    log_std = parts["deviation"].init(deviation_key, observations)
     params = dict(
-        critic=critic["params"],
-        policy=dict(velocity=velocity["params"], deviation=deviation.init(keys[2], s)["params"]),
+        critic=critics["params"],
+        policy=dict(velocity=flow["params"], deviation=log_std["params"]),
         log_alpha=jnp.zeros(()),  # alpha = 1
     )
-    every_step = lambda x: jnp.repeat(x[None], args.flow_steps, 0)  # as `rollout` says
-    moments = jax.tree.map(every_step, velocity["statistics"])
-    statistics = dict(critic=critic["statistics"], policy=moments)
-    opt_state = {name: opt.init(params[name]) for name, opt in optimizers(args).items()}
-    return State(params, statistics, opt_state, jnp.int32(0), key)
+
+    def for_every_step(x):  # see `rollout`
+        return jnp.repeat(x[None], args.flow_steps, 0)
+
+    moments = jax.tree.map(for_every_step, flow["statistics"])
+    opt_state = {name: adam.init(params[name]) for name, adam in optimizers(args).items()}
+    return State(
+        params=params,
+        statistics=dict(critic=critics["statistics"], policy=moments),
+        opt_state=opt_state,
+        step=jnp.int32(0),
+        key=key,
+    )
 
 
 # --- the method ----------------------------------------------------------------------------------
 
 
-def critic(args, params, statistics, observations, actions, corrected=None):
-    """Q_1, Q_2 and their statistics after it: (B, S), (B, d) -> (2, B), dict."""
+def critic(
+    args: Args,
+    params: dict,
+    statistics: dict,
+    observations: Array,
+    actions: Array,
+    corrected: Array | None = None,
+) -> tuple[Array, dict]:
+    """Computes Q_1 and Q_2, and their statistics after it: (B, S), (B, d) -> (2, B), dict."""
     variables = dict(params=params, statistics=statistics)
-    inputs = jnp.concatenate([observations, actions], -1), corrected
-    q, new = networks(args)[0].apply(variables, *inputs, mutable="statistics")
+    inputs = jnp.concatenate([observations, actions], -1)
+    q, new = networks(args)["critic"].apply(variables, inputs, corrected, mutable="statistics")
     return q, new["statistics"]
 
 
-def velocity(args, params, statistics, observations, x, t, corrected=None):
-    """v(x, t, s) and its statistics after it: (B, S), (B, d), () -> (B, d), dict."""
-    variables, inputs = dict(params=params, statistics=statistics), (observations, x, t, corrected)
-    v, new = networks(args)[1].apply(variables, *inputs, mutable="statistics")
+def velocity(
+    args: Args,
+    params: dict,
+    statistics: dict,
+    observations: Array,
+    x: Array,
+    t: Array,
+    corrected: Array | None = None,
+) -> tuple[Array, dict]:
+    """Computes v(x, t, s), and its statistics after it: (B, S), (B, d), () -> (B, d), dict."""
+    variables = dict(params=params, statistics=statistics)
+    v, new = networks(args)["velocity"].apply(
+        variables, observations, x, t, corrected, mutable="statistics"
+    )
     return v, new["statistics"]
 
 
-def deviation(args, params, observations):
-    """log sigma(s) in [-5, 2]: (B, S) -> (B, d)."""
-    raw = networks(args)[2].apply(dict(params=params), observations)
+def deviation(args: Args, params: dict, observations: Array) -> Array:
+    """Computes log sigma(s) in [-5, 2]: (B, S) -> (B, d)."""
+    raw = networks(args)["deviation"].apply(dict(params=params), observations)
     return -5 + 3.5 * (jnp.tanh(raw) + 1)
 
 
-def rollout(args, params, statistics, observations, key, corrected=None, noisy=True):
-    """Actions, log-densities of their paths, and the statistics after them: (B, S) -> (B, d), (B,),
-    dict. Every step has its own statistics, for x changes from noise to action."""
-    T, d, keys = args.flow_steps, args.action_size, jax.random.split(key)
-    x0 = jax.random.normal(keys[0], (len(observations), d))
-    noise = noisy * jax.random.normal(keys[1], (T, *x0.shape))
+def rollout(
+    args: Args,
+    params: dict,
+    statistics: dict,
+    observations: Array,
+    key: Array,
+    corrected: Array | None = None,
+    noisy: bool = True,
+) -> tuple[Array, Array, dict]:
+    """Draws actions, and computes log-densities of their paths and the statistics after them:
+    (B, S) -> (B, d), (B,), dict. Every step has its own statistics, because x changes from noise to
+    action."""
+    T = args.flow_steps
+    start_key, noise_key = jax.random.split(key)
+    x0 = jax.random.normal(start_key, (len(observations), args.action_size))
+    noise = jnp.zeros((T, *x0.shape))
+    if noisy:
+        noise = jax.random.normal(noise_key, noise.shape)
     log_std = deviation(args, params["deviation"], observations)
 
     def step(x, inputs):
@@ -229,85 +309,112 @@ def rollout(args, params, statistics, observations, key, corrected=None, noisy=T
         v, moments = velocity(args, params["velocity"], moments, observations, x, t, corrected)
         return x + v / T + jnp.exp(log_std) * xi, moments  # Eq. (SF1)
 
-    x, statistics = jax.lax.scan(step, x0, (jnp.arange(T) / T, statistics, noise))
+    times = jnp.arange(T) / T
+    x, statistics = jax.lax.scan(step, x0, (times, statistics, noise))
     steps = (norm.logpdf(noise) - log_std).sum(0)
     slope = 2 * (jnp.log(2) - x - jax.nn.softplus(-2 * x))  # log(1 - tanh^2 x), for any x
-    return jnp.tanh(x), (norm.logpdf(x0) + steps - slope).sum(-1), statistics  # Eq. (SF3)
+    log_prob = (norm.logpdf(x0) + steps - slope).sum(-1)  # Eq. (SF3)
+    return jnp.tanh(x), log_prob, statistics
 
 
-def sample_actions(args, state, observations, key, mode):
-    """(B, S) -> (B, d) in [-1, 1]: in training ("explore") with noise in every step, else with that
-    at the start alone."""
-    policy, noisy = (state.params["policy"], state.statistics["policy"]), mode == "explore"
-    return rollout(args, *policy, observations, key, noisy=noisy)[0]  # ref: no such evaluations
+def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
+    """Chooses actions: (B, S) -> (B, d) in [-1, 1]. In training ("explore") there is noise in every
+    step, otherwise at the start alone."""
+    params = state.params["policy"]
+    moments = state.statistics["policy"]
+    noisy = mode == "explore"  # ref: no such evaluations
+    actions, _, _ = rollout(args, params, moments, observations, key, noisy=noisy)
+    return actions
 
 
-def critic_loss(args, params, state, batch, key):
-    """TD error of both critics against one target. They see the two halves of it as one batch."""
-    alpha, corrected = jnp.exp(state.params["log_alpha"]), state.step >= args.renorm_after
-    policy = state.params["policy"], state.statistics["policy"]
-    actions, log_prob, _ = rollout(args, *policy, batch.next_observations, key)
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Replay, key: Array
+) -> tuple[Array, tuple[dict, dict]]:
+    """Computes the TD error of both critics against one target. They see the two halves of it as
+    one batch."""
+    alpha = jnp.exp(state.params["log_alpha"])
+    corrected = state.step >= args.renorm_after
+    next_actions, log_prob, _ = rollout(
+        args, state.params["policy"], state.statistics["policy"], batch.next_observations, key
+    )
     observations = jnp.concatenate([batch.observations, batch.next_observations])
-    both = observations, jnp.concatenate([batch.actions, actions])
-    q, moments = critic(args, params, state.statistics["critic"], *both, corrected)
+    actions = jnp.concatenate([batch.actions, next_actions])
+    moments = state.statistics["critic"]
+    q, moments = critic(args, params, moments, observations, actions, corrected)
     q, next_q = jnp.split(q, 2, 1)
-    value = jax.lax.stop_gradient(next_q).min(0) - alpha * log_prob  # a target of `params` itself
-    target = args.reward_scale * batch.rewards + args.discount * batch.masks * value  # Eq. (SF5)
+    next_q = jax.lax.stop_gradient(next_q)  # a target of `params` itself
+    value = next_q.min(0) - alpha * log_prob
+    rewards = args.reward_scale * batch.rewards
+    target = rewards + args.discount * batch.masks * value  # Eq. (SF5)
     loss = ((q - target) ** 2).sum(0).mean()  # Eq. (SF6)
     metrics = dict(critic_loss=loss, q=q.mean(), target=target.mean())
     return loss, (metrics, dict(critic=moments))
 
 
-def policy_loss(args, params, state, observations, key):
-    """The lower value of an action, and the entropy of its path; the gradient passes through all
-    steps. The critics use their running statistics."""
-    alpha, corrected = jnp.exp(state.params["log_alpha"]), state.step >= args.renorm_after
+def policy_loss(
+    args: Args, params: dict, state: State, observations: Array, key: Array
+) -> tuple[Array, tuple[dict, dict]]:
+    """Computes the lower value of an action, and the entropy of its path; the gradient passes
+    through all steps. The critics use their running statistics."""
+    alpha = jnp.exp(state.params["log_alpha"])
+    corrected = state.step >= args.renorm_after
     moments = state.statistics["policy"]
     actions, log_prob, moments = rollout(args, params, moments, observations, key, corrected)
     q, _ = critic(args, state.params["critic"], state.statistics["critic"], observations, actions)
     loss = (alpha * log_prob - q.min(0)).mean()  # Eq. (SF7)
-    metrics = dict(policy_loss=loss, entropy=-log_prob.mean() / args.action_size, alpha=alpha)
+    entropy = -log_prob.mean() / args.action_size
+    metrics = dict(policy_loss=loss, entropy=entropy, alpha=alpha)
     return loss, (metrics, dict(policy=moments))
 
 
-def alpha_loss(args, params, state, entropy):
-    """Raises alpha while the path's entropy (per dimension) is below its target."""
+def alpha_loss(
+    args: Args, params: Array, state: State, entropy: Array
+) -> tuple[Array, tuple[dict, dict]]:
+    """Computes a loss that raises alpha while the path's entropy (per dimension) is below its
+    target; `params` is log alpha."""
     gap = args.action_size * (entropy - args.target_entropy)
     return jnp.exp(params) * gap, ({}, {})  # Eq. (SF8)
 
 
-def descend(args, state, name, loss, *inputs):
-    """The state after one step of Adam on a loss of params[name], all else being constant."""
+def descend(
+    args: Args, state: State, name: str, loss: Callable, *inputs: Any
+) -> tuple[State, dict]:
+    """Makes one step of Adam on a loss of params[name]; everything else is constant."""
     gradient = jax.grad(partial(loss, args), has_aux=True)
     grads, (metrics, moments) = gradient(state.params[name], state, *inputs)
     updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
-    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
-    state = state.replace(params=params, opt_state=state.opt_state | {name: opt_state})
-    metrics |= {f"{name}_grad_norm": optax.global_norm(grads)}
-    return state.replace(statistics=state.statistics | moments), metrics
+    new_params = optax.apply_updates(state.params[name], updates)
+    state = state.replace(
+        params=state.params | {name: new_params},
+        opt_state=state.opt_state | {name: opt_state},
+        statistics=state.statistics | moments,
+    )
+    return state, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
 
 
-def update(args, state, batch):
-    """One step of the critics; at every policy_delay-th update also one of the policy, then one of
-    alpha."""
+def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
+    """Makes one step of the critics; at every policy_delay-th update also one of the policy, then
+    one of alpha."""
     key, next_key, now_key = jax.random.split(state.key, 3)
     state, metrics = descend(args, state, "critic", critic_loss, batch, next_key)
 
     def step(_, carry):
-        state, more = descend(args, carry[0], "policy", policy_loss, batch.observations, now_key)
+        state, _ = carry
+        state, more = descend(args, state, "policy", policy_loss, batch.observations, now_key)
         state, _ = descend(args, state, "log_alpha", alpha_loss, more["entropy"])
         return state, jax.tree.map(lambda x: args.policy_delay * x, more)
 
-    # A loop that may be empty, for under vmap a condition would cost as much as both branches. The
-    # policy's metrics are such that their means over updates are those over the policy's steps.
+    # This is a loop that may be empty, because under vmap a condition costs as much as both
+    # branches. The means of the policy's metrics over updates are those over the policy's steps.
     due = (state.step + 1) % args.policy_delay == 0
-    names = "policy_loss entropy alpha policy_grad_norm".split()
-    carry = state, dict.fromkeys(names, jnp.zeros(()))
-    state, more = jax.lax.fori_loop(0, jnp.int32(due), step, carry)
-    return state.replace(step=state.step + 1, key=key), metrics | more
+    names = ("policy_loss", "entropy", "alpha", "policy_grad_norm")
+    zeros = dict.fromkeys(names, jnp.zeros(()))
+    state, more = jax.lax.fori_loop(0, jnp.int32(due), step, (state, zeros))
+    state = state.replace(step=state.step + 1, key=key)
+    return state, metrics | more
 
 
-MODES = ("greedy",)  # of choosing actions in evaluations
+MODES = ("greedy",)  # Ways to choose actions in evaluations.
 
 # --- shared: many agents -------------------------------------------------------------------------
 

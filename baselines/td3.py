@@ -13,17 +13,23 @@ and all moving averages wait for every second update.
 
 Equation numbers are ours, see docs/equations.md; docs/td3.md says what differs from public code.
 
-    python -m baselines.td3                          the plane with four goals, small networks
-    python -m baselines.td3 --env halfcheetah --num-seeds 5
+    python baselines/td3.py                          the plane with four goals, small networks
+    python baselines/td3.py --env halfcheetah --num-seeds 5
 
 Shapes: B batch, S observation, d action; agents (seeds) trained at once are the leading axis of all
 that `act` and `train_chunk` see.
 """
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+
+if __name__ == "__main__":  # `python baselines/td3.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.linen as nn
 import flax.struct
@@ -32,16 +38,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
 from common.data import Replay, over_agents, spread
 from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, make_env, multigoal, resolve, seed_of
+from common.flags import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval
 from common.networks import LECUN, MLP, Critic
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    reward_scale: NonNegativeFloat = 1.0  # Factor c of the rewards in the TD target.
+    policy_delay: PositiveInt = 2  # Critic updates per update of the policy and averages.
+    explore_noise: NonNegativeFloat = 0.1  # Standard deviation of the action noise in training.
+    target_noise: NonNegativeFloat = 0.2  # Standard deviation of the action noise in the TD target.
+    target_noise_clip: NonNegativeFloat = 0.5  # Largest action noise in the TD target.
+
+    # --- networks and optimiser ---
+    hidden_dims: tuple[PositiveInt, ...] = (256, 256)  # Hidden-layer widths of all networks.
+    batch_size: PositiveInt = 256  # Batch size B, in transitions.
+    actor_lr: PositiveFloat = 3e-4  # Adam's learning rate of the policy.
+    critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
+    target_rate: UnitInterval = 0.005  # Step size of the moving averages of critics and policy.
+
     # --- shared: run arguments ---
     env: str = "multigoal"  # kitchen-1|2|4|7 hopper halfcheetah walker2d humanoid online-ant-xy
     seed: int = 0  # first seed; an agent does not depend on those trained beside it
@@ -65,78 +87,81 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
     # --- end shared ---
 
-    # method
-    reward_scale: float = 1.0  # c: factor of rewards in the TD target
-    policy_delay: int = 2  # updates between two of the policy and of the averages
-    explore_noise: float = 0.1  # deviation of the noise on actions in training
-    target_noise: float = 0.2  # deviation of the noise on actions in the TD target
-    target_noise_clip: float = 0.5  # largest noise there
 
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (256, 256)  # of all networks
-    batch_size: int = 256  # B: transitions per update
-    actor_lr: float = 3e-4  # Adam's learning rate of the policy
-    critic_lr: float = 3e-4  # Adam's learning rate of the critics
-    target_rate: float = 0.005  # rate of the moving averages of critics and policy
-
-
-# The class holds the values of FMER's comparison (arXiv:2603.17685, table 3) and, for the learning
-# rates there are lost, CleanRL's. The plane and the small networks there are for a CPU.
+# The class holds the values of FMER's comparison (arXiv:2603.17685, table 3). The learning rates
+# are lost there, so they are CleanRL's. The values for the plane are for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
-        total_steps=15_000, warmup_steps=1_000, reward_scale=0.1, actor_lr=1e-3,
-        critic_lr=1e-3, hidden_dims=(64, 64, 64), batch_size=32,
-        log_interval=500, eval_interval=5_000, eval_episodes=100, eval_slots=100,
+        total_steps=15_000,
+        warmup_steps=1_000,
+        reward_scale=0.1,
+        actor_lr=1e-3,
+        critic_lr=1e-3,
+        hidden_dims=(64, 64, 64),
+        batch_size=32,
+        log_interval=500,
+        eval_interval=5_000,
+        eval_episodes=100,
+        eval_slots=100,
     ),
-}  # fmt: skip
+}
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (Q_1, Q_2), policy (mu)
     targets: dict  # moving averages: critic, policy
     opt_state: dict  # of each of params
-    step: jax.Array  # () int32: updates so far
-    key: jax.Array  # (2,) uint32
+    step: Array  # () int32: updates so far
+    key: Array  # (2,) uint32
 
 
-def optimizers(args):
-    """Adam for each of `params`."""
-    rates = dict(critic=args.critic_lr, policy=args.actor_lr)
-    return {name: optax.adam(rate) for name, rate in rates.items()}
+def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
+    """Makes one Adam for each of `params`."""
+    return dict(critic=optax.adam(args.critic_lr), policy=optax.adam(args.actor_lr))
 
 
-def create(args, observation_size, key) -> State:
-    """A new agent."""
-    key, *keys = jax.random.split(key, 3)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.action_size))
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates a new agent."""
+    key, critic_key, policy_key = jax.random.split(key, 3)
+    observations = jnp.zeros((1, observation_size))
+    actions = jnp.zeros((1, args.action_size))
+    critics = Critic(args.hidden_dims, 2, False, nn.relu, LECUN)
+    network = MLP(args.hidden_dims, args.action_size, False, nn.relu, LECUN)
     params = dict(
-        critic=Critic(args.hidden_dims, 2, False, nn.relu, LECUN).init(keys[0], s, a),
-        policy=MLP(args.hidden_dims, a.shape[-1], False, nn.relu, LECUN).init(keys[1], s),
+        critic=critics.init(critic_key, observations, actions),
+        policy=network.init(policy_key, observations),
     )
-    targets = {name: jax.tree.map(jnp.copy, params[name]) for name in params}
-    opt_state = {name: opt.init(params[name]) for name, opt in optimizers(args).items()}
-    return State(params, targets, opt_state, jnp.int32(0), key)
+    opt_state = {name: adam.init(params[name]) for name, adam in optimizers(args).items()}
+    return State(
+        params=params,
+        targets=jax.tree.map(jnp.copy, params),
+        opt_state=opt_state,
+        step=jnp.int32(0),
+        key=key,
+    )
 
 
 # --- the method ----------------------------------------------------------------------------------
 
 
-def critic(args, params, observations, actions):
-    """Q_1, Q_2: (B, S), (B, d) -> (2, B)."""
-    return Critic(args.hidden_dims, 2, False, nn.relu, LECUN).apply(params, observations, actions)
+def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Computes Q_1 and Q_2: (B, S), (B, d) -> (2, B)."""
+    critics = Critic(args.hidden_dims, 2, False, nn.relu, LECUN)
+    return critics.apply(params, observations, actions)
 
 
-def policy(args, params, observations):
-    """mu: (B, S) -> (B, d) in [-1, 1]."""
+def policy(args: Args, params: dict, observations: Array) -> Array:
+    """Computes mu: (B, S) -> (B, d) in [-1, 1]."""
     network = MLP(args.hidden_dims, args.action_size, False, nn.relu, LECUN)
     return jnp.tanh(network.apply(params, observations))
 
 
-def sample_actions(args, state, observations, key, mode):
-    """(B, S) -> (B, d) in [-1, 1]: in training ("explore") with noise, else mu."""
+def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
+    """Chooses actions: (B, S) -> (B, d) in [-1, 1]. In training ("explore") they are mu with noise,
+    otherwise mu."""
     actions = policy(args, state.params["policy"], observations)
     if mode == "explore":
         noise = args.explore_noise * jax.random.normal(key, actions.shape)
@@ -144,58 +169,71 @@ def sample_actions(args, state, observations, key, mode):
     return actions
 
 
-def critic_loss(args, params, state, batch, key):
-    """TD error of both critics against one target."""
-    actions = policy(args, state.targets["policy"], batch.next_observations)
-    noise = args.target_noise * jax.random.normal(key, actions.shape)
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Replay, key: Array
+) -> tuple[Array, dict]:
+    """Computes the TD error of both critics against one target."""
+    next_actions = policy(args, state.targets["policy"], batch.next_observations)
+    noise = args.target_noise * jax.random.normal(key, next_actions.shape)
     noise = jnp.clip(noise, -args.target_noise_clip, args.target_noise_clip)
-    actions = jnp.clip(actions + noise, -1, 1)  # Eq. (TD3.1)
-    value = critic(args, state.targets["critic"], batch.next_observations, actions).min(0)
-    target = args.reward_scale * batch.rewards + args.discount * batch.masks * value  # Eq. (TD3.2)
+    next_actions = jnp.clip(next_actions + noise, -1, 1)  # Eq. (TD3.1)
+    next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
+    value = next_q.min(0)
+    rewards = args.reward_scale * batch.rewards
+    target = rewards + args.discount * batch.masks * value  # Eq. (TD3.2)
     q = critic(args, params, batch.observations, batch.actions)
     loss = ((q - target) ** 2).sum(0).mean()  # Eq. (TD3.3)
-    return loss, dict(critic_loss=loss, q=q.mean(), target=target.mean())
+    metrics = dict(critic_loss=loss, q=q.mean(), target=target.mean())
+    return loss, metrics
 
 
-def policy_loss(args, params, state, observations):
-    """The first critic's value of the action; the gradient passes through the action."""
+def policy_loss(args: Args, params: dict, state: State, observations: Array) -> tuple[Array, dict]:
+    """Computes the first critic's value of the action; the gradient passes through the action."""
     actions = policy(args, params, observations)
     q = critic(args, state.params["critic"], observations, actions)[0]
     loss = -q.mean()  # Eq. (TD3.4)
     return loss, dict(policy_loss=loss, abs_action=jnp.abs(actions).mean())
 
 
-def descend(args, state, name, loss, *inputs):
-    """The state after one step of Adam on a loss of params[name], all else being constant."""
-    grads, metrics = jax.grad(partial(loss, args), has_aux=True)(state.params[name], state, *inputs)
+def descend(
+    args: Args, state: State, name: str, loss: Callable, *inputs: Any
+) -> tuple[State, dict]:
+    """Makes one step of Adam on a loss of params[name]; everything else is constant."""
+    gradient = jax.grad(partial(loss, args), has_aux=True)
+    grads, metrics = gradient(state.params[name], state, *inputs)
     updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
-    params = state.params | {name: optax.apply_updates(state.params[name], updates)}
-    state = state.replace(params=params, opt_state=state.opt_state | {name: opt_state})
+    new_params = optax.apply_updates(state.params[name], updates)
+    state = state.replace(
+        params=state.params | {name: new_params},
+        opt_state=state.opt_state | {name: opt_state},
+    )
     return state, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
 
 
-def update(args, state, batch):
-    """One step of the critics; at every policy_delay-th update also one of the policy, then one of
-    the averages."""
+def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
+    """Makes one step of the critics; at every policy_delay-th update also one of the policy, then
+    one of the averages."""
     key, next_key = jax.random.split(state.key)
     state, metrics = descend(args, state, "critic", critic_loss, batch, next_key)
 
     def step(_, carry):
-        state, more = descend(args, carry[0], "policy", policy_loss, batch.observations)
+        state, _ = carry
+        state, more = descend(args, state, "policy", policy_loss, batch.observations)
         targets = optax.incremental_update(state.params, state.targets, args.target_rate)
         state = state.replace(targets=targets)  # Eq. (TD3.5)
         return state, jax.tree.map(lambda x: args.policy_delay * x, more)
 
-    # A loop that may be empty, for under vmap a condition would cost as much as both branches. The
-    # policy's metrics are such that their means over updates are those over the policy's steps.
+    # This is a loop that may be empty, because under vmap a condition costs as much as both
+    # branches. The means of the policy's metrics over updates are those over the policy's steps.
     due = (state.step + 1) % args.policy_delay == 0
-    names = "policy_loss abs_action policy_grad_norm".split()
-    carry = state, dict.fromkeys(names, jnp.zeros(()))
-    state, more = jax.lax.fori_loop(0, jnp.int32(due), step, carry)
-    return state.replace(step=state.step + 1, key=key), metrics | more
+    names = ("policy_loss", "abs_action", "policy_grad_norm")
+    zeros = dict.fromkeys(names, jnp.zeros(()))
+    state, more = jax.lax.fori_loop(0, jnp.int32(due), step, (state, zeros))
+    state = state.replace(step=state.step + 1, key=key)
+    return state, metrics | more
 
 
-MODES = ("greedy",)  # of choosing actions in evaluations
+MODES = ("greedy",)  # Ways to choose actions in evaluations.
 
 # --- shared: many agents -------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import scipy.integrate
 import scipy.stats
 
 from baselines import flame
+from common.errors import UserError
 from common.run import parse
 from tests.helpers import online_reference
 from tests.helpers.online_reference import (
@@ -540,5 +541,5 @@ def test_new_agents():
 @pytest.mark.parametrize("flags", [["--time-min", "0.9", "--time-max", "0.8"], ["--time-max", "1"]])
 def test_refusals(flags):
     """At t = 1 a point says nothing of the action: 1 / (1 - t)."""
-    with pytest.raises(SystemExit, match="--time-min and --time-max must be in order"):
+    with pytest.raises(UserError, match="--time-min and --time-max must be in order"):
         parse(flame.Args, flame.ENV_DEFAULTS, flags)

@@ -15,6 +15,7 @@ import pytest
 import scipy.stats
 
 import fmer
+from common.errors import UserError
 from common.networks import TimedMLP, mish
 from common.run import parse, read_checkpoint
 from tests.helpers import online_reference as ref
@@ -858,7 +859,7 @@ def test_timed_network(float64, count, embed, times):
 def test_refusals():
     """The averaged policy's candidates are not the current policy's, which mirror descent needs."""
     flags = ["--actor-states", "next"]
-    with pytest.raises(SystemExit, match="no --policy-ema"):
+    with pytest.raises(UserError, match="leave out --policy-ema"):
         parse(fmer.Args, fmer.ENV_DEFAULTS, [*flags, "--policy-ema", "0.005"])
     assert parse(fmer.Args, fmer.ENV_DEFAULTS, flags).actor_states == "next"
     for flag, value in (("--flow-steps", "0"), ("--num-candidates", "0"), ("--eta-init", "0")):

@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 
 from baselines import ppo
+from common.errors import UserError
 from common.run import parse
 from tests.helpers import online_reference
 from tests.helpers.online_reference import (
@@ -459,5 +460,5 @@ def test_new_agents():
     ],
 )
 def test_refusals(flags, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises((SystemExit, UserError), match=message):
         parse(ppo.Args, ppo.ENV_DEFAULTS, flags)
