@@ -29,16 +29,46 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
-from common.data import Replay, Shards, locate, over_agents, sample, spread
+from common.data import Batch, Replay, Shards, locate, over_agents, sample, spread
 from common.envs import TRAINING, EnvPool, resolve, seed_of
+from common.errors import UserError
+from common.flags import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval
 from common.networks import MLP, Critic, Field, TanhGaussian
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    rho: UnitInterval = 0.1  # Share of the base flow's targets that come from the expansion actor.
+    # Weight lambda of the policy's score; it flattens the prior.
+    entropy_scale: NonNegativeFloat = 0.01
+    # Weight w of the base flow in the reference field; the policy's moving average has 1 - w.
+    path_weight: UnitInterval = 1.0
+    # Smallest noise level of the score network; the score is evaluated here.
+    sigma_min: PositiveFloat = 0.1
+    sigma_max: NonNegativeFloat = 1.0  # Largest noise level used in training.
+    score_gate: bool = True  # Drop the score outside the action box, like the critic's gradient.
+    # Ablation: sample the expansions, and limit the critic's gradient to norm 1.
+    noisy_expansion: bool = False
+    # Inverse temperature tau of exp(tau Q); with 0 only the expansion actor follows Q.
+    inv_temp: NonNegativeFloat = 1.0
+    # A target is the mean minus this many standard deviations of the critics.
+    pessimism: NonNegativeFloat = 0.5
+    flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
+
+    # --- networks and optimiser ---
+    # Hidden-layer widths of all networks.
+    hidden_dims: tuple[PositiveInt, ...] = (512, 512, 512, 512)
+    num_critics: PositiveInt = 10  # Number of critics K in the ensemble.
+    batch_size: PositiveInt = 256  # Batch size B, in chunks.
+    lr: PositiveFloat = 3e-4  # Adam's learning rate.
+    target_rate: UnitInterval = 0.005  # Step size of the moving averages (target networks).
+    grad_clip: PositiveFloat = 1.0  # Largest norm of the joint gradient of all networks.
+
     # --- shared: run arguments ---
     env: str = "pointmaze-medium"  # short name (puzzle-4x4), dataset or full OGBench name
     tasks: tuple[int, ...] = (1,)  # tasks 1..5, trained at once on one copy of the data
@@ -66,32 +96,13 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the dataset
     # --- end shared ---
 
-    # method
-    rho: float = 0.1  # share of the base flow's targets from the expansion actor; tune it from 0 up
-    entropy_scale: float = 0.01  # lambda: weight of the policy's score, flattens the prior
-    path_weight: float = 1.0  # w: 1 anchors to the mixture flow alone, 0 to the policy's average
-    sigma_min: float = 0.1  # noise floor of the score network, at which it is asked
-    sigma_max: float = 1.0  # its largest noise
-    score_gate: bool = True  # no score outside of the action box, as for the critic's gradient
-    noisy_expansion: bool = False  # ablation: sampled expansions, critic gradient of norm <= 1
-    inv_temp: float = 1.0  # tau: inverse temperature of exp(tau Q); 0: Q moves expansions alone
-    pessimism: float = 0.5  # a target's value is mean - this times std over the critics
-    flow_steps: int = 10  # T: steps from noise to action, of the flow or the diffusion
-
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # of all networks
-    num_critics: int = 10  # K: critics in the ensemble
-    batch_size: int = 256  # B: chunks per update
-    lr: float = 3e-4  # Adam's learning rate
-    target_rate: float = 0.005  # rate of the moving averages (target networks)
-    grad_clip: float = 1.0  # largest norm of the joint gradient of all networks
-
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sigma_min > self.sigma_max:
-            raise SystemExit("--sigma-min must not be larger than --sigma-max")
+            raise UserError("--sigma-min is larger than --sigma-max; lower it or raise --sigma-max")
 
 
-# *Chosen* (docs/meam.md): QAM's tau, lambda = tau / 100. The paper states rho on puzzle-4x4 alone.
+# *Chosen* (docs/meam.md): tau is QAM's and lambda is tau / 100; the paper states rho for puzzle-4x4
+# only. The point maze is not in the paper: its values were tuned here, for small networks.
 ENV_DEFAULTS = {
     "antmaze-large": dict(inv_temp=10.0, entropy_scale=0.1),
     "antmaze-giant": dict(inv_temp=3.0, entropy_scale=0.03),
@@ -103,100 +114,134 @@ ENV_DEFAULTS = {
     "cube-double": dict(inv_temp=1.0, entropy_scale=0.01),
     "cube-triple": dict(inv_temp=3.0, entropy_scale=0.03),
     "cube-quadruple": dict(inv_temp=1.0, entropy_scale=0.01),
-    "pointmaze-medium": dict(  # tuned here
-        rho=0.02, entropy_scale=0.01, inv_temp=0.3, discount=0.995, flow_steps=5, num_critics=2,
-        lr=1e-3, hidden_dims=(128, 128), batch_size=128, target_rate=0.05, offline_steps=15_000,
-        log_interval=1_000, eval_interval=5_000, eval_slots=50,
+    "pointmaze-medium": dict(
+        rho=0.02,
+        entropy_scale=0.01,
+        inv_temp=0.3,
+        discount=0.995,
+        flow_steps=5,
+        num_critics=2,
+        lr=1e-3,
+        hidden_dims=(128, 128),
+        batch_size=128,
+        target_rate=0.05,
+        offline_steps=15_000,
+        log_interval=1_000,
+        eval_interval=5_000,
+        eval_slots=50,
     ),
 }
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (phi), behavior (beta), policy (theta), expansion (xi), score (psi)
     targets: dict  # moving averages of critic, behavior and policy (the anchor pi_k)
     opt_state: optax.OptState
-    key: jax.Array  # (2,) uint32
+    key: Array  # (2,) uint32
 
 
-def optimizer(args):
-    # ref: the papers' text says clipping element by element; code and table: by the joint norm.
-    return optax.chain(optax.clip_by_global_norm(args.grad_clip), optax.adam(args.lr))
+def optimizer(args: Args) -> optax.GradientTransformation:
+    """Returns Adam with a clipped gradient."""
+    # ref: the papers' text clips element by element; code and table clip the joint norm.
+    clip = optax.clip_by_global_norm(args.grad_clip)
+    return optax.chain(clip, optax.adam(args.lr))
 
 
-def create(args, observation_size, key) -> State:
-    """A new agent, with the networks that its flags need. v_theta is no copy of v_beta."""
-    key, *keys = jax.random.split(key, 4)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.chunk_length * args.action_size))
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates an agent with the networks that its flags need. v_theta is not a copy of v_beta."""
+    key, critic_key, behavior_key, policy_key = jax.random.split(key, 4)
+    s = jnp.zeros((1, observation_size))
+    a = jnp.zeros((1, args.chunk_length * args.action_size))
     params = dict(
-        critic=Critic(args.hidden_dims, args.num_critics).init(keys[0], s, a),
-        behavior=Field(args.hidden_dims).init(keys[1], s, a, 0.0),
-        policy=Field(args.hidden_dims).init(keys[2], s, a, 0.0),
+        critic=Critic(args.hidden_dims, args.num_critics).init(critic_key, s, a),
+        behavior=Field(args.hidden_dims).init(behavior_key, s, a, 0.0),
+        policy=Field(args.hidden_dims).init(policy_key, s, a, 0.0),
     )
-    anchored = args.entropy_scale > 0 or args.path_weight < 1
-    averaged = ["critic", "behavior", "policy"] if anchored else ["critic", "behavior"]
+    averaged = ["critic", "behavior"]
+    if args.entropy_scale > 0 or args.path_weight < 1:
+        averaged.append("policy")
     targets = {name: jax.tree.map(jnp.copy, params[name]) for name in averaged}
     if args.rho > 0:
         actor = TanhGaussian(args.hidden_dims, a.shape[-1])
-        params["expansion"] = actor.init(jax.random.fold_in(keys[1], 1), s, a)
+        params["expansion"] = actor.init(jax.random.fold_in(behavior_key, 1), s, a)
         params["log_alpha"] = jnp.zeros(())
     if args.entropy_scale > 0:
         network = MLP(args.hidden_dims, a.shape[-1], layer_norm=True)
         inputs = jnp.concatenate([s, a, jnp.zeros((1, 64))], axis=-1)
-        params["score"] = network.init(jax.random.fold_in(keys[2], 1), inputs)
+        params["score"] = network.init(jax.random.fold_in(policy_key, 1), inputs)
     return State(params, targets, optimizer(args).init(params), key)
 
 
 # --- the method ----------------------------------------------------------------------------------
 
 
-def critic(args, params, observations, actions):
-    """Q^1..Q^K: (B, S), (B, A) -> (K, B)."""
+def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Evaluates the critics Q^1..Q^K: (B, S), (B, A) -> (K, B)."""
     return Critic(args.hidden_dims, args.num_critics).apply(params, observations, actions)
 
 
-def field(args, params, observations, x, t):
-    """Velocity v(s, x, t): (B, S), (..., B, A), t that broadcasts to (..., B) -> (..., B, A)."""
+def field(args: Args, params: dict, observations: Array, x: Array, t: Array) -> Array:
+    """Evaluates a velocity field at (s, x, t).
+
+    (B, S), (..., B, A) and a time that broadcasts to (..., B) -> (..., B, A).
+    """
     return Field(args.hidden_dims).apply(params, observations, x, t)
 
 
-def expansion(args, params, observations, actions):
-    """pi_xi(.|s, a), a Gaussian before tanh: (B, S), (B, A) -> mean, log-deviation (B, A). It sees
-    the data's action, too: from the state alone it would collapse to a single mode."""
+def expansion(args: Args, params: dict, observations: Array, actions: Array) -> tuple[Array, Array]:
+    """Evaluates the expansion actor pi_xi(.|s, a), a Gaussian before tanh.
+
+    (B, S), (B, A) -> mean and log-deviation, (B, A) each. The actor also sees the data's action,
+    because from the state alone it would collapse to a single mode.
+    """
     return TanhGaussian(args.hidden_dims, actions.shape[-1]).apply(params, observations, actions)
 
 
-def predict_noise(args, params, observations, actions, log_sigma):
-    """eps_psi(s, a + sigma eps, sigma), (B, A): the score of the noisy density is -eps / sigma. The
-    network sees 64 fixed sinusoids of log sigma, (B,)."""
+def predict_noise(
+    args: Args, params: dict, observations: Array, actions: Array, log_sigma: Array
+) -> Array:
+    """Predicts the noise eps in actions a + sigma eps: (B, S), (B, A), (B,) -> (B, A).
+
+    The score of the noisy density is -eps / sigma. The network eps_psi sees 64 fixed sinusoids of
+    log sigma.
+    """
     angles = log_sigma[:, None] * jnp.geomspace(0.125, 8, 32)
-    inputs = observations, actions, jnp.sin(angles), jnp.cos(angles)
+    inputs = [observations, actions, jnp.sin(angles), jnp.cos(angles)]
     network = MLP(args.hidden_dims, actions.shape[-1], layer_norm=True)
     return network.apply(params, jnp.concatenate(inputs, axis=-1))
 
 
-def integrate(args, flow, observations, z):
-    """ODE(v; s, z) from noise to action, by T Euler steps: (B, S), (B, A) -> (B, A) in [-1, 1]."""
+def integrate(args: Args, flow: dict, observations: Array, z: Array) -> Array:
+    """Solves the flow's ODE from noise z by T Euler steps: (B, S), (B, A) -> (B, A) in [-1, 1]."""
 
     def euler(x, t):
-        return x + field(args, flow, observations, x, t) / args.flow_steps, None
+        velocity = field(args, flow, observations, x, t)
+        return x + velocity / args.flow_steps, None
 
-    x, _ = jax.lax.scan(euler, z, jnp.arange(args.flow_steps) / args.flow_steps)
+    times = jnp.arange(args.flow_steps) / args.flow_steps
+    x, _ = jax.lax.scan(euler, z, times)
     return jnp.clip(x, -1, 1)  # only here, not between the steps
 
 
-def sample_actions(args, state, observations, key):
-    """a = ODE(v_theta; s, z) with z ~ N(0, I): (B, S) -> (B, A) in [-1, 1]."""
+def sample_actions(args: Args, state: State, observations: Array, key: Array) -> Array:
+    """Samples a = ODE(v_theta; s, z) with z ~ N(0, I): (B, S) -> (B, A) in [-1, 1]."""
     # ref: with nothing to tilt, QAM's official code acts with v_beta.
-    flow = state.params["policy" if args.inv_temp + args.entropy_scale > 0 else "behavior"]
+    name = "policy" if args.inv_temp > 0 or args.entropy_scale > 0 else "behavior"
     z = jax.random.normal(key, (len(observations), args.chunk_length * args.action_size))
-    return integrate(args, flow, observations, z)
+    return integrate(args, state.params[name], observations, z)
 
 
-def critic_loss(args, params, state, batch, key):
-    """TD error of every critic against one pessimistic target, as in QAM."""
+# A loss differentiates `params` only; `state` and `batch` are constants. It returns its value and
+# its metrics, whose names differ from those of all other losses.
+
+
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the TD error of every critic against one pessimistic target, as in QAM."""
     # ref: a' comes from the online policy; the deviation is the population one (1/K).
     next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
@@ -204,56 +249,81 @@ def critic_loss(args, params, state, batch, key):
     target = batch.rewards + args.discount**args.chunk_length * batch.masks * next_value
     q = critic(args, params["critic"], batch.observations, batch.actions)
     loss = (batch.valid * (q - target) ** 2).mean()
-    return loss, dict(critic_loss=loss, q=q.mean(), q_std=q.std(0).mean(), target=target.mean())
+    metrics = dict(
+        critic_loss=loss,
+        q=q.mean(),
+        q_std=q.std(0).mean(),
+        target=target.mean(),
+    )
+    return loss, metrics
 
 
-def expansion_loss(args, params, state, batch, key):
-    """Soft actor-critic on pi_xi(.|s, a), with its temperature alpha."""
+def expansion_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the soft actor-critic loss of pi_xi(.|s, a) and of its temperature alpha."""
     mean, log_std = expansion(args, params["expansion"], batch.observations, batch.actions)
     noise = jax.random.normal(key, mean.shape)
     u = mean + jnp.exp(log_std) * noise
-    log_prob = (-0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
-    log_prob -= (2 * (jnp.log(2) - u - jax.nn.softplus(-2 * u))).sum(-1)  # of a = tanh(u)
+    log_density = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
+    log_slope = 2 * (jnp.log(2) - u - jax.nn.softplus(-2 * u))  # of a = tanh(u)
+    log_prob = log_density.sum(-1) - log_slope.sum(-1)
     q = critic(args, state.params["critic"], batch.observations, jnp.tanh(u)).mean(0)
-    entropy, target = -log_prob.mean(), -0.5 * mean.shape[-1]
+    actor_loss = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()  # Eq. (9)
+    entropy = -log_prob.mean()
+    target_entropy = -0.5 * mean.shape[-1]
     alpha = jnp.exp(params["log_alpha"])
-    loss = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()  # Eq. (9)
-    loss += alpha * (jax.lax.stop_gradient(entropy) - target)  # Eq. (9), temperature
+    alpha_loss = alpha * (jax.lax.stop_gradient(entropy) - target_entropy)  # Eq. (9), temperature
     move = jnp.abs(jnp.tanh(mean) - batch.actions).mean()
-    return loss, dict(expansion_entropy=entropy, expansion_alpha=alpha, expansion_move=move)
+    metrics = dict(
+        expansion_entropy=entropy,
+        expansion_alpha=alpha,
+        expansion_move=move,
+    )
+    return actor_loss + alpha_loss, metrics
 
 
-def mixture(args, state, batch, key):
-    """Targets of the base flow: each action of the data or, with probability rho, its expansion."""
+def mixture(args: Args, state: State, batch: Batch, key: Array) -> Array:
+    """Draws the base flow's targets: the data's actions or, with probability rho, expansions."""
     if args.rho == 0:
         return batch.actions
-    choice_key, noise_key = jax.random.split(jax.random.fold_in(key, 2))  # 0 and 1 are split's
+    # Keys 0 and 1 are those that behavior_loss splits off.
+    choice_key, noise_key = jax.random.split(jax.random.fold_in(key, 2))
     u, log_std = expansion(args, state.params["expansion"], batch.observations, batch.actions)
     if args.noisy_expansion:
         u += jnp.exp(log_std) * jax.random.normal(noise_key, u.shape)
-    replace = jax.random.bernoulli(choice_key, args.rho, (len(u), 1))
-    return jnp.where(replace, jnp.tanh(u), batch.actions)  # Eq. (10), the mode of pi_xi
+    replaced = jax.random.bernoulli(choice_key, args.rho, (len(u), 1))
+    return jnp.where(replaced, jnp.tanh(u), batch.actions)  # Eq. (10), the mode of pi_xi
 
 
-def behavior_loss(args, params, state, batch, key):
-    """Flow matching of v_beta on the mixture: along x_t = (1 - t) z + t a the velocity is a - z."""
+def behavior_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Matches v_beta to the mixture: along x_t = (1 - t) z + t a the velocity is a - z."""
     z_key, t_key = jax.random.split(key)
     actions = mixture(args, state, batch, key)
     z = jax.random.normal(z_key, actions.shape)
     t = jax.random.uniform(t_key, batch.valid.shape)
     x = (1 - t[:, None]) * z + t[:, None] * actions
     velocity = field(args, params["behavior"], batch.observations, x, t)
-    loss = (batch.valid * ((velocity - (actions - z)) ** 2).mean(-1)).mean()  # Eq. (2)
+    errors = ((velocity - (actions - z)) ** 2).mean(-1)
+    loss = (batch.valid * errors).mean()  # Eq. (2)
     return loss, dict(behavior_loss=loss)
 
 
-def score_loss(args, params, state, batch, key):
-    """Denoising of the anchor's actions a_k = ODE(v_k; s, z) at log-uniform noise levels."""
+def score_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Denoises the anchor's actions a_k = ODE(v_k; s, z) at log-uniform noise levels."""
     z_key, sigma_key, noise_key = jax.random.split(key, 3)
     z = jax.random.normal(z_key, batch.actions.shape)
     actions = integrate(args, state.targets["policy"], batch.observations, z)
-    limits = jnp.log(args.sigma_min), jnp.log(args.sigma_max)
-    log_sigma = jax.random.uniform(sigma_key, batch.valid.shape, minval=limits[0], maxval=limits[1])
+    log_sigma = jax.random.uniform(
+        sigma_key,
+        batch.valid.shape,
+        minval=jnp.log(args.sigma_min),
+        maxval=jnp.log(args.sigma_max),
+    )
     noise = jax.random.normal(noise_key, actions.shape)
     noisy = actions + jnp.exp(log_sigma)[:, None] * noise
     predicted = predict_noise(args, params["score"], batch.observations, noisy, log_sigma)
@@ -261,12 +331,32 @@ def score_loss(args, params, state, batch, key):
     return loss, dict(score_loss=loss)
 
 
-def adjoint_matching_loss(args, params, state, batch, key):
-    """Regression of v_theta onto what the lean adjoint asks for. Only `params` is differentiated:
-    SDE, terminal gradients and adjoint see `state`. ref: not masked by `batch.valid`."""
-    T, s = args.flow_steps, batch.observations
-    t, dt = jnp.arange(T) / T, 1 / T
-    sigma = jnp.sqrt(2 * (1 - t + dt) / (t + dt))  # ref: t + dt for t, finite at t = 0
+def entropy_gradient(args: Args, state: State, observations: Array, actions: Array) -> Array:
+    """Estimates lambda grad_a log pi_k(a|s) by the score network: (B, S), (B, A) -> (B, A)."""
+    if args.entropy_scale == 0:
+        return jnp.zeros_like(actions)
+    query = jnp.clip(actions, -1, 1) if args.score_gate else actions
+    log_sigma = jnp.full(len(actions), jnp.log(args.sigma_min))
+    noise = predict_noise(args, state.params["score"], observations, query, log_sigma)
+    score = -noise / args.sigma_min
+    if args.score_gate:
+        score = jnp.where(jnp.abs(actions) <= 1, score, 0)
+    return args.entropy_scale * score
+
+
+def adjoint_matching_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Regresses v_theta onto the velocity that the lean adjoint asks for.
+
+    Only the regression sees `params`; the SDE, the terminal gradients and the adjoint see `state`.
+    ref: not masked by `batch.valid`.
+    """
+    s = batch.observations
+    T = args.flow_steps
+    dt = 1 / T
+    times = jnp.arange(T) / T
+    sigmas = jnp.sqrt(2 * (1 - times + dt) / (times + dt))  # ref: t + dt for t, finite at t = 0
 
     def reference(x, t):
         base = field(args, state.targets["behavior"], s, x, t)
@@ -277,70 +367,96 @@ def adjoint_matching_loss(args, params, state, batch, key):
 
     def forward(x, step):
         t, sigma, noise = step
-        drift = 2 * field(args, state.params["policy"], s, x, t) - x / (t + dt)
-        return x + dt * drift + jnp.sqrt(dt) * sigma * noise, x  # Eq. (3)
+        velocity = field(args, state.params["policy"], s, x, t)
+        drift = 2 * velocity - x / (t + dt)
+        next_x = x + dt * drift + jnp.sqrt(dt) * sigma * noise  # Eq. (3)
+        return next_x, x
 
     start_key, noise_key = jax.random.split(key)
     x = jax.random.normal(start_key, batch.actions.shape)
     noise = jax.random.normal(noise_key, (T - 1, *x.shape))
-    x, path = jax.lax.scan(forward, x, (t[:-1], sigma[:-1], noise))
+    steps = times[:-1], sigmas[:-1], noise
+    x, path = jax.lax.scan(forward, x, steps)
     path = jnp.concatenate([path, x[None]])  # (T, B, A): x_0 .. x_{T-1}
-    x = x + dt * reference(x, t[-1])  # ref: the last step is an Euler step of the reference flow
+    # ref: the last step is an Euler step of the reference flow.
+    end = x + dt * reference(x, times[-1])
 
-    def value(x):  # ref: target critics, their mean; no gradient outside of the box
-        return critic(args, state.targets["critic"], s, jnp.clip(x, -1, 1)).mean(0).sum()
+    def value(actions):  # ref: target critics, their mean; no gradient outside of the box
+        clipped = jnp.clip(actions, -1, 1)
+        return critic(args, state.targets["critic"], s, clipped).mean(0).sum()
 
-    gradient = jax.grad(value)(x)
+    gradient = jax.grad(value)(end)
     if args.noisy_expansion:
-        gradient /= jnp.maximum(1, jnp.linalg.norm(gradient, axis=-1, keepdims=True))
-    tilt, score = args.inv_temp * gradient, jnp.zeros_like(x)
-    if args.entropy_scale > 0:
-        asked = jnp.clip(x, -1, 1) if args.score_gate else x
-        log_sigma = jnp.full(len(x), jnp.log(args.sigma_min))
-        score = -predict_noise(args, state.params["score"], s, asked, log_sigma) / args.sigma_min
-        score *= args.entropy_scale * ((jnp.abs(x) <= 1) | (not args.score_gate))
+        length = jnp.linalg.norm(gradient, axis=-1, keepdims=True)
+        gradient /= jnp.maximum(1, length)
+    tilt = args.inv_temp * gradient
+    bonus = entropy_gradient(args, state, s, end)
+    terminal_adjoint = bonus - tilt  # Eq. (14)
 
-    def backward(g, step):
+    def reference_drift(x, t):
+        return 2 * reference(x, t) - x / t
+
+    def backward(adjoint, step):
         x, t = step
-        # ref: the state of time t goes with the field of time t + dt
-        _, vjp = jax.vjp(lambda x: 2 * reference(x, t + dt) - x / (t + dt), x)
-        g = g + dt * vjp(g)[0]  # Eq. (5)
-        return g, g
+        # ref: the state of time t goes with the field of time t + dt.
+        _, vjp = jax.vjp(partial(reference_drift, t=t + dt), x)
+        adjoint += dt * vjp(adjoint)[0]  # Eq. (5)
+        return adjoint, adjoint
 
-    _, adjoint = jax.lax.scan(backward, score - tilt, (path, t), reverse=True)  # Eq. (14)
+    _, adjoint = jax.lax.scan(backward, terminal_adjoint, (path, times), reverse=True)  # (T, B, A)
 
-    t, sigma = t[:, None], sigma[:, None, None]
+    t = times[:, None]
+    sigma = sigmas[:, None, None]
     change = field(args, params["policy"], s, path, t) - reference(path, t)
     errors = 2 * change / sigma + sigma * adjoint
     loss = (errors**2).sum((0, 2)).mean()  # Eq. (6); ref: sums over time and coordinates, no dt
-    norm = lambda g: jnp.linalg.norm(g, axis=-1).mean()
-    norms = dict(tilt_norm=norm(tilt), score_norm=norm(score), adjoint_norm=norm(adjoint[0]))
-    norms["score_ratio"] = norms["score_norm"] / jnp.maximum(norms["tilt_norm"], 1e-8)
-    return loss, dict(adjoint_loss=loss, outside=(jnp.abs(x) > 1).mean(), **norms)
+
+    def norm(vectors):
+        return jnp.linalg.norm(vectors, axis=-1).mean()
+
+    tilt_norm = norm(tilt)
+    score_norm = norm(bonus)
+    metrics = dict(
+        adjoint_loss=loss,
+        outside=(jnp.abs(end) > 1).mean(),
+        tilt_norm=tilt_norm,
+        score_norm=score_norm,
+        score_ratio=score_norm / jnp.maximum(tilt_norm, 1e-8),
+        adjoint_norm=norm(adjoint[0]),
+    )
+    return loss, metrics
 
 
-def update(args, state, batch):
-    """One gradient step on the sum of all losses, all at the parameters before the step."""
+def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
+    """Makes one gradient step on the sum of all losses, all at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 4)
-    losses = [critic_loss, behavior_loss, adjoint_matching_loss]
-    keys += [jax.random.fold_in(keys[0], i) for i in (1, 2)]
+    losses = {
+        critic_loss: keys[0],
+        behavior_loss: keys[1],
+        adjoint_matching_loss: keys[2],
+    }
+    # Optional losses use folded keys, so that without them the others draw the same numbers.
     if args.rho > 0:
-        losses.append(expansion_loss)
+        losses[expansion_loss] = jax.random.fold_in(keys[0], 1)
     if args.entropy_scale > 0:
-        losses.append(score_loss)
+        losses[score_loss] = jax.random.fold_in(keys[0], 2)
 
     def total_loss(params):
-        results = [f(args, params, state, batch, k) for f, k in zip(losses, keys)]
-        metrics = {name: value for _, more in results for name, value in more.items()}
-        return sum(loss for loss, _ in results), metrics
+        total = 0.0
+        metrics = {}
+        for loss, loss_key in losses.items():
+            value, loss_metrics = loss(args, params, state, batch, loss_key)
+            total += value
+            metrics |= loss_metrics
+        return total, metrics
 
     grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
     metrics["grad_norm"] = optax.global_norm(grads)
     updates, opt_state = optimizer(args).update(grads, state.opt_state)
+    params = optax.apply_updates(state.params, updates)
     # ref: the targets move towards the parameters from before this step.
     online = {name: state.params[name] for name in state.targets}
     targets = optax.incremental_update(online, state.targets, args.target_rate)
-    params = optax.apply_updates(state.params, updates)
     return State(params, targets, opt_state, key), metrics
 
 
