@@ -23,9 +23,7 @@ open, and what we chose.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.struct
 import jax
@@ -34,14 +32,24 @@ import numpy as np
 import optax
 import tyro
 from jax import Array
-from tqdm import tqdm
 
-from common.data import Replay, over_agents, spread
-from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, make_env, multigoal, resolve, seed_of
+from common.devices import over_agents, shard_over_agents, zero_metrics
+from common.env_pool import EnvPool, Episodes
+from common.environments import TRAINING, env_sizes, resolve, seeds_of
 from common.errors import UserError
-from common.flags import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UnitInterval
+from common.flags import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Precision,
+    Range,
+    UnitInterval,
+    launch,
+)
 from common.networks import LECUN, Critic, TimedMLP, mish
-from common.run import Precision, Run, ours, parse
+from common.run import Run
+from common.sampling import Replay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,26 +95,33 @@ class Args:
     target_rate: UnitInterval = 0.005  # Step size of the moving average of the critics.
 
     # --- shared: run arguments ---
-    env: str = "multigoal"  # kitchen-1|2|4|7 hopper halfcheetah walker2d humanoid online-ant-xy
-    seed: int = 0  # first seed; an agent does not depend on those trained beside it
-    num_seeds: int = 1  # agents trained at once: seed, seed + 1, ...
-    name: str = "default"  # of the run's folder runs/<script>/<env>/<name>
-    run_dir: str = "runs"  # where the folders of all runs are
-    total_steps: int = 1_000_000  # environment steps of every agent
-    warmup_steps: int = 10_000  # of these, the first ones: uniform actions and no updates
-    env_steps_per_update: int = 1  # environment steps from one update to the next
-    replay_size: int = 1_000_000  # transitions kept, the oldest are overwritten
-    log_interval: int = 1_000  # steps between two rows of train.csv (means over their updates)
-    eval_interval: int = 10_000  # steps between two evaluations, each with a checkpoint
-    eval_episodes: int = 10  # episodes per evaluation and agent
-    eval_slots: int = 10  # environments that share them, per agent; at most 100 in all
-    workers: int = 0  # processes that step environments (0: one per core)
-    eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
-    track: bool = False  # log to Weights & Biases, too
-    compile_cache: str = ""  # folder of compiled programs (default: run_dir/.compiled), or none
-    precision: Precision = "default"  # of matrix products on a GPU (NVIDIA's default: TF32)
-    discount: float = 0.99  # gamma, per environment step
-    action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
+    # --- environment ---
+    # multigoal, kitchen-1|2|4|7, hopper, halfcheetah, walker2d, humanoid or online-ant-xy.
+    env: str = "multigoal"
+    discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
+    action_size: tyro.conf.Suppress[int] = 0  # Size d of an action; not a flag, read from the env.
+    # --- run ---
+    seed: NonNegativeInt = 0  # First seed. Results do not depend on the other agents in the run.
+    num_seeds: PositiveInt = 1  # Agents trained at once: seed, seed + 1, ...
+    total_steps: PositiveInt = 1_000_000  # Environment steps of every agent.
+    # Initial steps with uniformly random actions and no updates.
+    warmup_steps: Annotated[int, Range(1, "total_steps")] = 10_000
+    # Environment steps per update.
+    env_steps_per_update: Annotated[int, Range(1, "total_steps")] = 1
+    replay_size: PositiveInt = 1_000_000  # Transitions that are kept; the oldest are overwritten.
+    eval_interval: PositiveInt = 10_000  # Steps between evaluations, each with a checkpoint.
+    eval_episodes: PositiveInt = 10  # Episodes per evaluation and agent.
+    eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
+    eval_only: bool = False  # Evaluates the run's checkpoint and does nothing else.
+    workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
+    precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
+    compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
+    # --- logging ---
+    # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
+    name: str = ""
+    run_dir: str = "runs"  # Folder of all runs.
+    log_interval: PositiveInt = 1_000  # Steps per row of train.csv, which has its updates' means.
+    track: bool = False  # Logs to Weights & Biases as well.
     # --- end shared ---
 
     def __post_init__(self):
@@ -421,66 +436,45 @@ MODES = ("best", "single")  # Ways to choose evaluation actions; the first one i
 # --- shared: many agents -------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("args", "mode"))
-def act(args, state, observations, seeds, ages, mode):
-    """Actions of all agents: (agents, E, S) -> (agents, E, 1, d), a plan of one step. The noise
-    depends on nothing but the episode's seed and age in steps, (agents, E) each."""
+def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
+    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+    keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
+    create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
+    return shard_over_agents(create_all(jnp.stack(keys)))
 
-    def one(state, observation, seed, age):
+
+@partial(jax.jit, static_argnames=("args", "mode"))
+def act(
+    args: Args, state: State, observations: Array, seeds: Array, ages: Array, mode: str
+) -> Array:
+    """Chooses actions for all agents: (agents, slots, S) -> (agents, slots, 1, d).
+
+    The noise depends only on the episode's seed and age in steps, (agents, slots) each.
+    """
+
+    def act_once(state, observation, seed, age):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
         return sample_actions(args, state, observation[None], key, mode)
 
-    return over_agents(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
+    one_agent = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
+    return over_agents(one_agent)(state, observations, seeds, ages)
 
 
-def learn(args, state, sums, replay):
-    """One update of every agent on its own transitions, drawn uniformly. Adds to the metrics."""
-
-    def one(state, replay):
-        key, rows_key = jax.random.split(state.key)
-        filled = jnp.minimum(replay.size, len(replay.rewards))
-        rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
-        batch = jax.tree.map(lambda x: x[rows] if x.ndim else x, replay)
-        return update(args, state.replace(key=key), batch)
-
-    state, metrics = over_agents(one)(state, replay)
-    return state, jax.tree.map(jnp.add, sums, metrics) if sums else metrics
+def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
+    """Makes one update of one agent on transitions drawn uniformly from its replay."""
+    key, rows_key = jax.random.split(state.key)
+    filled = jnp.minimum(replay.size, len(replay.rewards))
+    rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
+    batch = jax.tree.map(lambda x: x[rows] if x.ndim else x, replay)
+    state, metrics = update(args, state.replace(key=key), batch)
+    return state, metrics | dict(updates=jnp.ones(()))
 
 
-@partial(jax.jit, static_argnames="args", donate_argnames="state")
-def train_chunk(args, state, sums, replay, updates):
-    """`updates` gradient steps of all agents without leaving the device."""
-    return jax.lax.fori_loop(0, updates, lambda _, x: learn(args, *x, replay), (state, sums))
-
-
-@partial(jax.jit, static_argnames="args", donate_argnames=("state", "replay"))
-def train_on_plane(args, state, sums, replay, world, done, steps):
-    """The same where the environment is a function, too: steps `done` + 1 to `done` + `steps` of
-    all agents in `multigoal` with the updates between them. `world`: position, age, seed."""
-
-    def draw(seed, now):  # a start and a uniform action
-        keys = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(~seed), now))
-        action = jax.random.uniform(keys[1], (2,), minval=-1, maxval=1)
-        return 0.1 * jax.random.normal(keys[0], (2,)), action
-
-    def step(i, carry):
-        state, sums, replay, (position, age, seed) = carry
-        now, learning = done + i + 1, done + i - args.warmup_steps + 1
-        start, action = jax.vmap(draw, (0, None))(seed, now)
-        position = jnp.where(age[:, None] == 0, start, position)
-        inputs = position[:, None], seed[:, None], jnp.full((len(seed), 1), now)
-        plan = act(args, state, *inputs, "explore")
-        action = jnp.where(learning > 0, plan[:, 0, 0], action)
-        due = (learning > 0) & (learning % args.env_steps_per_update == 0)
-        state, sums = jax.lax.cond(due, partial(learn, args), lambda *x: x[:2], state, sums, replay)
-        after, reward, reached = multigoal(position, action, jnp)
-        over = reached | (age + 1 == MULTIGOAL_STEPS)
-        row = dict(observations=position, actions=action, next_observations=after, rewards=reward)
-        row |= dict(masks=1.0 - reached, terminals=1.0 * over)
-        replay = replay.append({name: x[:, None] for name, x in row.items()})
-        return state, sums, replay, (after, jnp.where(over, 0, age + 1), seed)
-
-    return jax.lax.fori_loop(0, steps, step, (state, sums, replay, world))
+@partial(jax.jit, static_argnames="args", donate_argnames=("state", "metrics"))
+def train(args: Args, state: State, metrics: dict, replay: Replay) -> tuple[State, dict]:
+    """Makes one update of all agents, and adds its metrics to `metrics`."""
+    state, new_metrics = over_agents(partial(train_step, args))(state, replay)
+    return state, jax.tree.map(jnp.add, metrics, new_metrics)
 
 
 # --- end shared ---
@@ -488,101 +482,83 @@ def train_on_plane(args, state, sums, replay, world, done, steps):
 # --- shared: evaluate and main -------------------------------------------------------------------
 
 
-def evaluate(args, policy, pool, agents, step):
-    """Exactly args.eval_episodes episodes of every agent, seeded by (seed, task, step, episode):
-    the same for every method. Returns (agents, episodes) arrays, see `EnvPool.play`."""
-    episodes = range(args.eval_episodes)
-    seeds = [[seed_of(seed, task, step, e) for e in episodes] for task, seed in agents]
-    return pool.play(policy, np.array(seeds, np.uint32))
+def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -> dict:
+    """Plays exactly args.eval_episodes episodes with every agent, in each of the MODES.
 
-
-def main(args):
-    """Trains all agents and leaves a run folder, see common/run.py. Returns its evaluations."""
-    source, env = resolve(args.env), make_env(args.env)
-    agents = ours([(source.task, args.seed + i) for i in range(args.num_seeds)])
-    sizes = SimpleNamespace(observations=env.observation_space, actions=env.action_space)
-    S, d = env.observation_space.shape[0], env.action_space.shape[0]
-    args = dataclasses.replace(args, action_size=d)
-    run = Run(Path(__file__).stem, args, agents, {})
-    keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
-    state = jax.jit(jax.vmap(partial(create, args, S)))(keys)
-    capacity, count = min(args.replay_size, args.total_steps), len(agents)
-    replay = Replay.create(count, capacity, sizes)
-    size = sum(x.size for x in jax.tree.leaves(state.params)) // count
-    print(f"{count} agents of {size:,} parameters, replay of {capacity:,} transitions")
-
-    def policy(*inputs, mode):  # flat over agents and environments, for the pools
-        inputs = [x.reshape(count, -1, *x.shape[1:]) for x in inputs]
-        return np.concatenate(act(args, state, *inputs, mode))
-
-    def explore(_, seeds, ages):  # uniform; without the 1, age 0 would repeat the reset's draws
-        draw = lambda at: np.random.default_rng((*at, 1)).uniform(-1, 1, (1, d))
-        return np.float32([draw(at) for at in zip(seeds, ages)])
-
-    plane, names, everyone = args.env == "multigoal", [args.env] * count, range(count)
-    eval_pool = EnvPool(names, args.workers, min(args.eval_slots, args.eval_episodes))
-    pool = EnvPool([] if plane else names, args.workers)
-    first = [seed_of(seed, task, 0) for task, seed in agents]
-    world = np.zeros((count, S), np.float32), np.zeros(count, np.int32), np.array(first, np.uint32)
-    shapes = jax.eval_shape(partial(learn, args), state, None, Replay.create(count, 1, sizes))[1]
-    zeros = spread(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes))
-    keep = lambda *means: dict(
-        state=state, replay=replay, pool=pool.save(), world=world, means=means
-    )
-    done, saved = run.restore(keep(zeros, 0))
-    state, replay, world = spread((saved["state"], saved.pop("replay"), saved["world"]))
-    sums, updates = spread(saved["means"][0]), saved["means"][1]
-    order = np.arange(max(0, done - capacity), done) % capacity  # from the oldest on
-    pool.load(saved["pool"], np.asarray(replay.actions)[:, order[: done * (not plane)]])
-
-    @run.saved()
-    def report(table):
-        scores, result = {}, None
-        for mode in MODES:
-            played = evaluate(args, partial(policy, mode=mode), eval_pool, agents, done)
-            prefix, result = (f"{mode}_", result) if result else ("", played)
-            scores |= {prefix + name: played[name].mean(1) for name in ("return", "length")}
-        run.log(table, done, scores)
-        bar.write(f"{done:,} steps: return {scores['return'].mean():.1f}")
-        return result
-
-    total, result, steps = args.total_steps, None, 1
-    halts = lambda: done == total or done % args.eval_interval == 0
-    due = lambda n: max(0, n - args.warmup_steps) // args.env_steps_per_update  # updates until n
-    bar = tqdm(initial=done, total=total, unit="step", dynamic_ncols=True, disable=None)
-    while run.last["eval"] < total and not args.eval_only:
-        if run.last["eval"] < done and halts():
-            result = report("eval")
-            continue
-        if plane:
-            steps = min(n - done % n for n in (args.log_interval, args.eval_interval, total))
-            carry = state, sums, replay, world
-            state, sums, replay, world = train_on_plane(args, *carry, done, steps)
+    They are seeded by (seed, task, step, episode), the same for every method. Returns arrays
+    (agents, episodes), see `Episodes`; names of further modes begin with the mode.
+    """
+    seeds = [seeds_of(agents, step, i) for i in range(args.eval_episodes)]
+    results = {}
+    for mode in MODES:
+        episodes = Episodes(envs, np.concatenate(seeds, axis=1))
+        while episodes.running:
+            envs.set_actions(act(args, state, envs.observations, envs.seeds, envs.ages, mode))
+            episodes.step()
+        if mode == MODES[0]:
+            results = episodes.results
         else:
-            if not done:
-                pool.start(everyone, first)
-            choose = partial(policy, mode="explore") if done >= args.warmup_steps else explore
-            plan = choose(np.stack(pool.states), pool.seeds, pool.ages)
-            # The device works on the update while the environments make their step.
-            state, sums = train_chunk(args, state, sums, replay, due(done + 1) - due(done))
-            taken = pool.step(lambda *_: plan, everyone)
-            replay = replay.append({name: x[:, None] for name, x in taken.items()})
-            over = np.flatnonzero(taken["terminals"]).tolist()
-            pool.start(over, [seed_of(*agents[i][::-1], done + 1, TRAINING) for i in over])
-        done, updates = done + steps, updates + due(done + steps) - due(done)
-        bar.update(steps)
-        if updates and (halts() or done % args.log_interval == 0):
-            run.log("train", done, {name: value / updates for name, value in sums.items()})
-            sums, updates = zeros, 0
-        if halts() or run.stopping:
-            run.save(done, keep(sums, updates))
-    if args.eval_only:
-        result = report("eval_only")
-    bar.close()
-    run.finish(done, total, result)
-    return result
+            results[f"{mode}_return"] = episodes.results["return"]
+            results[f"{mode}_length"] = episodes.results["length"]
+    return results
+
+
+def main(args: Args) -> list[dict]:
+    """Trains all agents in their environments.
+
+    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    """
+    task = resolve(args.env).task
+    agents = [(task, args.seed + i) for i in range(args.num_seeds)]
+    sizes = env_sizes(args.env)
+    observation_size, action_size = sizes
+    args = dataclasses.replace(args, action_size=action_size)
+    with Run(__file__, args, agents, {}, ends=(args.total_steps,)) as run:
+        # Set up. All arrays have a leading axis of agents.
+        state = create_agents(args, agents, observation_size)
+        capacity = min(args.replay_size, args.total_steps)
+        replay = shard_over_agents(Replay.create(len(agents), capacity, *sizes))
+        metrics = zero_metrics(partial(train_step, args), state, replay)
+        env_names = [args.env] * len(agents)
+        eval_envs = EnvPool(env_names, min(args.eval_slots, args.eval_episodes), args.workers)
+        envs = EnvPool(env_names, 1, args.workers)
+
+        # Continue from the last checkpoint, if there is one.
+        step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
+        state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
+        if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
+            run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+        if args.eval_only:
+            return run.finish()
+        replay = replay.refill(saved["replay"])
+        if step > 0:
+            envs.load(saved["envs"], saved["replay"]["actions"][:, None])
+        else:
+            envs.reset(seeds_of(agents, 0))
+
+        # Every agent makes one environment step; updates follow after the warm-up.
+        while step < args.total_steps:
+            if step < args.warmup_steps:
+                envs.set_actions(envs.random_actions(action_size))
+            else:
+                inputs = envs.observations, envs.seeds, envs.ages
+                envs.set_actions(act(args, state, *inputs, "explore"))
+            step = step + 1
+            learning_steps = step - args.warmup_steps
+            if learning_steps > 0 and learning_steps % args.env_steps_per_update == 0:
+                # The device works on the update while the environments make their step.
+                state, metrics = train(args, state, metrics, replay)
+            transitions = envs.step()
+            replay = replay.append(transitions)
+            ended = transitions["terminals"] > 0
+            if ended.any():
+                envs.reset(seeds_of(agents, step, TRAINING), where=ended)
+            metrics = run.log_and_save(step, metrics, dict(state=state, envs=envs.save()), replay)
+            if run.evaluation_due:
+                run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+        return run.finish()
 
 
 if __name__ == "__main__":
-    main(parse(Args, ENV_DEFAULTS))
+    launch(main, Args, ENV_DEFAULTS)
 # --- end shared ---

@@ -36,14 +36,22 @@ import numpy as np
 import optax
 import tyro
 from jax import Array
-from tqdm import tqdm
 
-from common.data import over_agents, spread
-from common.envs import TRAINING, EnvPool, make_env, resolve, seed_of
+from common.devices import over_agents, shard_over_agents, zero_metrics
+from common.env_pool import EnvPool, Episodes
+from common.environments import TRAINING, env_sizes, resolve, seeds_of
 from common.errors import UserError
-from common.flags import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval
+from common.flags import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Precision,
+    UnitInterval,
+    launch,
+)
 from common.networks import MLP
-from common.run import Precision, Run, ours, parse
+from common.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,26 +70,32 @@ class Args:
     lr: PositiveFloat = 3e-4  # Adam's initial learning rate; it decays linearly to 0.
     max_grad_norm: PositiveFloat = 0.5  # Largest norm of the joint gradient of both networks.
 
-    # --- forked: run arguments (rollouts in place of warm-up and replay) ---
-    env: str = "multigoal"  # kitchen-1|2|4|7 hopper halfcheetah walker2d humanoid online-ant-xy
-    seed: int = 0  # first seed; an agent does not depend on those trained beside it
-    num_seeds: int = 1  # agents trained at once: seed, seed + 1, ...
-    name: str = "default"  # of the run's folder runs/<script>/<env>/<name>
-    run_dir: str = "runs"  # where the folders of all runs are
-    total_steps: int = 1_000_000  # environment steps of every agent
-    rollout_steps: int = 2048  # of these, between two phases of learning (whole rollouts only)
-    num_envs: int = 1  # environments that share a rollout's steps, per agent
-    log_interval: int = 1_000  # steps between two rows of train.csv (means over their updates)
-    eval_interval: int = 10_000  # steps between two evaluations, each with a checkpoint
-    eval_episodes: int = 10  # episodes per evaluation and agent
-    eval_slots: int = 10  # environments that share them, per agent; at most 100 in all
-    workers: int = 0  # processes that step environments (0: one per core)
-    eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
-    track: bool = False  # log to Weights & Biases, too
-    compile_cache: str = ""  # folder of compiled programs (default: run_dir/.compiled), or none
-    precision: Precision = "default"  # of matrix products on a GPU (NVIDIA's default: TF32)
-    discount: float = 0.99  # gamma, per environment step
-    action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the environment
+    # --- forked: run arguments (rollouts instead of warm-up and replay) ---
+    # --- environment ---
+    # multigoal, kitchen-1|2|4|7, hopper, halfcheetah, walker2d, humanoid or online-ant-xy.
+    env: str = "multigoal"
+    discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
+    action_size: tyro.conf.Suppress[int] = 0  # Size d of an action; not a flag, read from the env.
+    # --- run ---
+    seed: NonNegativeInt = 0  # First seed. Results do not depend on the other agents in the run.
+    num_seeds: PositiveInt = 1  # Agents trained at once: seed, seed + 1, ...
+    total_steps: PositiveInt = 1_000_000  # Environment steps of every agent.
+    # Steps between two phases of learning; only whole rollouts are made.
+    rollout_steps: PositiveInt = 2048
+    num_envs: PositiveInt = 1  # Environments per agent that share a rollout's steps.
+    eval_interval: PositiveInt = 10_000  # Steps between evaluations, each with a checkpoint.
+    eval_episodes: PositiveInt = 10  # Episodes per evaluation and agent.
+    eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
+    eval_only: bool = False  # Evaluates the run's checkpoint and does nothing else.
+    workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
+    precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
+    compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
+    # --- logging ---
+    # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
+    name: str = ""
+    run_dir: str = "runs"  # Folder of all runs.
+    log_interval: PositiveInt = 1_000  # Steps per row of train.csv, which has its updates' means.
+    track: bool = False  # Logs to Weights & Biases as well.
     # --- end forked ---
 
     def __post_init__(self):
@@ -349,35 +363,59 @@ MODES = ("mean",)  # Ways to choose actions in evaluations.
 # --- forked: many agents (all epochs of a rollout at once) ---------------------------------------
 
 
-@partial(jax.jit, static_argnames=("args", "mode"))
-def act(args, state, observations, seeds, ages, mode):
-    """Actions of all agents: (agents, E, S) -> (agents, E, 1, d), a plan of one step. The noise
-    depends on nothing but the episode's seed and age in steps, (agents, E) each."""
+def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
+    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+    keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
+    # One agent after the other: on a CPU with few cores the orthogonal matrices of several agents
+    # wait for one another forever (jaxlib 0.10: blocked threads of one pool).
+    create_all = jax.jit(partial(jax.lax.map, partial(create, args, observation_size)))
+    return shard_over_agents(create_all(jnp.stack(keys)))
 
-    def one(state, observation, seed, age):
+
+@partial(jax.jit, static_argnames=("args", "mode"))
+def act(
+    args: Args, state: State, observations: Array, seeds: Array, ages: Array, mode: str
+) -> Array:
+    """Chooses actions for all agents: (agents, slots, S) -> (agents, slots, 1, d).
+
+    The noise depends only on the episode's seed and age in steps, (agents, slots) each.
+    """
+
+    def act_once(state, observation, seed, age):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
         return sample_actions(args, state, observation[None], key, mode)
 
-    return over_agents(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
+    one_agent = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
+    return over_agents(one_agent)(state, observations, seeds, ages)
 
 
-def learn(args, state, rollout):
-    """All epochs of one agent, each over the whole rollout in a new order -> means of metrics."""
+def train_step(args: Args, state: State, rollout: dict) -> tuple[State, dict]:
+    """Makes all epochs of one agent, each over the whole rollout in a new order.
+
+    Returns the state and the means of the metrics.
+    """
     state, steps = prepare(args, state, rollout)
     key, *keys = jax.random.split(state.key, args.epochs + 1)
     orders = [jax.random.permutation(key, args.rollout_steps) for key in keys]
     minibatches = jnp.stack(orders).reshape(-1, args.batch_size)
-    one = lambda state, rows: update(args, state, jax.tree.map(lambda x: x[rows], steps))
-    state, metrics = jax.lax.scan(one, state.replace(key=key), minibatches)
+
+    def update_on(state, rows):
+        return update(args, state, jax.tree.map(lambda x: x[rows], steps))
+
+    state, metrics = jax.lax.scan(update_on, state.replace(key=key), minibatches)
     error = steps.advantages.var() / (steps.returns.var() + 1e-8)
-    return state, jax.tree.map(jnp.mean, metrics) | dict(explained=1 - error)
+    means = jax.tree.map(jnp.mean, metrics)
+    return state, means | dict(explained=1 - error, updates=jnp.ones(()))
 
 
-@partial(jax.jit, static_argnames="args", donate_argnames="state")
-def train_chunk(args, state, rollout):
-    """What all agents learn from a rollout, name -> (agents, E, T, ...), without leaving the
-    device. Returns the state and the metrics."""
-    return over_agents(partial(learn, args))(state, rollout)
+@partial(jax.jit, static_argnames="args", donate_argnames=("state", "metrics"))
+def train(args: Args, state: State, metrics: dict, rollout: dict) -> tuple[State, dict]:
+    """Learns from a rollout of all agents, and adds the metrics to `metrics`.
+
+    The rollout has arrays (agents, num_envs, T, ...) by name.
+    """
+    state, new_metrics = over_agents(partial(train_step, args))(state, rollout)
+    return state, jax.tree.map(jnp.add, metrics, new_metrics)
 
 
 # --- end forked ---
@@ -385,97 +423,115 @@ def train_chunk(args, state, rollout):
 # --- forked: evaluate and main (rollouts, evaluated and saved at their ends) ---------------------
 
 
-def evaluate(args, policy, pool, agents, step):
-    """Exactly args.eval_episodes episodes of every agent, seeded by (seed, task, step, episode):
-    the same for every method. Returns (agents, episodes) arrays, see `EnvPool.play`."""
-    episodes = range(args.eval_episodes)
-    seeds = [[seed_of(seed, task, step, e) for e in episodes] for task, seed in agents]
-    return pool.play(policy, np.array(seeds, np.uint32))
+def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -> dict:
+    """Plays exactly args.eval_episodes episodes with every agent, in each of the MODES.
+
+    They are seeded by (seed, task, step, episode), the same for every method. Returns arrays
+    (agents, episodes), see `Episodes`; names of further modes begin with the mode.
+    """
+    seeds = [seeds_of(agents, step, i) for i in range(args.eval_episodes)]
+    results = {}
+    for mode in MODES:
+        episodes = Episodes(envs, np.concatenate(seeds, axis=1))
+        while episodes.running:
+            envs.set_actions(act(args, state, envs.observations, envs.seeds, envs.ages, mode))
+            episodes.step()
+        if mode == MODES[0]:
+            results = episodes.results
+        else:
+            results[f"{mode}_return"] = episodes.results["return"]
+            results[f"{mode}_length"] = episodes.results["length"]
+    return results
 
 
-def main(args):
-    """Trains all agents and leaves a run folder, see common/run.py. Returns its evaluations."""
-    source, env = resolve(args.env), make_env(args.env)
-    agents = ours([(source.task, args.seed + i) for i in range(args.num_seeds)])
-    S, d = env.observation_space.shape[0], env.action_space.shape[0]
-    args = dataclasses.replace(args, action_size=d)
-    run = Run(Path(__file__).stem, args, agents, {})
-    keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
-    # One agent after the other, for on a CPU with few cores jaxlib's orthogonal matrices of several
-    # agents at once wait for one another for ever (jax 0.10: blocked threads of one pool).
-    state = jax.jit(partial(jax.lax.map, partial(create, args, S)))(keys)
-    count, E, T = len(agents), args.num_envs, args.rollout_steps // args.num_envs
-    size = sum(x.size for x in jax.tree.leaves(state.params)) // count
-    print(f"{count} agents of {size:,} parameters, rollouts of {args.rollout_steps:,} steps")
+def empty_rollout(args: Args, num_agents: int, observation_size: int) -> dict[str, Array]:
+    """Returns a rollout of zeros, (agents, num_envs, T, ...) by name."""
+    shape = num_agents, args.num_envs, args.rollout_steps // args.num_envs
+    rollout = dict.fromkeys(("rewards", "masks", "terminals"), jnp.zeros(shape))
+    observations = jnp.zeros((*shape, observation_size))
+    rollout |= dict(observations=observations, next_observations=observations)
+    return rollout | dict(actions=jnp.zeros((*shape, args.action_size)))
 
-    def policy(*inputs, mode):  # flat over agents and environments, for the pools
-        inputs = [x.reshape(count, -1, *x.shape[1:]) for x in inputs]
-        return np.concatenate(act(args, state, *inputs, mode))
 
-    names, everyone = [args.env] * count, range(count * E)
-    eval_pool = EnvPool(names, args.workers, min(args.eval_slots, args.eval_episodes))
-    pool = EnvPool(names * E, args.workers)
-    begun = lambda i, step: seed_of(*agents[i // E][::-1], step + i % E, TRAINING)
-    seeds = lambda step, who: [begun(i, step) for i in who]
-    past = np.zeros((count * E, 0, d), np.float32)  # the actions of the running episodes
-    widths = dict(observations=(S,), next_observations=(S,), actions=(d,))
-    widths |= dict.fromkeys(("rewards", "masks", "terminals", "success"), ())
-    empty = {name: np.zeros((count, E, T, *width), np.float32) for name, width in widths.items()}
-    shapes = jax.eval_shape(partial(train_chunk, args), state, empty)[1]
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
-    keep = lambda *means: dict(state=state, pool=pool.save(), past=past, means=means)
-    done, saved = run.restore(keep(zeros, 0))
-    state, past = spread(saved["state"]), saved["past"]
-    pool.load(saved["pool"], past)
+def episode_seeds(args: Args, agents: list, step: int) -> np.ndarray:
+    """Returns the seeds (agents, num_envs) of episodes that begin after `step`."""
+    seeds = [seeds_of(agents, step + i, TRAINING) for i in range(args.num_envs)]
+    return np.concatenate(seeds, axis=1)
 
-    @run.saved()
-    def report(table):
-        scores, result = {}, None
-        for mode in MODES:
-            played = evaluate(args, partial(policy, mode=mode), eval_pool, agents, done)
-            prefix, result = (f"{mode}_", result) if result else ("", played)
-            scores |= {prefix + name: played[name].mean(1) for name in ("return", "length")}
-        run.log(table, done, scores)
-        bar.write(f"{done:,} steps: return {scores['return'].mean():.1f}")
-        return result
 
-    steps = args.rollout_steps
-    total, result, (sums, rollouts) = args.total_steps // steps * steps, None, saved["means"]
-    due = lambda interval: done == total or done // interval > (done - steps) // interval
-    bar = tqdm(initial=done, total=total, unit="step", dynamic_ncols=True, disable=None)
-    while run.last["eval"] < total and not args.eval_only:
-        if run.last["eval"] < done and due(args.eval_interval):
-            result = report("eval")
-            continue
-        rows = []
-        if not done:
-            pool.start(everyone, seeds(0, everyone))
-        for _ in range(T):
-            plan = policy(np.stack(pool.states), pool.seeds, pool.ages, mode="explore")
-            taken = pool.step(lambda *_: np.clip(plan, -1, 1), everyone)
-            rows.append(taken | dict(past=taken["actions"], actions=plan[:, 0]))
-            done += E
-            over = np.flatnonzero(taken["terminals"]).tolist()
-            pool.start(over, seeds(done, over))
-            bar.update(E)
-        rollout = {name: np.stack([row[name] for row in rows], 1) for name in rows[0]}
-        past = np.concatenate([past, rollout.pop("past")], 1)
-        past = past[:, past.shape[1] - pool.ages.max() :]
-        rollout = {name: x.reshape(count, E, *x.shape[1:]) for name, x in rollout.items()}
-        state, metrics = train_chunk(args, state, rollout)
-        sums, rollouts = jax.tree.map(jnp.add, sums, metrics), rollouts + 1
-        if due(args.eval_interval) or due(args.log_interval):
-            run.log("train", done, {name: value / rollouts for name, value in sums.items()})
-            sums, rollouts = zeros, 0
-        if due(args.eval_interval) or run.stopping:
-            run.save(done, keep(sums, rollouts))
-    if args.eval_only:
-        result = report("eval_only")
-    bar.close()
-    run.finish(done, total, result)
-    return result
+def collect_rollout(
+    args: Args, state: State, envs: EnvPool, agents: list, step: int
+) -> tuple[dict, np.ndarray]:
+    """Plays a rollout with the current policies, which begins after `step`.
+
+    Returns arrays (agents, num_envs, T, ...) by name, with actions as they were sampled, and the
+    actions that were played, which are clipped.
+    """
+    rows = []
+    for _ in range(args.rollout_steps // args.num_envs):
+        inputs = envs.observations, envs.seeds, envs.ages
+        sampled = np.asarray(act(args, state, *inputs, "explore"))
+        envs.set_actions(np.clip(sampled, -1, 1))
+        transitions = envs.step()
+        step = step + args.num_envs
+        ended = transitions["terminals"] > 0
+        if ended.any():
+            envs.reset(episode_seeds(args, agents, step), where=ended)
+        rows.append(transitions | dict(played=transitions["actions"], actions=sampled[:, :, 0]))
+    rollout = {name: np.stack([row[name] for row in rows], axis=2) for name in rows[0]}
+    del rollout["success"]
+    played = rollout.pop("played")
+    return rollout, played
+
+
+def main(args: Args) -> list[dict]:
+    """Trains all agents in their environments.
+
+    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    """
+    task = resolve(args.env).task
+    agents = [(task, args.seed + i) for i in range(args.num_seeds)]
+    observation_size, action_size = env_sizes(args.env)
+    args = dataclasses.replace(args, action_size=action_size)
+    total_steps = args.total_steps // args.rollout_steps * args.rollout_steps
+    with Run(__file__, args, agents, {}, ends=(total_steps,)) as run:
+        # Set up. All arrays have a leading axis of agents.
+        state = create_agents(args, agents, observation_size)
+        rollout = empty_rollout(args, len(agents), observation_size)
+        metrics = zero_metrics(partial(train_step, args), state, rollout)
+        env_names = [args.env] * len(agents)
+        eval_envs = EnvPool(env_names, min(args.eval_slots, args.eval_episodes), args.workers)
+        envs = EnvPool(env_names, args.num_envs, args.workers)
+        played = np.zeros((*envs.shape, 0, action_size), np.float32)  # in the running episodes
+
+        # Continue from the last checkpoint, if there is one.
+        content = dict(state=state, metrics=metrics, envs=envs.save(), played=played)
+        step, saved = run.restore(content)
+        state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
+        if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
+            run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+        if args.eval_only:
+            return run.finish()
+        played = saved["played"]
+        if step > 0:
+            envs.load(saved["envs"], played)
+        else:
+            envs.reset(episode_seeds(args, agents, 0))
+
+        # Every agent plays a rollout, then learns from it.
+        while step < total_steps:
+            rollout, new_actions = collect_rollout(args, state, envs, agents, step)
+            state, metrics = train(args, state, metrics, rollout)
+            step = step + args.rollout_steps
+            played = np.concatenate([played, new_actions], axis=2)
+            played = played[:, :, played.shape[2] - envs.ages.max() :]
+            content = dict(state=state, envs=envs.save(), played=played)
+            metrics = run.log_and_save(step, metrics, content)
+            if run.evaluation_due:
+                run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+        return run.finish()
 
 
 if __name__ == "__main__":
-    main(parse(Args, ENV_DEFAULTS))
+    launch(main, Args, ENV_DEFAULTS)
 # --- end forked ---

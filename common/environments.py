@@ -163,6 +163,12 @@ def make_env(name: str, **options: Any) -> gymnasium.Env:
     return RescaleAction(env, -1.0, 1.0)
 
 
+def env_sizes(name: str) -> tuple[int, int]:
+    """Returns the sizes of observations and actions."""
+    env = make_env(name)
+    return env.observation_space.shape[0], env.action_space.shape[0]
+
+
 def seed_of(*parts: int) -> int:
     """Hashes up to four non-negative integers, such as (seed, task, step, episode), to a 32-bit
     seed. Zeros at the end change nothing."""
