@@ -255,9 +255,9 @@ class Run:
         row_due = self.evaluation_due or self._passed(self.args.log_interval, step)
         self.bar.update(step - self.step)
         self.step, self.stop.unsaved = step, True
-        if row_due and np.min(metrics["updates"]) > 0:
-            means = {name: x / metrics["updates"] for name, x in metrics.items()}
-            del means["updates"]
+        if row_due and metrics["updates"][0] > 0:
+            updates = int(metrics["updates"][0])
+            means = {name: x / updates for name, x in metrics.items() if name != "updates"}
             self.log("train.csv", step, means)
             metrics = jax.tree.map(jnp.zeros_like, metrics)
         if self.evaluation_due or self.stop.requested:
