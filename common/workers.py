@@ -123,3 +123,24 @@ class Worker:
         if isinstance(answer, str):
             raise RuntimeError(f"an environment worker failed: {answer}")
         return answer
+
+
+class Workers:
+    """Environments in several processes; slot i is in worker i modulo their number."""
+
+    def __init__(self, names: list[str], count: int):
+        self.workers = [Worker(names) for _ in range(count)]
+
+    def run(self, jobs: list[tuple[int, str, tuple]]) -> list[tuple]:
+        """Calls a method of each slot, like `Slots.run`. Raises RuntimeError if a worker fails."""
+        shares = {}
+        for job in jobs:
+            shares.setdefault(job[0] % len(self.workers), []).append(job)
+        for worker, share in shares.items():
+            self.workers[worker].send(share)
+        results = {}
+        for worker, share in shares.items():
+            answers = self.workers[worker].receive()
+            for (slot, *_), answer in zip(share, answers, strict=True):
+                results[slot] = answer
+        return [results[slot] for slot, *_ in jobs]
