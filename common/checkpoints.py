@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 
 from common.errors import UserError
+from common.files import write_file
 from common.sampling import Replay
 
 CHECKPOINT = "checkpoint.msgpack"
@@ -19,24 +19,6 @@ PREVIOUS = "checkpoint-before.msgpack"
 PART = "replay-{}.msgpack"  # with the number of transitions at its end
 PART_FILE = re.compile(r"replay-\d+\.msgpack(\.tmp)?")  # .tmp: the write of it was killed
 DIGEST = hashlib.sha256().digest_size
-
-
-def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """Replaces a file: at any moment either the old or the new one is there, whole and on the disk.
-
-    The old one is moved to `keep`, if given.
-    """
-    new = path.with_name(f"{path.name}.tmp")
-    with open(new, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    if keep and path.exists():
-        os.replace(path, keep)
-    os.replace(new, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 
 def pack(tree: Any) -> bytes:

@@ -1,133 +1,19 @@
-"""A pool of environments in worker processes, and the episodes of an evaluation.
+"""A pool of environments, and the episodes of an evaluation.
 
 Arrays are always (agents, slots, ...). An episode is determined by its seed and its actions,
-whichever process plays it. Workers import this module, so it must not import jax.
+whichever process plays it.
 """
 
-import os
-import subprocess
-import sys
-import traceback
-from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.environments import make_env
 from common.errors import UserError
+from common.workers import Slots, Workers, cores
 
 MOST_SLOTS = 100  # in all, because some environments take 170 MiB
 IN_PROCESS = ("multigoal",)  # a step is cheaper than a message to a worker
 RESULTS = ("next_observations", "rewards", "masks", "terminals", "success")
-# Signals may reach the whole group of processes. Only the parent process answers them.
-WORKER = """
-import signal, sys
-for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, signal.SIG_IGN)
-sys.path.insert(0, sys.argv[1])
-from common.env_pool import work
-work(int(sys.argv[2]))
-"""
-
-
-def cores() -> int:
-    """Returns the number of cores that this process may use (fewer under Slurm or taskset)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
-class Slot:
-    """One environment. Mazes draw from NumPy's global generator, so each slot keeps its state."""
-
-    def __init__(self, name: str, **options: Any):
-        self.env = make_env(name, **options)
-
-    def start(self, seed: int) -> tuple:
-        """Begins an episode and returns a tuple with its first observation."""
-        np.random.seed(seed)
-        observation, _ = self.env.reset(seed=int(seed))
-        self.generator = np.random.get_state()
-        return (np.float32(observation),)
-
-    def step(self, action: np.ndarray) -> tuple:
-        """Returns next observation, reward, mask (0 where the task, not the clock, ended the
-        episode), whether the episode ended, and success."""
-        np.random.set_state(self.generator)
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        self.generator = np.random.get_state()
-        ended = terminated or truncated
-        return np.float32(observation), reward, not terminated, ended, info.get("success", 0)
-
-    def replay(self, seed: int, age: int, actions: np.ndarray) -> tuple:
-        """Plays the last `age` actions again and returns a tuple with the last observation."""
-        result = self.start(seed)
-        for action in actions[len(actions) - age :]:
-            result = self.step(action)
-        return result
-
-
-class Slots:
-    """The environments of one process, made when they are first used."""
-
-    def __init__(self, names: list[str]):
-        self.names = names
-        self.slots = {}
-
-    def run(self, jobs: list[tuple[int, str, tuple]]) -> list[tuple]:
-        """Calls a method of each slot: [(slot, method, arguments), ...] -> results."""
-        results = []
-        for index, method, arguments in jobs:
-            if index not in self.slots:
-                self.slots[index] = Slot(self.names[index])
-            results.append(getattr(self.slots[index], method)(*arguments))
-        return results
-
-
-def work(pipe: int) -> None:
-    """Answers the jobs that arrive in a worker process with their results or a traceback."""
-    connection = Connection(pipe)
-    try:
-        slots = Slots(connection.recv())
-        while True:
-            jobs = connection.recv()
-            try:
-                answer = slots.run(jobs)
-            except Exception:
-                answer = traceback.format_exc()
-            connection.send(answer)
-    except (EOFError, OSError, KeyboardInterrupt):
-        pass  # the parent process ended
-
-
-class Worker:
-    """A fresh Python process with environments, because jax does not survive a fork."""
-
-    def __init__(self, names: list[str]):
-        self.connection, theirs = Pipe()
-        root = str(Path(__file__).resolve().parents[1])
-        command = [sys.executable, "-P", "-c", WORKER, root, str(theirs.fileno())]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
-        theirs.close()
-        self.connection.send(names)
-
-    def send(self, jobs: list[tuple]) -> None:
-        try:
-            self.connection.send(jobs)
-        except OSError:
-            pass  # the process died; `receive` says so
-
-    def receive(self) -> list[tuple]:
-        try:
-            answer = self.connection.recv()
-        except (EOFError, OSError):
-            code = self.process.wait()
-            answer = f"process {self.process.pid} died with exit code {code} (-9: out of memory?)"
-        if isinstance(answer, str):
-            raise RuntimeError(f"an environment worker failed: {answer}")
-        return answer
 
 
 class EnvPool:
@@ -139,71 +25,67 @@ class EnvPool:
 
     def __init__(self, names: list[str], slots: int = 1, workers: int = 0):
         """Prepares environments: one name per agent; `workers` processes (0: one per core)."""
-        slots = min(slots, max(1, MOST_SLOTS // max(1, len(names))))
-        self.shape = (len(names), slots)
-        self.seeds = np.zeros(self.shape, np.uint32)
-        self.ages = np.zeros(self.shape, np.int32)
-        self.observations = np.zeros((*self.shape, 0), np.float32)
-        self.plans = np.zeros((*self.shape, 0, 0), np.float32)  # the last actions that were set
-        self.positions = np.zeros(self.shape, np.int32)  # of the next action in each plan
-        self.active = np.ones(self.shape, bool)  # the slots that play
-        slot_names = list(np.repeat(names, slots))
-        self._local, self._workers = None, []
+        most = MOST_SLOTS // max(1, len(names))
+        slots = min(slots, max(1, most))
+        shape = (len(names), slots)
+        self.shape = shape
+        self.active = np.ones(shape, bool)  # the slots that play
+        self.seeds = np.zeros(shape, np.uint32)
+        self.ages = np.zeros(shape, np.int32)
+        self.observations = np.zeros((*shape, 0), np.float32)
+        self.plans = np.zeros((*shape, 0, 0), np.float32)  # the actions that were set last
+        self.played = np.zeros(shape, np.int32)  # how many actions of each plan were played
+        slot_names = [name for name in names for _ in range(slots)]
         if set(names) <= set(IN_PROCESS):
-            self._local = Slots(slot_names)
+            self._slots = Slots(slot_names)
         else:
             count = min(workers or cores(), len(slot_names))
-            self._workers = [Worker(slot_names) for _ in range(count)]
+            self._slots = Workers(slot_names, count)
 
     def _call(self, method: str, where: np.ndarray, *arguments: np.ndarray) -> list[tuple]:
-        """Calls a method of the slots in the mask `where` with their rows of the arguments."""
-        indices = np.flatnonzero(where)
-        columns = [values.reshape(where.size, *values.shape[2:]) for values in arguments]
-        jobs = [(int(i), method, tuple(column[i] for column in columns)) for i in indices]
-        if self._local:
-            return self._local.run(jobs)
-        shares = [[] for _ in self._workers]
-        for job in jobs:
-            shares[job[0] % len(shares)].append(job)
-        busy = [i for i, share in enumerate(shares) if share]
-        for i in busy:
-            self._workers[i].send(shares[i])
-        results = {}
-        for i in busy:
-            for job, result in zip(shares[i], self._workers[i].receive(), strict=True):
-                results[job[0]] = result
-        return [results[i] for i in indices]
+        """Calls a method of the slots in the mask `where`, each with its rows of the arguments."""
+        jobs = []
+        for agent, slot in np.argwhere(where):
+            index = int(agent * self.shape[1] + slot)
+            rows = tuple(values[agent, slot] for values in arguments)
+            jobs.append((index, method, rows))
+        results = self._slots.run(jobs)
+        self._observe(where, [observation for observation, *_ in results])
+        return results
 
     def _observe(self, where: np.ndarray, observations: list[np.ndarray]) -> None:
-        if observations:
+        if self.observations.shape[-1] == 0:  # the first time
             size = observations[0].size
-            if self.observations.shape[-1] != size:
-                self.observations = np.zeros((*self.shape, size), np.float32)
-            self.observations[where] = observations
+            self.observations = np.zeros((*self.shape, size), np.float32)
+        self.observations[where] = observations
 
     def reset(self, seeds: np.ndarray, where: np.ndarray | None = None) -> None:
         """Begins an episode with each seed (agents, slots), only in the mask `where` if given."""
         if where is None:
             where = np.ones(self.shape, bool)
-        results = self._call("start", where, seeds)
-        self._observe(where, [result[0] for result in results])
+        self._call("start", where, seeds)
         self.seeds[where] = seeds[where]
         self.ages[where] = 0
-        self.positions[where] = self.plans.shape[2]
+        self.played[where] = self.plans.shape[2]
+
+    @property
+    def _used_up(self) -> np.ndarray:
+        """The mask of slots that have played all of their actions."""
+        return self.played >= self.plans.shape[2]
 
     def need_actions(self) -> bool:
         """Returns whether an active slot has played all of its actions."""
-        used_up = self.positions >= self.plans.shape[2]
-        return bool((used_up & self.active).any())
+        waiting = self._used_up & self.active
+        return bool(waiting.any())
 
     def set_actions(self, plans: Any) -> None:
         """Hands plans (agents, slots, H, d) to the slots that have played all of their actions."""
         plans = np.nan_to_num(np.asarray(plans))  # an agent may have diverged
-        used_up = self.positions >= self.plans.shape[2]
+        used_up = self._used_up
         if plans.shape != self.plans.shape:
             self.plans = np.zeros(plans.shape, np.float32)
         self.plans[used_up] = plans[used_up]
-        self.positions[used_up] = 0
+        self.played[used_up] = 0
 
     def random_actions(self, action_size: int) -> np.ndarray:
         """Returns uniform actions (agents, slots, 1, d), drawn from each episode's seed and age."""
@@ -221,35 +103,31 @@ class EnvPool:
         rewards, masks (0 where the task, not the clock, ended the episode), terminals (1 where the
         episode ended) and success.
         """
-        agents, slots = np.indices(self.shape)
-        last = self.plans.shape[2] - 1
-        actions = self.plans[agents, slots, np.minimum(self.positions, last)]
-        results = self._call("step", self.active, actions)
+        next_action = np.minimum(self.played, self.plans.shape[2] - 1)[..., None, None]
+        actions = np.take_along_axis(self.plans, next_action, axis=2).squeeze(2)
         transitions = dict(observations=self.observations.copy(), actions=actions)
-        for name, values in zip(RESULTS, zip(*results, strict=True), strict=True):
-            rows = np.array(values, np.float32)
+        results = self._call("step", self.active, actions)
+        for i, name in enumerate(RESULTS):
+            rows = np.array([result[i] for result in results], np.float32)
             transitions[name] = np.zeros((*self.shape, *rows.shape[1:]), np.float32)
             transitions[name][self.active] = rows
-        self._observe(self.active, [result[0] for result in results])
         self.ages[self.active] += 1
-        self.positions[self.active] += 1
+        self.played[self.active] += 1
         return transitions
 
     def save(self) -> dict[str, np.ndarray]:
         """Returns everything `load` needs except the actions that were played."""
-        return dict(seeds=self.seeds, ages=self.ages, plans=self.plans, positions=self.positions)
+        return dict(seeds=self.seeds, ages=self.ages, plans=self.plans, played=self.played)
 
     def load(self, saved: dict[str, np.ndarray], actions: np.ndarray) -> None:
         """Plays the running episodes again; `actions` (agents, slots, steps, d) are the latest."""
-        self.seeds, self.ages, self.plans, self.positions = (
-            np.array(saved[name]) for name in ("seeds", "ages", "plans", "positions")
-        )
-        steps = actions.shape[2]
-        if self.ages.max() > steps:
+        self.seeds = np.array(saved["seeds"])
+        self.ages = np.array(saved["ages"])
+        self.plans = np.array(saved["plans"])
+        self.played = np.array(saved["played"])
+        if self.ages.max() > actions.shape[2]:
             raise UserError("an episode is longer than the replay, so the run cannot be continued")
-        everywhere = np.ones(self.shape, bool)
-        results = self._call("replay", everywhere, self.seeds, self.ages, actions)
-        self._observe(everywhere, [result[0] for result in results])
+        self._call("replay", self.active, self.seeds, self.ages, actions)
 
 
 class Episodes:
@@ -263,33 +141,38 @@ class Episodes:
         self.pool, self.seeds = pool, seeds
         self.results = {name: np.zeros(seeds.shape) for name in ("success", "return", "length")}
         self.results["path"] = np.empty(seeds.shape, object)
-        for index in np.ndindex(seeds.shape):
-            self.results["path"][index] = []
-        self.numbers = np.indices(pool.shape)[1]  # of the episode that each slot plays
+        for episode in np.ndindex(seeds.shape):
+            self.results["path"][episode] = []
+        agents, slots = pool.shape
+        self.numbers = np.tile(np.arange(slots), (agents, 1))  # of the episode in each slot
         self._begin(np.ones(pool.shape, bool))
 
     def _begin(self, where: np.ndarray) -> None:
-        """Begins the episodes of the slots `where`, if the agent has any left."""
+        """Begins the next episodes in the slots `where`, if their agents have any left."""
         num_episodes = self.seeds.shape[1]
         self.pool.active = self.numbers < num_episodes
-        rows = np.indices(self.pool.shape)[0]
-        seeds = self.seeds[rows, np.minimum(self.numbers, num_episodes - 1)]
-        self.pool.reset(seeds, where & self.pool.active)
+        numbers = np.minimum(self.numbers, num_episodes - 1)
+        seeds = np.take_along_axis(self.seeds, numbers, axis=1)
+        beginning = where & self.pool.active
+        if beginning.any():
+            self.pool.reset(seeds, beginning)
 
     @property
     def running(self) -> bool:
+        """Whether an episode is not over yet."""
         return bool(self.pool.active.any())
 
     def step(self) -> None:
         """Plays a step in every active slot, and begins the next episodes."""
         transitions = self.pool.step()
+        results = self.results
         for agent, slot in np.argwhere(self.pool.active):
-            index = agent, self.numbers[agent, slot]
-            self.results["success"][index] = transitions["success"][agent, slot]
-            self.results["return"][index] += transitions["rewards"][agent, slot]
-            self.results["length"][index] += 1
-            self.results["path"][index].append(transitions["next_observations"][agent, slot])
+            episode = agent, self.numbers[agent, slot]
+            results["success"][episode] = transitions["success"][agent, slot]
+            results["return"][episode] += transitions["rewards"][agent, slot]
+            results["length"][episode] += 1
+            results["path"][episode].append(transitions["next_observations"][agent, slot])
         ended = self.pool.active & (transitions["terminals"] > 0)
         if ended.any():
-            self.numbers = self.numbers + ended * self.pool.shape[1]
+            self.numbers[ended] += self.pool.shape[1]
             self._begin(ended)

@@ -15,10 +15,11 @@ from common.environments import ONLINE, resolve
 from common.errors import UserError
 
 LARGEST = 2**31 - 1
-# Flags that cannot change a result. A run may be continued with other values of them.
+# Flags that cannot change what an agent learns. A run may be continued with other values of them.
 FREE = (
-    *("name", "run_dir", "dataset_dir", "collect", "workers", "eval_slots"),
-    *("eval_only", "track", "compile_cache"),
+    *("name", "run_dir", "dataset_dir", "collect", "workers", "track", "compile_cache"),
+    *("eval_only", "eval_slots", "eval_episodes", "eval_interval", "log_interval"),
+    *("offline_steps", "online_steps"),  # no schedule of an offline method depends on them
 )
 
 
@@ -175,6 +176,7 @@ def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
 
 def launch(main: Callable, Args: type, env_defaults: dict) -> None:
     """Runs a script from the command line; a mistake of the user ends in one line."""
+    sys.stdout.reconfigure(line_buffering=True)  # also where it is a file
     try:
         main(parse(Args, env_defaults))
     except UserError as error:

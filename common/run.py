@@ -4,19 +4,14 @@ The same command continues from the checkpoint there. Rows that were logged afte
 because they will be written again.
 """
 
-import contextlib
-import csv
-import fcntl
 import importlib.metadata
 import io
 import json
-import signal
 import subprocess
 import sys
 import time
 import uuid
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -24,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from common.checkpoints import CHECKPOINT, PREVIOUS, Checkpoints, write_file
+from common.checkpoints import CHECKPOINT, PREVIOUS, Checkpoints
 from common.errors import UserError
+from common.files import file_errors, lock_folder, write_file
 from common.flags import FREE
+from common.signals import StopRequest
+from common.tables import TABLES, Tables, Tracker
 
-TABLES = ("train.csv", "eval.csv", "eval_only.csv")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SECONDS_PER_CALL = 1.0  # so that the progress bar and signals are answered in time
 
 
@@ -45,131 +41,83 @@ def environment_info() -> dict:
     )
 
 
-class StopRequest:
-    """Remembers a signal until everything is saved; where nothing is unsaved, exits at once.
+def refuse_other_flags(folder: Path, old: dict, new: dict) -> None:
+    """Raises UserError if a run has other flags, except those that change no result."""
+    differences = []
+    for flag in old | new:
+        if flag not in FREE and old.get(flag) != new.get(flag):
+            differences.append(f"\n  {flag}: {old.get(flag)} there, {new.get(flag)} now")
+    if differences:
+        raise UserError(
+            f"{folder} holds a run with another configuration:{''.join(differences)}\n"
+            "To start another run, give it a --name; to continue that one, repeat its flags."
+        )
 
-    A second signal ends the program as if it was not handled.
-    """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.requested = False
-        self.unsaved = False  # whether there is work that a checkpoint would save
-        self.handlers = {}  # signal -> what was there before
-
-    def install(self) -> None:
-        with contextlib.suppress(ValueError):  # not the main thread: signals stay as they are
-            for number in SIGNALS:
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    self.handlers[number] = signal.signal(number, self._answer)
-
-    def restore(self) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.handlers = {}
-
-    def _answer(self, number: int, _: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        self.requested = True
-        if not self.unsaved:
-            self.leave()
-        name = signal.Signals(number).name
-        print(f"\n{name}: saving after this step; repeat it to end at once", file=sys.stderr)
-
-    def leave(self) -> None:
-        """Ends the program, because everything is saved."""
-        raise SystemExit(f"{self.folder} is saved. Repeat the command to continue.")
+def pack_rollouts(agents: list[tuple[int, int]], results: dict[str, np.ndarray]) -> bytes:
+    """Returns the paths of an evaluation as an .npz file."""
+    arrays = dict(task=[task for task, _ in agents], success=results["success"])
+    for i, path in enumerate(results["path"].flat):
+        arrays[f"path{i}"] = np.array(path)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
 
 
 class Run:
     """The folder of a run, as a context: it is locked, and signals are answered with a checkpoint.
 
-    Attributes: `agents`, the (task, seed) of each; `evaluation_due`, whether an evaluation follows
-    the step that was just logged.
+    `evaluation_due` says whether an evaluation follows the step that was just logged.
     """
 
     def __init__(self, script: str, args: Any, agents: list, data: dict, ends: tuple[int, ...]):
         """Begins or continues a run.
 
-        `script` is the path of the script, `data` identifies the dataset, and `ends` are the steps
-        at which the phases of the run end.
+        `script` is the path of the script, `agents` has the (task, seed) of each, `data` identifies
+        the dataset, and `ends` are the steps at which the phases of the run end.
         """
-        name = args.name or "default"
-        self.folder = Path(args.run_dir).expanduser() / Path(script).stem / args.env / name
         self.args, self.agents, self.ends = args, agents, ends
         self.score, self.unit = "return", "step"
         if hasattr(args, "tasks"):
             self.score, self.unit = "success", "update"
-        self.start = time.time()
-        self.step, self.updates_per_call, self.call_began = 0, 1, 0.0
-        self.evaluation_due, self.rollouts = False, None
-        self.last_row = dict.fromkeys(TABLES, 0)  # step of each table's last row
-        self.lost = set()  # agents with metrics that are not finite
-        self.wandb = None
-        self.stop = StopRequest(self.folder)
-        with self._files(".lock"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.folder} is in use by another process") from None
+        name = args.name or "default"
+        self.folder = Path(args.run_dir).expanduser() / Path(script).stem / args.env / name
+        self.lock = lock_folder(self.folder)
         flags = json.loads(json.dumps(vars(args) | data))
-        id = self._check_same_flags(flags)
-        self.checkpoints = Checkpoints(self.folder, id)
-        config = dict(id=id, flags=flags, made_with=environment_info())
-        self._write("config.json", json.dumps(config, indent=1).encode())
-        if args.track:
-            with self._tracking():
-                wandb = importlib.import_module("wandb")
-                self.wandb = wandb.init(project="flow-policies", name=name, config=flags, id=id)
+        config = self._configure(flags)
+        tracker = Tracker(name, config["id"], flags) if args.track else None
+        self.checkpoints = Checkpoints(self.folder, config["id"])
+        self.tables = Tables(self.folder, agents, tracker)
+        self.stop = StopRequest(self.folder)
+        self.step = 0
+        self.updates_per_call, self.call_began = 1, None
+        self.evaluation_due, self.last_results = False, None
 
-    def __enter__(self):
+    def __enter__(self) -> "Run":
         self.stop.install()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.stop.restore()
-        self._lock.close()
+        if self.tables.tracker:
+            self.tables.tracker.finish()
+        self.lock.close()
 
-    @contextlib.contextmanager
-    def _files(self, name):
-        try:
-            yield
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            problem = f"cannot use {self.folder / name}: {error}"
-            raise UserError(f"{problem}. Fix this, then rerun the same command.") from None
-
-    @contextlib.contextmanager
-    def _tracking(self):
-        try:
-            yield
-        except Exception as error:  # of any kind, because the run is worth more than its mirror
-            self.wandb = None
-            print(f"W&B failed; the run continues without it: {error}", file=sys.stderr)
-
-    def _check_same_flags(self, flags: dict) -> str:
-        """Returns the id of the run; refuses to continue one with other flags."""
-        begun = any((self.folder / name).exists() for name in (CHECKPOINT, PREVIOUS, *TABLES))
-        if not begun:
-            return uuid.uuid4().hex[:16]
-        with self._files("config.json"):
-            config = json.loads((self.folder / "config.json").read_text())
-            old, id = config["flags"], config["id"]
-        defaults = json.loads(json.dumps(vars(type(self.args)())))  # for flags newer than the run
-        old = defaults | old
-        keys = [key for key in old | flags if key not in FREE and old.get(key) != flags.get(key)]
-        differences = [f"\n  {key}: {old.get(key)} there, {flags.get(key)} now" for key in keys]
-        if differences:
-            raise UserError(
-                f"{self.folder} holds a run with another configuration:{''.join(differences)}\n"
-                "To start another run, give it a --name; to continue that one, repeat its flags."
-            )
-        return id
-
-    def _write(self, name: str, content: bytes) -> None:
-        with self._files(name):
-            write_file(self.folder / name, content)
+    def _configure(self, flags: dict) -> dict:
+        """Writes and returns config.json; refuses to continue a run with other flags."""
+        path = self.folder / "config.json"
+        config = dict(id=uuid.uuid4().hex[:16], flags=flags, made_with=environment_info())
+        self.old_flags = flags
+        if any((self.folder / name).exists() for name in (CHECKPOINT, PREVIOUS, *TABLES)):
+            with file_errors(path):
+                old = json.loads(path.read_text())
+                defaults = json.loads(json.dumps(vars(type(self.args)())))
+                self.old_flags = defaults | old["flags"]  # some flags may be newer than the run
+                config = old | dict(flags=flags)
+            refuse_other_flags(self.folder, self.old_flags, flags)
+        if not self.args.eval_only:
+            write_file(path, json.dumps(config, indent=1).encode())
+        return config
 
     def restore(self, content: dict) -> tuple[int, dict]:
         """Returns the step and the content of the last checkpoint, (0, `content`) without one.
@@ -178,49 +126,42 @@ class Run:
         arrays (agents, n, ...). Rows of the tables after the checkpoint are dropped.
         """
         like = content | dict(step=0, seconds=0.0, evaluation_due=False)
-        with self._files("the checkpoints"):
-            found = self.checkpoints.restore(like, with_replay=not self.args.eval_only)
+        found = self.checkpoints.restore(like, with_replay=not self.args.eval_only)
         if found is None and self.args.eval_only:
             raise UserError(f"{self.folder} holds no checkpoint that could be evaluated")
         found = found or like | dict(replay={})
+        self._check_phase(found["replay"])
         self.step = found["step"]
-        self.start -= found["seconds"]
-        for table in TABLES:
-            if (self.folder / table).exists():
-                self._cut_table(table)
-        last_evaluation = self.last_row["eval.csv"]
-        self.evaluation_due = found["evaluation_due"] and last_evaluation < self.step
-        if self.args.eval_only:
-            self.evaluation_due = True
-        if self.step:
-            print(f"resuming from step {self.step:,}")
+        self.tables.start -= found["seconds"]
+        self.tables.cut(self.step)
+        evaluated = self.tables.last_row["eval.csv"] >= self.step
+        self.evaluation_due = self.args.eval_only or (found["evaluation_due"] and not evaluated)
+        self._describe(content["state"])
         self.bar = tqdm(
             initial=self.step, total=self.ends[-1], unit=self.unit, dynamic_ncols=True, disable=None
         )
         return self.step, found
 
-    def _cut_table(self, table: str) -> None:
-        """Drops the rows after the checkpoint, and steps without a row for every agent."""
-        path = self.folder / table
-        with self._files(table):
-            header, *lines = path.read_text().splitlines(keepends=True) or [""]
-            steps = []
-            for line in lines:
-                whole = line.endswith("\n")
-                steps.append(int(line.split(",")[2]) if whole else self.step + 1)
-        if lines and not self.step and table != "train.csv":  # they would be dropped
+    def _check_phase(self, replay: dict) -> None:
+        """Refuses other --offline-steps once the online phase has begun."""
+        offline_steps = self.old_flags.get("offline_steps")
+        if replay and offline_steps != getattr(self.args, "offline_steps", None):
             raise UserError(
-                f"{self.folder} has results but no checkpoint to continue from: move it away, or "
-                "start another run with a --name"
+                f"--offline-steps must stay {offline_steps}: the online phase of {self.folder} has "
+                "begun. To start another run, give it a --name."
             )
-        num_rows = len(lines) // len(self.agents) * len(self.agents)
-        kept = [i for i in range(num_rows) if steps[i] <= self.step]
-        if kept:
-            text = "".join([header, *(lines[i] for i in kept)])
-            self._write(table, text.encode())
-            self.last_row[table] = max(steps[i] for i in kept)
-        else:
-            path.unlink()
+
+    def _describe(self, state: Any) -> None:
+        """Prints what the run trains, on what and where."""
+        count = len(self.agents)
+        parameters = sum(x.size for x in jax.tree.leaves(state.params)) // count
+        agents = "agent" if count == 1 else "agents"
+        print(f"environment  {self.args.env}")
+        print(f"agents       {count} {agents}, {parameters:,} parameters each")
+        print(f"device       {jax.device_count()} x {jax.devices()[0].device_kind}")
+        print(f"folder       {self.folder}")
+        if self.step:
+            print(f"resuming from step {self.step:,} of {self.ends[-1]:,}")
 
     def updates_until_due(self, step: int) -> int:
         """Returns for how many updates nothing is due, at most for about a second of work."""
@@ -233,7 +174,7 @@ class Run:
 
     def _adapt_call(self, updates: int) -> None:
         seconds = time.time() - self.call_began
-        self.call_began = 0.0
+        self.call_began = None
         if seconds < SECONDS_PER_CALL / 2 and updates == self.updates_per_call:
             self.updates_per_call *= 2
         elif seconds > SECONDS_PER_CALL * 2 and updates > 1:
@@ -248,88 +189,53 @@ class Run:
         `metrics` are sums over the updates since the last row, with their number under "updates".
         Returns the sums to go on with: zeros after a row. Exits after saving if a signal came.
         """
-        if self.call_began:  # the bar must not run ahead of the device
+        if self.call_began is not None:  # the bar must not run ahead of the device
             jax.block_until_ready(metrics)
             self._adapt_call(step - self.step)
         self.evaluation_due = step in self.ends or self._passed(self.args.eval_interval, step)
         row_due = self.evaluation_due or self._passed(self.args.log_interval, step)
         self.bar.update(step - self.step)
-        self.step, self.stop.unsaved = step, True
+        self.step = step
+        self.stop.unsaved = True
         if row_due and metrics["updates"][0] > 0:
-            updates = int(metrics["updates"][0])
-            means = {name: x / updates for name, x in metrics.items() if name != "updates"}
-            self.log("train.csv", step, means)
-            metrics = jax.tree.map(jnp.zeros_like, metrics)
+            metrics = self._log_means(step, metrics)
         if self.evaluation_due or self.stop.requested:
-            seconds, due = time.time() - self.start, self.evaluation_due
-            content = content | dict(step=step, seconds=seconds, evaluation_due=due)
-            with self._files("the checkpoint"):
-                self.checkpoints.save(content | dict(metrics=metrics), replay)
+            seconds = time.time() - self.tables.start
+            content = content | dict(step=step, seconds=seconds, metrics=metrics)
+            content["evaluation_due"] = self.evaluation_due
+            self.checkpoints.save(content, replay)
             self.stop.unsaved = False
             if self.stop.requested:
                 self.stop.leave()
         return metrics
+
+    def _log_means(self, step: int, metrics: dict) -> dict:
+        updates = int(metrics["updates"][0])
+        means = {name: x / updates for name, x in metrics.items() if name != "updates"}
+        self.tables.log("train.csv", step, means)
+        losses = {name: f"{x.mean():.3g}" for name, x in means.items() if "loss" in name}
+        self.bar.set_postfix(losses, refresh=False)
+        return jax.tree.map(jnp.zeros_like, metrics)
 
     def log_evaluation(self, step: int, results: dict[str, np.ndarray]) -> None:
         """Logs the means of results (agents, episodes) and keeps the paths for `finish`."""
         means = {name: x.mean(1) for name, x in results.items() if name != "path"}
         if self.score != "success":
             del means["success"]
-        self.log("eval_only.csv" if self.args.eval_only else "eval.csv", step, means)
+        self.tables.log("eval_only.csv" if self.args.eval_only else "eval.csv", step, means)
         self.bar.write(f"{step:,} {self.unit}s: {self.score} {means[self.score].mean():.2f}")
-        self.evaluation_due, self.rollouts = False, results
+        self.evaluation_due, self.last_results = False, results
 
-    def log(self, table: str, step: int, metrics: dict) -> None:
-        """Appends a row per agent to a table; `metrics` are arrays (agents,) by name.
-
-        Reports agents with metrics that are not finite, and stops when no other agent is left.
-        """
-        values = np.array(list(metrics.values()), float)
-        names = list(metrics)
-        for metric, agent in np.argwhere(~np.isfinite(values)):
-            task, seed = self.agents[agent]
-            problem = f"{names[metric]} of task {task}, seed {seed} is not finite at step {step}"
-            new = agent not in self.lost
-            self.lost.add(agent)
-            if len(self.lost) == len(self.agents):
-                raise UserError(f"{problem}: {self.folder} stays as it was")
-            if new:
-                print(f"\n{problem}: this agent is lost, the others go on", file=sys.stderr)
-        path = self.folder / table
-        rows = []
-        if not path.exists():
-            rows.append(["task", "seed", "step", "seconds", *names])
-        seconds = round(time.time() - self.start, 1)
-        for (task, seed), numbers in zip(self.agents, values.T, strict=True):
-            rows.append([task, seed, step, seconds, *numbers])
-            if self.wandb:
-                prefix = f"{path.stem}/task{task}-seed{seed}"
-                with self._tracking():
-                    entries = zip(names, numbers, strict=True)
-                    self.wandb.log({f"{prefix}/{name}": x for name, x in entries}, step=step)
-        with self._files(table), open(path, "a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
-        self.last_row[table] = step
-
-    def finish(self) -> list[dict]:
+    def finish(self) -> list[dict[str, str]]:
         """Keeps the paths of the last evaluation, draws the pictures, returns the evaluations."""
         self.bar.close()
-        if self.rollouts:
-            self._write("rollouts.npz", self._pack_rollouts())
+        if self.last_results:
+            content = pack_rollouts(self.agents, self.last_results)
+            write_file(self.folder / "rollouts.npz", content)
         plot = Path(__file__).resolve().parents[1] / "plot.py"
-        if self.rollouts or not (self.folder / "curve.png").exists():
+        if self.last_results or not (self.folder / "curve.png").exists():
             if plot.exists() and b"def draw_rollouts" in plot.read_bytes():  # not one of your own
                 subprocess.run([sys.executable, plot, self.folder], check=False)
         state = "complete" if self.step >= self.ends[-1] else "not complete"
         print(f"{self.folder} is {state}: {self.step:,} of {self.ends[-1]:,} {self.unit}s")
-        table = self.folder / "eval.csv"
-        with self._files("eval.csv"), open(table, newline="") as file:
-            return list(csv.DictReader(file))
-
-    def _pack_rollouts(self) -> bytes:
-        arrays = dict(task=[task for task, _ in self.agents], success=self.rollouts["success"])
-        for i, path in enumerate(self.rollouts["path"].flat):
-            arrays[f"path{i}"] = np.array(path)
-        content = io.BytesIO()
-        np.savez(content, **arrays)
-        return content.getvalue()
+        return self.tables.read("eval.csv")

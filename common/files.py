@@ -1,0 +1,52 @@
+"""Files that are either old or new, never half; locks; and errors that name the file."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from io import TextIOWrapper
+from pathlib import Path
+
+from common.errors import UserError
+
+
+@contextlib.contextmanager
+def file_errors(path: Path) -> Iterator[None]:
+    """Turns errors with a file into a UserError that names it."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        problem = f"cannot use {path}: {error}"
+        raise UserError(f"{problem}. Fix this, then rerun the same command.") from None
+
+
+def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Replaces a file: at any moment either the old or the new one is there, whole and on the disk.
+
+    The old one is moved to `keep`, if given.
+    """
+    new = path.with_name(f"{path.name}.tmp")
+    with file_errors(path):
+        with open(new, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(new, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def lock_folder(folder: Path) -> TextIOWrapper:
+    """Makes a folder and locks it until the file that is returned is closed."""
+    with file_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise UserError(f"{folder} is in use by another process") from None
+    return lock

@@ -1,0 +1,45 @@
+"""Answering signals: first everything is saved, then the program ends."""
+
+import contextlib
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopRequest:
+    """Remembers a signal until everything is saved; where nothing is unsaved, exits at once.
+
+    A second signal ends the program as if it was not handled.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.requested = False
+        self.unsaved = False  # whether there is work that a checkpoint would save
+        self.handlers = {}  # signal -> what was there before
+
+    def install(self) -> None:
+        with contextlib.suppress(ValueError):  # not the main thread: signals stay as they are
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.handlers[number] = signal.signal(number, self._answer)
+
+    def restore(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def _answer(self, number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        self.requested = True
+        if not self.unsaved:
+            self.leave()
+        name = signal.Signals(number).name
+        print(f"\n{name}: saving after this step; repeat it to end at once", file=sys.stderr)
+
+    def leave(self) -> None:
+        """Ends the program, because everything is saved."""
+        raise SystemExit(f"{self.folder} is saved. Repeat the command to continue.")

@@ -1,0 +1,146 @@
+"""Environments in fresh Python processes, and what these processes do.
+
+Workers import this module, so it must not import jax, which does not survive a fork either.
+"""
+
+import os
+import subprocess
+import sys
+import traceback
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.environments import make_env
+
+# Signals may reach the whole group of processes. Only the parent process answers them.
+WORKER = """
+import signal, sys
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+sys.path.insert(0, sys.argv[1])
+from common.workers import work
+work(int(sys.argv[2]))
+"""
+
+
+def cores() -> int:
+    """Returns the number of cores that this process may use (fewer under Slurm or taskset)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+class Slot:
+    """One environment. Mazes draw from NumPy's global generator, so each slot keeps its state."""
+
+    def __init__(self, name: str, **options: Any):
+        self.env = make_env(name, **options)
+
+    def start(self, seed: int) -> tuple:
+        """Begins an episode and returns a tuple with its first observation."""
+        np.random.seed(seed)
+        observation, _ = self.env.reset(seed=int(seed))
+        self.generator = np.random.get_state()
+        return (np.float32(observation),)
+
+    def step(self, action: np.ndarray) -> tuple:
+        """Returns next observation, reward, mask (0 where the task, not the clock, ended the
+        episode), whether the episode ended, and success."""
+        np.random.set_state(self.generator)
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.generator = np.random.get_state()
+        ended = terminated or truncated
+        return np.float32(observation), reward, not terminated, ended, info.get("success", 0)
+
+    def replay(self, seed: int, age: int, actions: np.ndarray) -> tuple:
+        """Plays the last `age` actions again and returns a tuple with the last observation."""
+        result = self.start(seed)
+        for action in actions[len(actions) - age :]:
+            result = self.step(action)
+        return result
+
+
+class Slots:
+    """The environments of one process, made when they are first used."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+        self.slots = {}
+
+    def run(self, jobs: list[tuple[int, str, tuple]]) -> list[tuple]:
+        """Calls a method of each slot: [(slot, method, arguments), ...] -> results."""
+        results = []
+        for index, method, arguments in jobs:
+            if index not in self.slots:
+                self.slots[index] = Slot(self.names[index])
+            results.append(getattr(self.slots[index], method)(*arguments))
+        return results
+
+
+def work(pipe: int) -> None:
+    """Answers the jobs that arrive in a worker process with their results or a traceback."""
+    connection = Connection(pipe)
+    try:
+        slots = Slots(connection.recv())
+        while True:
+            jobs = connection.recv()
+            try:
+                answer = slots.run(jobs)
+            except Exception:
+                answer = traceback.format_exc()
+            connection.send(answer)
+    except (EOFError, OSError, KeyboardInterrupt):
+        pass  # the parent process ended
+
+
+class Worker:
+    """A fresh Python process with environments, because jax does not survive a fork."""
+
+    def __init__(self, names: list[str]):
+        self.connection, theirs = Pipe()
+        root = str(Path(__file__).resolve().parents[1])
+        command = [sys.executable, "-P", "-c", WORKER, root, str(theirs.fileno())]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+        theirs.close()
+        self.connection.send(names)
+
+    def send(self, jobs: list[tuple]) -> None:
+        try:
+            self.connection.send(jobs)
+        except OSError:
+            pass  # the process died; `receive` says so
+
+    def receive(self) -> list[tuple]:
+        try:
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            code = self.process.wait()
+            answer = f"process {self.process.pid} died with exit code {code} (-9: out of memory?)"
+        if isinstance(answer, str):
+            raise RuntimeError(f"an environment worker failed: {answer}")
+        return answer
+
+
+class Workers:
+    """Environments in several processes; slot i is in worker i modulo their number."""
+
+    def __init__(self, names: list[str], count: int):
+        self.workers = [Worker(names) for _ in range(count)]
+
+    def run(self, jobs: list[tuple[int, str, tuple]]) -> list[tuple]:
+        """Calls a method of each slot, like `Slots.run`. Raises RuntimeError if a worker fails."""
+        shares = {}
+        for job in jobs:
+            shares.setdefault(job[0] % len(self.workers), []).append(job)
+        for worker, share in shares.items():
+            self.workers[worker].send(share)
+        results = {}
+        for worker, share in shares.items():
+            answers = self.workers[worker].receive()
+            for (slot, *_), answer in zip(share, answers, strict=True):
+                results[slot] = answer
+        return [results[slot] for slot, *_ in jobs]
