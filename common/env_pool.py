@@ -54,6 +54,8 @@ class EnvPool:
         return results
 
     def _observe(self, where: np.ndarray, observations: list[np.ndarray]) -> None:
+        if not observations:
+            return
         if self.observations.shape[-1] == 0:  # the first time
             size = observations[0].size
             self.observations = np.zeros((*self.shape, size), np.float32)
@@ -125,7 +127,7 @@ class EnvPool:
         self.ages = np.array(saved["ages"])
         self.plans = np.array(saved["plans"])
         self.played = np.array(saved["played"])
-        if self.ages.max() > actions.shape[2]:
+        if self.ages.max(initial=0) > actions.shape[2]:
             raise UserError("an episode is longer than the replay, so the run cannot be continued")
         self._call("replay", self.active, self.seeds, self.ages, actions)
 

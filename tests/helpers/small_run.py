@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gc
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,15 +58,20 @@ def sums(offset=0.0, updates=1):
     return metrics(offset) | dict(updates=np.full(3, float(updates)))
 
 
+@flax.struct.dataclass
+class State:
+    params: dict
+
+
 def content(value=0.0):
     """What a script saves, in a small state."""
-    return dict(state=dict(x=np.full(3, value)))
+    return dict(state=State(dict(x=np.full((3, 2), value))))
 
 
 def restore(run):
-    """Restores a run -> its step and its state's numbers."""
+    """Restores a run and returns its step and its state's number."""
     step, found = run.restore(content() | dict(metrics=sums()))
-    return step, found["state"]["x"].tolist()
+    return step, found["state"].params["x"][0, 0]
 
 
 def go(run, steps):
@@ -86,3 +92,23 @@ def same_bits(first, second):
     for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         assert (x.dtype, x.shape) == (y.dtype, y.shape)
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def save(run, step):
+    """Saves a checkpoint of this step in which no evaluation is due."""
+    more = dict(step=step, seconds=0.0, evaluation_due=False, metrics=sums())
+    run.checkpoints.save(content(step) | more)
+
+
+def logged(run, table_name="train.csv"):
+    """Logs rows of steps 10, 20 and 30, with a checkpoint of step 20.
+
+    Returns the folder and the table's bytes after each step.
+    """
+    first, contents = run(), []
+    for step in (10, 20, 30):
+        first.tables.log(table_name, step, metrics(step))
+        contents.append((first.folder / table_name).read_bytes())
+        if step == 20:
+            save(first, step)
+    return first.folder, contents
