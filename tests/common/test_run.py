@@ -312,8 +312,8 @@ def test_a_call_takes_about_a_second(run, clock):
     assert lengths == [1, 2, 4, 8, 16, 32, *[64] * 9]
     lengths = calls(first, clock, 639, 639 + 64 + 32 + 160, rate=10)
     assert lengths == [64, 32, *[16] * 10]
-    lengths = calls(first, clock, 895, 895 + 16 * 15 + 64, rate=1e3)
-    assert lengths == [16, 32, 64, 128, 64]
+    lengths = calls(first, clock, 895, 895 + 496 + 3 * 512, rate=1e3)
+    assert lengths == [16, 32, 64, 128, 256, *[512] * 3]
 
 
 def test_calls_on_a_slow_device(run, clock):

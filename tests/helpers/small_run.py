@@ -55,7 +55,8 @@ def metrics(offset=0.0):
 
 def sums(offset=0.0, updates=1):
     """Sums of `metrics` over so many updates."""
-    return metrics(offset) | dict(updates=np.full(3, float(updates)))
+    numbers = metrics(offset) | dict(updates=np.full(3, updates))
+    return {name: np.float32(x) for name, x in numbers.items()}
 
 
 @flax.struct.dataclass
@@ -65,7 +66,7 @@ class State:
 
 def content(value=0.0):
     """What a script saves, in a small state."""
-    return dict(state=State(dict(x=np.full((3, 2), value))))
+    return dict(state=State(dict(x=np.full((3, 2), np.float32(value)))))
 
 
 def restore(run):
