@@ -114,8 +114,8 @@ def check_read(path, source, arrays):
 
 
 def outcome(path, source, arrays, keys=()):
-    """ "read" or "refused", both checked; `keys`: the line has to name one of them. What is read has
-    an identity, too."""
+    """Returns "read" or "refused", both checked; `keys`: the line has to name one of them. What is
+    read has an identity, too."""
     begin = time.perf_counter()
     try:
         check_read(path, source, arrays)
