@@ -409,7 +409,7 @@ def train_step(args: Args, state: State, rollout: dict) -> tuple[State, dict]:
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames=("state", "metrics"))
-def train(args: Args, state: State, metrics: dict, rollout: dict) -> tuple[State, dict]:
+def train_chunk(args: Args, state: State, metrics: dict, rollout: dict) -> tuple[State, dict]:
     """Learns from a rollout of all agents, and adds the metrics to `metrics`.
 
     The rollout has arrays (agents, num_envs, T, ...) by name.
@@ -521,7 +521,7 @@ def main(args: Args) -> list[dict]:
         # Every agent plays a rollout, then learns from it.
         while step < total_steps:
             rollout, new_actions = collect_rollout(args, state, envs, agents, step)
-            state, metrics = train(args, state, metrics, rollout)
+            state, metrics = train_chunk(args, state, metrics, rollout)
             step = step + args.rollout_steps
             played = np.concatenate([played, new_actions], axis=2)
             played = played[:, :, played.shape[2] - envs.ages.max() :]

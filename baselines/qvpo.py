@@ -413,10 +413,20 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames=("state", "metrics"))
-def train(args: Args, state: State, metrics: dict, replay: Replay) -> tuple[State, dict]:
-    """Makes one update of all agents, and adds its metrics to `metrics`."""
-    state, new_metrics = over_agents(partial(train_step, args))(state, replay)
-    return state, jax.tree.map(jnp.add, metrics, new_metrics)
+def train_chunk(
+    args: Args, state: State, metrics: dict, replay: Replay, updates: int
+) -> tuple[State, dict]:
+    """Makes `updates` updates of all agents without leaving the device.
+
+    Adds the metrics of each update to `metrics`.
+    """
+
+    def body(_, carry):
+        state, sums = carry
+        state, metrics = over_agents(partial(train_step, args))(state, replay)
+        return state, jax.tree.map(jnp.add, sums, metrics)
+
+    return jax.lax.fori_loop(0, updates, body, (state, metrics))
 
 
 # --- end shared ---
@@ -489,7 +499,7 @@ def main(args: Args) -> list[dict]:
             learning_steps = step - args.warmup_steps
             if learning_steps > 0 and learning_steps % args.env_steps_per_update == 0:
                 # The device works on the update while the environments make their step.
-                state, metrics = train(args, state, metrics, replay)
+                state, metrics = train_chunk(args, state, metrics, replay, 1)
             transitions = envs.step()
             replay = replay.append(transitions)
             ended = transitions["terminals"] > 0
