@@ -12,7 +12,8 @@ from common.run import parse
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
-PAGES += [*(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+PAGES += sorted((ROOT / "benchmarks").rglob("*.md"))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 OWN = ("--help", "-h")  # flags of the command line itself
 each_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -94,9 +95,9 @@ def test_commands_are_found():
     """The search finds the README's own commands, and those of every script's page."""
     found = [" ".join(words) for words in commands(ROOT / "README.md")]
     assert "python meam.py" in found and "python meam.py --env puzzle-4x4 --rho 0.5" in found
-    for path in (ROOT / "docs").glob("*.md"):
+    for path in (ROOT / "docs/methods").glob("*.md"):
         module = path.stem if (ROOT / f"{path.stem}.py").exists() else f"baselines.{path.stem}"
-        if (ROOT / f"{module.replace('.', '/')}.py").exists() and path.stem != "plot":
+        if (ROOT / f"{module.replace('.', '/')}.py").exists():
             assert module in [resolved(words)[0] for words in commands(path)], path.name
 
 
