@@ -1,4 +1,4 @@
-"""Generates parts of the docs: where each equation is, tuned values, results beside published ones.
+"""Generates parts of the docs: where each equation is, tuned values, results next to published ones.
 
     python -m tools.pages check     lists what is out of date, and tags that equations.md lacks
     python -m tools.pages write     writes all of it again
@@ -6,7 +6,7 @@
 Generated text stands between `<!-- generated: <name> -->` and `<!-- end generated -->`:
 
 - a method's page has `equations`, the `# Eq. (n)` tags of its script, named as in equations.md, and
-  `results`, our results beside the published ones;
+  `results`, our results next to the published ones;
 - docs/methods/tuned.md has `protocol`, `domains` and `small`, the values of ENV_DEFAULTS;
 - README.md has `offline` and `online`, tables whose last two cells in each row are generated.
 """
