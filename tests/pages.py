@@ -1,4 +1,4 @@
-"""Generates parts of the docs: where each equation is, tuned values, results next to published ones.
+"""Generates parts of the docs: where each equation is, tuned values, results next to published.
 
     python -m tools.pages check     lists what is out of date, and tags that equations.md lacks
     python -m tools.pages write     writes all of it again
