@@ -23,16 +23,23 @@ PARTS = {"README.md": ["offline", "online"], "tuned.md": ["protocol", "domains",
 
 def test_every_page_has_its_parts():
     """The README's tables also have every script of their family, with both cells."""
-    for path, (text, _) in pages.pages().items():
-        blocks = {x[2]: x[3] for x in BLOCK.finditer(text)}
-        expected = PARTS.get(path.name, ["equations", "results"])
-        assert [*blocks] == expected and text.count("<!-- end generated -->") == len(blocks), path
-        for kind in blocks.keys() & {"offline", "online"}:
-            assert sorted(row[2] for row in ROW.finditer(blocks[kind])) == sorted(named(kind))
-            assert {line.count("|") for line in blocks[kind].splitlines()} == {7}, kind
-            empty = [row[2] for row in ROW.finditer(blocks[kind]) if " - |" in row[0]]
-            assert empty == ["meam"] * (kind == "offline")
-    assert len(pages.pages()) == len(SCRIPTS) + 2
+    found = pages.pages()
+    assert len(found) == len(SCRIPTS) + 2
+    for path, (text, _) in found.items():
+        blocks = {block[2]: block[3] for block in BLOCK.finditer(text)}
+        assert list(blocks) == PARTS.get(path.name, ["equations", "results"]), path
+        assert text.count("<!-- end generated -->") == len(blocks), path
+
+
+@pytest.mark.parametrize("kind, without_number", [("offline", ["meam"]), ("online", [])])
+def test_tables_of_the_readme(kind, without_number):
+    """They have a row with both cells for every script of the family."""
+    text = (ROOT / "README.md").read_text()
+    blocks = {block[2]: block[3] for block in BLOCK.finditer(text)}
+    rows = list(ROW.finditer(blocks[kind]))
+    assert sorted(row[2] for row in rows) == sorted(named(kind))
+    assert {line.count("|") for line in blocks[kind].splitlines()} == {7}
+    assert [row[2] for row in rows if " - |" in row[0]] == without_number
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -76,13 +83,16 @@ def test_tuned_page_has_every_value(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_lines(script):
-    """Every equation has a line in the table; it has the tag, and is in the function."""
-    lines, found = (ROOT / f"{script}.py").read_text().splitlines(), pages.tags(script)
+    """Every equation has a line in the table; the line has the tag, and is in the function."""
+    lines = (ROOT / f"{script}.py").read_text().splitlines()
+    found = pages.tags(script)
     assert {number for number, _ in found} == pages.listed(script).keys()
     for (number, name), places in found.items():
         for i in places:
-            above = [x[1] for y in lines[:i] if (x := re.match(r"(?:def|class) (\w+)", y))]
-            assert number in pages.equations(lines[i - 1]) and [name] == (above or [""])[-1:]
+            starts = [re.match(r"(?:def|class) (\w+)", line) for line in lines[:i]]
+            above = [""] + [start[1] for start in starts if start]
+            assert number in pages.equations(lines[i - 1])
+            assert name == above[-1]
     first = [places[0] for places in found.values()]
     assert first == sorted(first)
 
