@@ -356,21 +356,23 @@ def entropy_gradient(args: Args, state: State, observations: Array, actions: Arr
     """Estimates lambda grad_a log pi_k(a|s) by the score network: (B, S), (B, A) -> (B, A)."""
     if args.entropy_scale == 0:
         return jnp.zeros_like(actions)
-    query = jnp.clip(actions, -1, 1) if args.score_gate else actions
+    query = actions
+    weight = args.entropy_scale
+    if args.score_gate:
+        query = jnp.clip(actions, -1, 1)
+        weight = jnp.where(jnp.abs(actions) <= 1, args.entropy_scale, 0.0)
     log_sigma = jnp.full(len(actions), jnp.log(args.sigma_min))
     noise = predict_noise(args, state.params["score"], observations, query, log_sigma)
     score = -noise / args.sigma_min
-    if args.score_gate:
-        score = jnp.where(jnp.abs(actions) <= 1, score, 0)
-    return args.entropy_scale * score
+    return score * weight
 
 
 def adjoint_matching_loss(
     args: Args, params: dict, state: State, batch: Batch, key: Array
 ) -> tuple[Array, dict]:
-    """Regresses v_theta onto the velocity that the lean adjoint asks for.
+    """Regresses the policy's flow onto the velocity that the lean adjoint asks for.
 
-    Only the regression sees `params`; the SDE, the terminal gradients and the adjoint see `state`.
+    Only this regression sees `params`; the SDE and the whole adjoint see `state`.
     ref: not masked by `batch.valid`.
     """
     s = batch.observations
@@ -402,7 +404,7 @@ def adjoint_matching_loss(
     # ref: the last step is an Euler step of the reference flow.
     end = x + dt * reference(x, times[-1])
 
-    def value(actions):  # ref: target critics, their mean; no gradient outside of the box
+    def value(actions):  # ref: target critics, their mean; no gradient outside the box
         clipped = jnp.clip(actions, -1, 1)
         return critic(args, state.targets["critic"], s, clipped).mean(0).sum()
 
@@ -435,37 +437,33 @@ def adjoint_matching_loss(
     def norm(vectors):
         return jnp.linalg.norm(vectors, axis=-1).mean()
 
-    tilt_norm = norm(tilt)
-    score_norm = norm(bonus)
     metrics = dict(
         adjoint_loss=loss,
         outside=(jnp.abs(end) > 1).mean(),
-        tilt_norm=tilt_norm,
-        score_norm=score_norm,
-        score_ratio=score_norm / jnp.maximum(tilt_norm, 1e-8),
+        tilt_norm=norm(tilt),
+        score_norm=norm(bonus),
         adjoint_norm=norm(adjoint[0]),
     )
+    metrics["score_ratio"] = metrics["score_norm"] / jnp.maximum(metrics["tilt_norm"], 1e-8)
     return loss, metrics
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
     """Makes one gradient step on the sum of all losses, all at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 4)
-    losses = {
-        critic_loss: keys[0],
-        behavior_loss: keys[1],
-        adjoint_matching_loss: keys[2],
-    }
-    # Optional losses use folded keys, so that without them the others draw the same numbers.
+    losses = [critic_loss, behavior_loss, adjoint_matching_loss]
     if args.rho > 0:
-        losses[expansion_loss] = jax.random.fold_in(keys[0], 1)
+        losses.append(expansion_loss)
     if args.entropy_scale > 0:
-        losses[score_loss] = jax.random.fold_in(keys[0], 2)
+        losses.append(score_loss)
+    # Further losses use folded keys, so that without them the first three draw QAM's numbers.
+    for i in range(3, len(losses)):
+        keys.append(jax.random.fold_in(keys[0], i - 2))
 
     def total_loss(params):
         total = 0.0
         metrics = {}
-        for loss, loss_key in losses.items():
+        for loss, loss_key in zip(losses, keys, strict=True):
             value, loss_metrics = loss(args, params, state, batch, loss_key)
             total += value
             metrics |= loss_metrics
