@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-if __name__ == "__main__":  # `python baselines/cgql.py` finds common/ next to baselines/
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
@@ -305,11 +305,12 @@ def behavior_loss(
 ) -> tuple[Array, dict]:
     """Matches f_beta to the data: along x_t = (1 - t) z + t a the velocity is a - z."""
     z_key, t_key = jax.random.split(key)
-    z = jax.random.normal(z_key, batch.actions.shape)
+    actions = batch.actions
+    z = jax.random.normal(z_key, actions.shape)
     t = jax.random.uniform(t_key, batch.valid.shape)
-    x = (1 - t[:, None]) * z + t[:, None] * batch.actions
+    x = (1 - t[:, None]) * z + t[:, None] * actions
     velocity = field(args, params["behavior"], batch.observations, x, t)
-    errors = ((velocity - (batch.actions - z)) ** 2).mean(-1)
+    errors = ((velocity - (actions - z)) ** 2).mean(-1)
     loss = (batch.valid * errors).mean()  # Eq. (17)
     return loss, dict(behavior_loss=loss)
 

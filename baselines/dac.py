@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # `python baselines/dac.py` finds common/ next to baselines/
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.linen as nn
@@ -275,7 +275,7 @@ def policy_loss(
     abar = abar_of_steps[i][:, None]
     x = jnp.sqrt(abar) * batch.actions + jnp.sqrt(1 - abar) * noise  # Eq. (48)
 
-    def value(actions):  # ref: target critics, their mean; outside of the box, too
+    def value(actions):  # ref: target critics, their mean; outside the box, too
         return critic(args, state.targets["critic"], batch.observations, actions).mean(0).sum()
 
     gradient = jax.grad(value)(x)

@@ -26,7 +26,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # `python baselines/dsrl.py` finds common/ next to baselines/
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
@@ -147,8 +147,7 @@ def create(args: Args, observation_size: int, key: Array) -> State:
         latent=TanhGaussian(args.hidden_dims, a.shape[-1]).init(latent_key, s),
         log_alpha=jnp.zeros(()),
     )
-    averaged = ["critic", "behavior"]
-    targets = {name: jax.tree.map(jnp.copy, params[name]) for name in averaged}
+    targets = {name: jax.tree.map(jnp.copy, params[name]) for name in ("critic", "behavior")}
     return State(params, targets, optimizer(args).init(params), key)
 
 
@@ -170,8 +169,8 @@ def field(args: Args, params: dict, observations: Array, x: Array, t: Array) -> 
 
 def latent(args: Args, params: dict, observations: Array, key: Array) -> tuple[Array, Array]:
     """Samples latents z = sigma_z e, with the log-density of e = tanh u: (B, S) -> (B, A), (B,)."""
-    network = TanhGaussian(args.hidden_dims, args.chunk_length * args.action_size)
-    mean, log_std = network.apply(params, observations)
+    actor = TanhGaussian(args.hidden_dims, args.chunk_length * args.action_size)
+    mean, log_std = actor.apply(params, observations)
     noise = jax.random.normal(key, mean.shape)
     u = mean + jnp.exp(log_std) * noise
     log_density = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
@@ -229,11 +228,12 @@ def behavior_loss(
 ) -> tuple[Array, dict]:
     """Matches f_beta to the data: along x_t = (1 - t) z + t a the velocity is a - z."""
     z_key, t_key = jax.random.split(key)
-    z = jax.random.normal(z_key, batch.actions.shape)
+    actions = batch.actions
+    z = jax.random.normal(z_key, actions.shape)
     t = jax.random.uniform(t_key, batch.valid.shape)
-    x = (1 - t[:, None]) * z + t[:, None] * batch.actions
+    x = (1 - t[:, None]) * z + t[:, None] * actions
     velocity = field(args, params["behavior"], batch.observations, x, t)
-    errors = ((velocity - (batch.actions - z)) ** 2).mean(-1)
+    errors = ((velocity - (actions - z)) ** 2).mean(-1)
     loss = (batch.valid * errors).mean()  # Eq. (17)
     return loss, dict(behavior_loss=loss)
 

@@ -26,7 +26,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # `python baselines/fawac.py` finds common/ next to baselines/
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
@@ -236,11 +236,12 @@ def policy_loss(
     advantage = q - v  # both online
     weight = jnp.minimum(jnp.exp(args.inv_temp * advantage), 100)  # Eq. (74)
     z_key, t_key = jax.random.split(key)
-    z = jax.random.normal(z_key, batch.actions.shape)
+    actions = batch.actions
+    z = jax.random.normal(z_key, actions.shape)
     t = jax.random.uniform(t_key, batch.valid.shape)
-    x = (1 - t[:, None]) * z + t[:, None] * batch.actions
+    x = (1 - t[:, None]) * z + t[:, None] * actions
     velocity = field(args, params["policy"], batch.observations, x, t)
-    errors = ((velocity - (batch.actions - z)) ** 2).mean(-1)
+    errors = ((velocity - (actions - z)) ** 2).mean(-1)
     loss = (batch.valid * weight * errors).mean()  # Eq. (75)
     metrics = dict(
         advantage_std=advantage.std(),

@@ -23,7 +23,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # `python baselines/fbrac.py` finds common/ next to baselines/
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
@@ -208,11 +208,12 @@ def behavior_loss(
 ) -> tuple[Array, dict]:
     """Matches f_theta to the data: along x_t = (1 - t) z + t a the velocity is a - z."""
     z_key, t_key = jax.random.split(key)
-    z = jax.random.normal(z_key, batch.actions.shape)
+    actions = batch.actions
+    z = jax.random.normal(z_key, actions.shape)
     t = jax.random.uniform(t_key, batch.valid.shape)
-    x = (1 - t[:, None]) * z + t[:, None] * batch.actions
+    x = (1 - t[:, None]) * z + t[:, None] * actions
     velocity = field(args, params["policy"], batch.observations, x, t)
-    errors = ((velocity - (batch.actions - z)) ** 2).mean(-1)
+    errors = ((velocity - (actions - z)) ** 2).mean(-1)
     loss = (batch.valid * errors).mean()  # Eq. (17)
     return loss, dict(behavior_loss=loss)
 
@@ -222,7 +223,7 @@ def backprop_loss(
 ) -> tuple[Array, dict]:
     """Computes the negative value of the flow's actions, with gradients through all Euler steps.
 
-    A coordinate that ends outside of the box is clipped and has no gradient. `batch.valid` does not
+    A coordinate that ends outside the box is clipped and has no gradient. `batch.valid` does not
     mask this loss.
     """
     z = jax.random.normal(key, batch.actions.shape)

@@ -25,7 +25,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # `python baselines/fedit.py` finds common/ next to baselines/
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
@@ -47,7 +47,7 @@ from common.run import Precision, Run, ours, parse
 @dataclasses.dataclass(frozen=True)
 class Args:
     # --- method ---
-    edit_scale: NonNegativeFloat = 0.1  # Largest edit sigma_a of an action's coordinate.
+    edit_scale: NonNegativeFloat = 0.1  # Largest edit sigma_a of a coordinate.
     # A target is the mean minus this many standard deviations of the critics.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
@@ -180,24 +180,23 @@ def integrate(args: Args, flow: dict, observations: Array, z: Array) -> Array:
 def edit(
     args: Args, params: dict, observations: Array, actions: Array, key: Array
 ) -> tuple[Array, Array]:
-    """Edits actions: (B, S), (B, A) -> edited actions (B, A), log-density of their edits e (B,)."""
-    network = TanhGaussian(args.hidden_dims, actions.shape[-1])
-    mean, log_std = network.apply(params, observations, actions)
+    """Edits actions and computes the log-density of the edits e: (B, S), (B, A) -> (B, A), (B,)."""
+    actor = TanhGaussian(args.hidden_dims, actions.shape[-1])
+    mean, log_std = actor.apply(params, observations, actions)
     noise = jax.random.normal(key, mean.shape)
     u = mean + jnp.exp(log_std) * noise
     log_density = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
     log_slope = 2 * (jnp.log(2) - u - jax.nn.softplus(-2 * u))  # of e = tanh(u)
     log_prob = log_density.sum(-1) - log_slope.sum(-1)
-    edited = actions + args.edit_scale * jnp.tanh(u)
-    return jnp.clip(edited, -1, 1), log_prob  # Eq. (79)
+    edited = jnp.clip(actions + args.edit_scale * jnp.tanh(u), -1, 1)  # Eq. (79)
+    return edited, log_prob
 
 
 def sample_actions(args: Args, state: State, observations: Array, key: Array) -> Array:
     """Samples a~ = ODE(f_beta; s, z) and edits it: (B, S) -> (B, A) in [-1, 1]."""
     z = jax.random.normal(key, (len(observations), args.chunk_length * args.action_size))
     flow_actions = integrate(args, state.params["behavior"], observations, z)
-    edit_key = jax.random.fold_in(key, 1)
-    # The edit is sampled in evaluations, too.
+    edit_key = jax.random.fold_in(key, 1)  # the edit is sampled in evaluations, too
     actions, _ = edit(args, state.params["edit"], observations, flow_actions, edit_key)
     return actions
 
@@ -231,11 +230,12 @@ def behavior_loss(
 ) -> tuple[Array, dict]:
     """Matches f_beta to the data: along x_t = (1 - t) z + t a the velocity is a - z."""
     z_key, t_key = jax.random.split(key)
-    z = jax.random.normal(z_key, batch.actions.shape)
+    actions = batch.actions
+    z = jax.random.normal(z_key, actions.shape)
     t = jax.random.uniform(t_key, batch.valid.shape)
-    x = (1 - t[:, None]) * z + t[:, None] * batch.actions
+    x = (1 - t[:, None]) * z + t[:, None] * actions
     velocity = field(args, params["behavior"], batch.observations, x, t)
-    errors = ((velocity - (batch.actions - z)) ** 2).mean(-1)
+    errors = ((velocity - (actions - z)) ** 2).mean(-1)
     loss = (batch.valid * errors).mean()  # Eq. (17)
     return loss, dict(behavior_loss=loss)
 
@@ -243,7 +243,7 @@ def behavior_loss(
 def edit_loss(
     args: Args, params: dict, state: State, batch: Batch, key: Array
 ) -> tuple[Array, dict]:
-    """Computes the soft actor-critic loss of edits and of their temperature alpha."""
+    """Computes the soft actor-critic loss of the edit policy and of its temperature alpha."""
     z_key, edit_key = jax.random.split(key)
     z = jax.random.normal(z_key, batch.actions.shape)
     flow_actions = integrate(args, state.params["behavior"], batch.observations, z)
@@ -254,12 +254,8 @@ def edit_loss(
     target_entropy = -0.5 * actions.shape[-1]
     alpha = jnp.exp(params["log_alpha"])
     alpha_loss = alpha * (jax.lax.stop_gradient(entropy) - target_entropy)  # Eq. (78)
-    edit_size = jnp.abs(actions - flow_actions).mean()
-    metrics = dict(
-        edit_entropy=entropy,
-        edit_alpha=alpha,
-        edit_size=edit_size,
-    )
+    size = jnp.abs(actions - flow_actions).mean()
+    metrics = dict(edit_entropy=entropy, edit_alpha=alpha, edit_size=size)
     return actor_loss + alpha_loss, metrics
 
 

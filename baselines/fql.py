@@ -25,7 +25,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # `python baselines/fql.py` finds common/ next to baselines/
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
@@ -47,7 +47,7 @@ from common.run import Precision, Run, ours, parse
 @dataclasses.dataclass(frozen=True)
 class Args:
     # --- method ---
-    # Weight alpha of the distillation, a mean over coordinates; 0 ignores the data.
+    # Weight alpha of the distillation, per coordinate; 0 ignores the data.
     fql_alpha: NonNegativeFloat = 100.0
     # A target is the mean minus this many standard deviations of the critics.
     pessimism: NonNegativeFloat = 0.5
@@ -220,11 +220,12 @@ def behavior_loss(
 ) -> tuple[Array, dict]:
     """Matches f_beta to the data: along x_t = (1 - t) z + t a the velocity is a - z."""
     z_key, t_key = jax.random.split(key)
-    z = jax.random.normal(z_key, batch.actions.shape)
+    actions = batch.actions
+    z = jax.random.normal(z_key, actions.shape)
     t = jax.random.uniform(t_key, batch.valid.shape)
-    x = (1 - t[:, None]) * z + t[:, None] * batch.actions
+    x = (1 - t[:, None]) * z + t[:, None] * actions
     velocity = field(args, params["behavior"], batch.observations, x, t)
-    errors = ((velocity - (batch.actions - z)) ** 2).mean(-1)
+    errors = ((velocity - (actions - z)) ** 2).mean(-1)
     loss = (batch.valid * errors).mean()  # Eq. (17)
     return loss, dict(behavior_loss=loss)
 
@@ -232,12 +233,12 @@ def behavior_loss(
 def one_step_loss(
     args: Args, params: dict, state: State, batch: Batch, key: Array
 ) -> tuple[Array, dict]:
-    """Distills the flow into one step, and raises the critic's value of that step."""
+    """Distils the flow into one step, and maximises the critic's value of that step."""
     z = jax.random.normal(key, batch.actions.shape)
-    teacher_actions = integrate(args, state.params["behavior"], batch.observations, z)
+    teacher = integrate(args, state.params["behavior"], batch.observations, z)
     actions = one_step(args, params["one_step"], batch.observations, z)
     # ref: the mean over the coordinates; the papers write the squared norm. Student not clipped.
-    distillation = ((actions - teacher_actions) ** 2).mean()
+    distillation = ((actions - teacher) ** 2).mean()
     clipped = jnp.clip(actions, -1, 1)
     q = critic(args, state.params["critic"], batch.observations, clipped).mean()
     loss = args.fql_alpha * distillation - q  # Eq. (43)

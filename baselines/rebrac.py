@@ -24,7 +24,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # `python baselines/rebrac.py` finds common/ next to baselines/
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.linen as nn
