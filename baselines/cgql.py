@@ -1,28 +1,33 @@
 """CGQL: Classifier-Guided Q-Learning, with CGQL-MSE and CGQL-Linex, the baselines of QAM (Li and
 Levine, ICLR 2026, arXiv:2601.14234), after classifier guidance (Dhariwal and Nichol 2021).
 
-A flow f_beta imitates the data, and nothing else is a policy: when an action is sampled, the flow's
-velocity is joined by the one that would generate exp(tau Q). That one follows from a score, for
-which tau grad Q at the noisy action is taken. --guidance says with which critic: `plain` asks the
-critic of clean actions; `mse` and `linex` train it on noisy actions, too, and ask it at their time.
+A flow f_beta imitates the data, and there is no other policy: when an action is sampled, the
+velocity that would generate exp(tau Q) is added to the flow's. This velocity follows from a score,
+which is approximated by tau grad Q at the noisy action. --guidance chooses the critic: `plain` asks
+the critic of clean actions; `mse` and `linex` also train it on noisy actions, and ask it at their
+time.
 
     v = f_beta(s, x, t) + vartheta ((1 - t) tau grad_x Q(s, x, 1) + x) / t           Eq. (61), (62)
     v = f_beta(s, x, t) + vartheta ((1 - t) tau grad_x Q(s, x, t) + x) / t                Eq. (73)
 
-Equation numbers are the paper's, see docs/equations.md; docs/cgql.md lists every difference between
+Equation numbers are the paper's, see docs/equations.md. docs/cgql.md lists every difference between
 the paper, the official code and this file, which follows the official code (`# ref:`).
 
-    python -m baselines.cgql                         the point maze, a few minutes on a CPU
-    python -m baselines.cgql --env cube-double --guidance linex --tasks 1 2 3 4 5 --num-seeds 4
+    python baselines/cgql.py                   the point maze, a few minutes on a CPU
+    python baselines/cgql.py --env cube-double --guidance linex --tasks 1 2 3 4 5 --num-seeds 4
 
 Shapes: B batch, S observation, H chunk length, d action, A = H d flattened chunk, T flow steps,
 K critics, N agents (tasks x seeds) trained at once.
 """
 
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
 import jax
@@ -30,16 +35,40 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
-from common.data import Replay, Shards, locate, over_agents, sample, spread
+from common.data import Batch, Replay, Shards, locate, over_agents, sample, spread
 from common.envs import TRAINING, EnvPool, resolve, seed_of
+from common.errors import UserError
+from common.flags import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval
 from common.networks import Critic, Field
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    # Which critic guides: that of clean actions, or one trained on noisy actions by either loss.
+    guidance: Literal["plain", "mse", "linex"] = "plain"
+    # Weight vartheta of the guidance: one value, or one each for plain, mse and linex; 0 clones.
+    guidance_coef: tuple[NonNegativeFloat, ...] = (0.1,)
+    # Weight varrho of the loss at noisy actions: one value, or one each; `plain` does not use it.
+    noisy_coef: tuple[NonNegativeFloat, ...] = (0.1,)
+    # Inverse temperature tau of exp(tau Q), whose score guides.
+    inv_temp: NonNegativeFloat = 1.0
+    # A target is the mean minus this many standard deviations of the critics.
+    pessimism: NonNegativeFloat = 0.5
+    flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
+
+    # --- networks and optimiser ---
+    # Hidden-layer widths of all networks.
+    hidden_dims: tuple[PositiveInt, ...] = (512, 512, 512, 512)
+    num_critics: PositiveInt = 10  # Number of critics K in the ensemble.
+    batch_size: PositiveInt = 256  # Batch size B, in chunks.
+    lr: PositiveFloat = 3e-4  # Adam's learning rate.
+    target_rate: UnitInterval = 0.005  # Step size of the moving averages (target networks).
+
     # --- shared: run arguments ---
     env: str = "pointmaze-medium"  # short name (puzzle-4x4), dataset or full OGBench name
     tasks: tuple[int, ...] = (1,)  # tasks 1..5, trained at once on one copy of the data
@@ -67,91 +96,114 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the dataset
     # --- end shared ---
 
-    # method
-    guidance: Literal["plain", "mse", "linex"] = "plain"  # how the critic learns noisy actions
-    guidance_coef: tuple[float, ...] = (0.1,)  # vartheta, one value or plain mse linex; 0: cloning
-    noisy_coef: tuple[float, ...] = (0.1,)  # varrho, one value or plain mse linex; unused in plain
-    inv_temp: float = 1.0  # tau: inverse temperature of exp(tau Q), whose score guides
-    pessimism: float = 0.5  # a target's value is mean - this times std over the critics
-    flow_steps: int = 10  # T: steps from noise to action, of the flow or the diffusion
-
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # of all networks
-    num_critics: int = 10  # K: critics in the ensemble
-    batch_size: int = 256  # B: chunks per update
-    lr: float = 3e-4  # Adam's learning rate
-    target_rate: float = 0.005  # rate of the moving averages (target networks)
-
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.flow_steps < 2:
-            raise SystemExit("--flow-steps must be at least 2: the first step is not guided")
-        if not {len(self.guidance_coef), len(self.noisy_coef)} <= {1, 3}:
-            raise SystemExit("--guidance-coef and --noisy-coef need one value or three")
+            raise UserError("--flow-steps must be at least 2, because the first step is not guided")
+        lengths = {len(self.guidance_coef), len(self.noisy_coef)}
+        if not lengths <= {1, 3}:
+            raise UserError("--guidance-coef and --noisy-coef must have one value or three each")
 
 
-# Coefficients of the ten domains for plain, mse and linex: launch script of the official
-# repository, and paper. The point maze is not in it: small networks for a CPU (docs/cgql.md).
+# The coefficients of the ten domains, for plain, mse and linex, come from the launch script of the
+# official repository and from the paper. The point maze is not in the paper: its networks are small
+# enough for a CPU (docs/cgql.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 0.1, 0.1), noisy_coef=(0.0, 0.1, 0.001),
+        inv_temp=10.0,
+        guidance_coef=(0.1, 0.1, 0.1),
+        noisy_coef=(0.0, 0.1, 0.001),
     ),
     "antmaze-giant": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 0.1, 0.1), noisy_coef=(0.0, 0.001, 0.001),
+        inv_temp=10.0,
+        guidance_coef=(0.1, 0.1, 0.1),
+        noisy_coef=(0.0, 0.001, 0.001),
     ),
     "humanoidmaze-medium": dict(
-        inv_temp=10.0, guidance_coef=(0.01, 0.1, 0.1), noisy_coef=(0.0, 0.1, 0.1),
+        inv_temp=10.0,
+        guidance_coef=(0.01, 0.1, 0.1),
+        noisy_coef=(0.0, 0.1, 0.1),
     ),
     "humanoidmaze-large": dict(
-        inv_temp=10.0, guidance_coef=(0.01, 0.1, 0.1), noisy_coef=(0.0, 0.1, 0.1),
+        inv_temp=10.0,
+        guidance_coef=(0.01, 0.1, 0.1),
+        noisy_coef=(0.0, 0.1, 0.1),
     ),
     "scene": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 0.1, 0.1), noisy_coef=(0.0, 0.1, 0.1),
+        inv_temp=10.0,
+        guidance_coef=(0.1, 0.1, 0.1),
+        noisy_coef=(0.0, 0.1, 0.1),
     ),
     "puzzle-3x3": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 0.1, 0.1), noisy_coef=(0.0, 0.1, 0.001),
+        inv_temp=10.0,
+        guidance_coef=(0.1, 0.1, 0.1),
+        noisy_coef=(0.0, 0.1, 0.001),
     ),
     "puzzle-4x4": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 1.0, 1.0), noisy_coef=(0.0, 0.001, 0.001),
+        inv_temp=10.0,
+        guidance_coef=(0.1, 1.0, 1.0),
+        noisy_coef=(0.0, 0.001, 0.001),
     ),
     "cube-double": dict(
-        inv_temp=10.0, guidance_coef=(0.01, 0.01, 0.01), noisy_coef=(0.0, 0.001, 0.001),
+        inv_temp=10.0,
+        guidance_coef=(0.01, 0.01, 0.01),
+        noisy_coef=(0.0, 0.001, 0.001),
     ),
     "cube-triple": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 0.1, 0.1), noisy_coef=(0.0, 0.001, 0.001),
+        inv_temp=10.0,
+        guidance_coef=(0.1, 0.1, 0.1),
+        noisy_coef=(0.0, 0.001, 0.001),
     ),
     "cube-quadruple": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 0.01, 0.01), noisy_coef=(0.0, 0.1, 0.1),
+        inv_temp=10.0,
+        guidance_coef=(0.1, 0.01, 0.01),
+        noisy_coef=(0.0, 0.1, 0.1),
     ),
     "pointmaze-medium": dict(
-        inv_temp=10.0, guidance_coef=(0.1, 0.1, 0.1), noisy_coef=(0.0, 0.1, 0.1),
-        discount=0.995, flow_steps=5, num_critics=2, lr=1e-3,
-        hidden_dims=(128, 128), batch_size=128, target_rate=0.01, offline_steps=15_000,
-        log_interval=1_000, eval_interval=5_000, eval_slots=50,
+        inv_temp=10.0,
+        guidance_coef=(0.1, 0.1, 0.1),
+        noisy_coef=(0.0, 0.1, 0.1),
+        discount=0.995,
+        flow_steps=5,
+        num_critics=2,
+        lr=1e-3,
+        hidden_dims=(128, 128),
+        batch_size=128,
+        target_rate=0.01,
+        offline_steps=15_000,
+        log_interval=1_000,
+        eval_interval=5_000,
+        eval_slots=50,
     ),
 }
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (phi), behavior (beta)
     targets: dict  # moving averages of critic and behavior
     opt_state: optax.OptState
-    key: jax.Array  # (2,) uint32
+    key: Array  # (2,) uint32
 
 
-def optimizer(args):
+def optimizer(args: Args) -> optax.GradientTransformation:
+    """Returns Adam."""
     return optax.adam(args.lr)
 
 
-def create(args, observation_size, key) -> State:
-    """A new agent. The critic takes a time in every mode; at 1 actions are clean."""
-    key, *keys = jax.random.split(key, 3)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.chunk_length * args.action_size))
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates an agent.
+
+    The critic takes a time in every mode; at time 1 actions are clean.
+    """
+    key, critic_key, behavior_key = jax.random.split(key, 3)
+    s = jnp.zeros((1, observation_size))
+    a = jnp.zeros((1, args.chunk_length * args.action_size))
+    t = jnp.zeros((1, 1))
     params = dict(
-        critic=Critic(args.hidden_dims, args.num_critics).init(keys[0], s, a, jnp.zeros((1, 1))),
-        behavior=Field(args.hidden_dims).init(keys[1], s, a, 0.0),
+        critic=Critic(args.hidden_dims, args.num_critics).init(critic_key, s, a, t),
+        behavior=Field(args.hidden_dims).init(behavior_key, s, a, 0.0),
     )
     targets = jax.tree.map(jnp.copy, params)
     return State(params, targets, optimizer(args).init(params), key)
@@ -160,114 +212,157 @@ def create(args, observation_size, key) -> State:
 # --- the method ----------------------------------------------------------------------------------
 
 
-def critic(args, params, observations, actions, t):
-    """Q^1..Q^K of actions at time t: (B, S), (B, A), t that broadcasts to (B,) -> (K, B)."""
+def critic(args: Args, params: dict, observations: Array, actions: Array, t: Array) -> Array:
+    """Evaluates the critics Q^1..Q^K of actions at time t.
+
+    (B, S), (B, A) and a time that broadcasts to (B,) -> (K, B).
+    """
+    network = Critic(args.hidden_dims, args.num_critics)
     t = jnp.broadcast_to(t, actions.shape[:-1])[..., None]
-    return Critic(args.hidden_dims, args.num_critics).apply(params, observations, actions, t)
+    return network.apply(params, observations, actions, t)
 
 
-def field(args, params, observations, x, t):
-    """Velocity f(s, x, t): (B, S), (..., B, A), t that broadcasts to (..., B) -> (..., B, A)."""
+def field(args: Args, params: dict, observations: Array, x: Array, t: Array) -> Array:
+    """Evaluates a velocity field at (s, x, t).
+
+    (B, S), (..., B, A) and a time that broadcasts to (..., B) -> (..., B, A).
+    """
     return Field(args.hidden_dims).apply(params, observations, x, t)
 
 
-def coefficient(args, values):
-    """The value of this run's guidance, of one for all or of one each."""
-    return values[("plain", "mse", "linex").index(args.guidance) % len(values)]
+def coefficient(args: Args, values: tuple[float, ...]) -> float:
+    """Returns the value for this run's guidance, where `values` has one for all or one for each."""
+    if len(values) == 1:
+        return values[0]
+    kinds = ("plain", "mse", "linex")
+    return values[kinds.index(args.guidance)]
 
 
-def guide(args, state, observations, x, t):
-    """Velocity at t > 0 that would generate exp(tau Q): (B, S), (B, A), () -> (B, A)."""
+def guide(args: Args, state: State, observations: Array, x: Array, t: Array) -> Array:
+    """Computes the velocity that would generate exp(tau Q), at a time t > 0.
+
+    (B, S), (B, A), () -> (B, A).
+    """
     time = 1.0 if args.guidance == "plain" else t
 
-    def value(x):  # ref: online critics, their mean; x is not clipped
-        return critic(args, state.params["critic"], observations, x, time).mean(0).sum()
+    def value(actions):  # ref: online critics, their mean; x is not clipped
+        return critic(args, state.params["critic"], observations, actions, time).mean(0).sum()
 
-    return ((1 - t) * args.inv_temp * jax.grad(value)(x) + x) / t  # Eq. (61), (73)
+    gradient = jax.grad(value)(x)
+    return ((1 - t) * args.inv_temp * gradient + x) / t  # Eq. (61), (73)
 
 
-def integrate(args, state, observations, z):
-    """ODE of the guided flow, by T Euler steps: (B, S), (B, A) -> (B, A) in [-1, 1]."""
-    base, weight = state.targets["behavior"], coefficient(args, args.guidance_coef)
-    x = z + field(args, base, observations, z, 0.0) / args.flow_steps  # t = 0: no guidance
+def integrate(args: Args, state: State, observations: Array, z: Array) -> Array:
+    """Solves the ODE of the guided flow by T Euler steps: (B, S), (B, A) -> (B, A) in [-1, 1]."""
+    base = state.targets["behavior"]
+    weight = coefficient(args, args.guidance_coef)
 
     def euler(x, t):
         velocity = field(args, base, observations, x, t)
         velocity += weight * guide(args, state, observations, x, t)  # Eq. (62)
         return x + velocity / args.flow_steps, None
 
-    x, _ = jax.lax.scan(euler, x, jnp.arange(1, args.flow_steps) / args.flow_steps)
+    # The first step, at t = 0, is not guided.
+    velocity = field(args, base, observations, z, 0.0)
+    x = z + velocity / args.flow_steps
+    times = jnp.arange(1, args.flow_steps) / args.flow_steps
+    x, _ = jax.lax.scan(euler, x, times)
     return jnp.clip(x, -1, 1)  # only here, not between the steps
 
 
-def sample_actions(args, state, observations, key):
-    """a = ODE(v; s, z) with z ~ N(0, I): (B, S) -> (B, A) in [-1, 1]."""
+def sample_actions(args: Args, state: State, observations: Array, key: Array) -> Array:
+    """Samples a = ODE(v; s, z) with z ~ N(0, I): (B, S) -> (B, A) in [-1, 1]."""
     z = jax.random.normal(key, (len(observations), args.chunk_length * args.action_size))
     return integrate(args, state, observations, z)
 
 
-def critic_loss(args, params, state, batch, key):
-    """TD error of every critic against one pessimistic target.  # Eq. (23), (26)"""
+# A loss differentiates `params` only; `state` and `batch` are constants. It returns its value and
+# its metrics, whose names differ from those of all other losses.
+
+
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the TD error of every critic against one pessimistic target."""
     # ref: the deviation is the population one (1/K).
     next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions, 1.0)
-    next_value = next_q.mean(0) - args.pessimism * next_q.std(0)
+    next_value = next_q.mean(0) - args.pessimism * next_q.std(0)  # Eq. (26)
     target = batch.rewards + args.discount**args.chunk_length * batch.masks * next_value
     q = critic(args, params["critic"], batch.observations, batch.actions, 1.0)
-    loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (26)
-    return loss, dict(critic_loss=loss, q=q.mean(), q_std=q.std(0).mean(), target=target.mean())
+    loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (23)
+    metrics = dict(
+        critic_loss=loss,
+        q=q.mean(),
+        q_std=q.std(0).mean(),
+        target=target.mean(),
+    )
+    return loss, metrics
 
 
-def behavior_loss(args, params, state, batch, key):
-    """Flow matching of f_beta on the data: along x_t = (1 - t) z + t a the velocity is a - z."""
+def behavior_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Matches f_beta to the data: along x_t = (1 - t) z + t a the velocity is a - z."""
     z_key, t_key = jax.random.split(key)
-    z = jax.random.normal(z_key, batch.actions.shape)
+    actions = batch.actions
+    z = jax.random.normal(z_key, actions.shape)
     t = jax.random.uniform(t_key, batch.valid.shape)
-    x = (1 - t[:, None]) * z + t[:, None] * batch.actions
+    x = (1 - t[:, None]) * z + t[:, None] * actions
     velocity = field(args, params["behavior"], batch.observations, x, t)
-    loss = (batch.valid * ((velocity - (batch.actions - z)) ** 2).mean(-1)).mean()  # Eq. (17)
+    errors = ((velocity - (actions - z)) ** 2).mean(-1)
+    loss = (batch.valid * errors).mean()  # Eq. (17)
     return loss, dict(behavior_loss=loss)
 
 
-def noisy_critic_loss(args, params, state, batch, key):
-    """Every critic at a noisy action learns its target copy's value of the clean one: its mean over
-    all clean actions (mse), or (1 / tau) log of its mean exp(tau Q) (linex)."""
+def noisy_critic_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Trains every critic at a noisy action on its target copy's value of the clean one.
+
+    It learns the mean of this value over all clean actions (mse), or (1 / tau) log of the mean of
+    exp(tau Q) (linex).
+    """
     z_key, t_key = jax.random.split(key)
     z = jax.random.normal(z_key, batch.actions.shape)
     t = jax.random.uniform(t_key, batch.valid.shape)
     x = (1 - t[:, None]) * z + t[:, None] * batch.actions
-    clean = critic(args, state.targets["critic"], batch.observations, batch.actions, 1.0)
-    noisy = critic(args, params["critic"], batch.observations, x, t)
+    clean_q = critic(args, state.targets["critic"], batch.observations, batch.actions, 1.0)
+    noisy_q = critic(args, params["critic"], batch.observations, x, t)
     if args.guidance == "mse":
-        errors = (noisy - clean) ** 2  # Eq. (72)
+        errors = (noisy_q - clean_q) ** 2  # Eq. (72)
     else:  # ref: the paper prints the two cases the other way round
-        delta = args.inv_temp * (clean - noisy)
-        linex = jnp.exp(jnp.minimum(delta, 5)) + args.inv_temp * noisy
+        delta = args.inv_temp * (clean_q - noisy_q)
+        linex = jnp.exp(jnp.minimum(delta, 5)) + args.inv_temp * noisy_q
         errors = jnp.where(delta > 5, delta, linex)  # Eq. (71)
     loss = (batch.valid * errors).mean()
     return coefficient(args, args.noisy_coef) * loss, dict(noisy_loss=loss)
 
 
-def update(args, state, batch):
-    """One gradient step on the sum of all losses, all at the parameters before the step."""
+def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
+    """Makes one gradient step on the sum of all losses, all at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 4)
-
-    losses = [critic_loss, behavior_loss]
-    if args.guidance != "plain":
-        losses.append(noisy_critic_loss)
+    losses = [critic_loss, behavior_loss, noisy_critic_loss]
+    if args.guidance == "plain":  # no critic sees noisy actions
+        losses.pop()
+        keys.pop()
 
     def total_loss(params):
-        results = [f(args, params, state, batch, k) for f, k in zip(losses, keys)]
-        metrics = {name: value for _, more in results for name, value in more.items()}
-        return sum(loss for loss, _ in results), metrics
+        total = 0.0
+        metrics = {}
+        for loss, loss_key in zip(losses, keys, strict=True):
+            value, loss_metrics = loss(args, params, state, batch, loss_key)
+            total += value
+            metrics |= loss_metrics
+        return total, metrics
 
     grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
     metrics["grad_norm"] = optax.global_norm(grads)
     updates, opt_state = optimizer(args).update(grads, state.opt_state)
+    params = optax.apply_updates(state.params, updates)
     # ref: the targets move towards the parameters from before this step.
     online = {name: state.params[name] for name in state.targets}
     targets = optax.incremental_update(online, state.targets, args.target_rate)
-    params = optax.apply_updates(state.params, updates)
     return State(params, targets, opt_state, key), metrics
 
 

@@ -3,27 +3,31 @@ arXiv:2506.15799), with a flow, as in the comparison of Li and Levine (ICLR 2026
 
 The flow f_beta imitates the data and decodes noise into actions. A soft actor-critic chooses the
 noise: its actions are latents z in the box [-sigma_z, sigma_z]^A, so that the decoded actions stay
-near the support of the data, whatever the critic says. Nothing is back-propagated through the flow:
-a latent critic Q^z imitates the critic of the decoded actions.
+near the support of the data, whatever the critic says. No gradient is back-propagated through the
+flow, because a latent critic Q^z imitates the critic of the decoded actions.
 
     a = ODE(f_beta; s, sigma_z e),  e = tanh u,  u ~ pi_omega(.|s)
     L(psi) = E (Q^z(s, z) - Q(s, ODE(f_beta; s, z)))^2,  z ~ N(0, I)                      Eq. (83)
     L(omega) = E alpha log pi_omega(e|s) - Q^z(s, sigma_z e)                        Eq. (81), (82)
 
-Unlike in the original the flow goes on learning online. Equation numbers are those of Li and Levine
-2026; docs/dsrl.md lists every difference between their paper, their code and this file, which
-follows the code (marked `# ref:` where the paper differs).
+Unlike in the original the flow continues to learn online. Equation numbers are those of Li and
+Levine 2026. docs/dsrl.md lists every difference between their paper, their code and this file,
+which follows the code (lines marked `# ref:` differ from the paper).
 
-    python -m baselines.dsrl                         the point maze, a few minutes on a CPU
-    python -m baselines.dsrl --env cube-triple --tasks 1 2 3 4 5 --num-seeds 4
+    python baselines/dsrl.py                   the point maze, a few minutes on a CPU
+    python baselines/dsrl.py --env cube-triple --tasks 1 2 3 4 5 --num-seeds 4
 
 Shapes: B batch, S observation, H chunk length, d action, A = H d flattened chunk, T flow steps,
 K critics, N agents (tasks x seeds) trained at once.
 """
 
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
 import jax
@@ -31,16 +35,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
-from common.data import Replay, Shards, locate, over_agents, sample, spread
+from common.data import Batch, Replay, Shards, locate, over_agents, sample, spread
 from common.envs import TRAINING, EnvPool, resolve, seed_of
+from common.flags import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval
 from common.networks import Critic, Field, TanhGaussian
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    noise_scale: PositiveFloat = 1.0  # Half-width sigma_z of the box of latents.
+    # A target is the mean minus this many standard deviations of the critics.
+    pessimism: NonNegativeFloat = 0.5
+    flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
+
+    # --- networks and optimiser ---
+    # Hidden-layer widths of all networks.
+    hidden_dims: tuple[PositiveInt, ...] = (512, 512, 512, 512)
+    num_critics: PositiveInt = 10  # Number of critics K in the ensemble.
+    batch_size: PositiveInt = 256  # Batch size B, in chunks.
+    lr: PositiveFloat = 3e-4  # Adam's learning rate.
+    target_rate: UnitInterval = 0.005  # Step size of the moving averages (target networks).
+
     # --- shared: run arguments ---
     env: str = "pointmaze-medium"  # short name (puzzle-4x4), dataset or full OGBench name
     tasks: tuple[int, ...] = (1,)  # tasks 1..5, trained at once on one copy of the data
@@ -68,21 +88,10 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the dataset
     # --- end shared ---
 
-    # method
-    noise_scale: float = 1.0  # sigma_z: the latent actor's box is [-sigma_z, sigma_z]^A
-    pessimism: float = 0.5  # a target's value is mean - this times std over the critics
-    flow_steps: int = 10  # T: steps from noise to action, of the flow or the diffusion
 
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # of all networks
-    num_critics: int = 10  # K: critics in the ensemble
-    batch_size: int = 256  # B: chunks per update
-    lr: float = 3e-4  # Adam's learning rate
-    target_rate: float = 0.005  # rate of the moving averages (target networks)
-
-
-# Noise scales of the ten domains: launch script of the official QAM repository, and its paper. The
-# point maze is not in the paper: small networks for a CPU (docs/dsrl.md).
+# The noise scales of the ten domains come from the launch script of the official QAM repository and
+# from its paper. The point maze is not in the paper: its networks are small enough for a CPU
+# (docs/dsrl.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(noise_scale=0.8),
     "antmaze-giant": dict(noise_scale=1.2),
@@ -95,36 +104,47 @@ ENV_DEFAULTS = {
     "cube-triple": dict(noise_scale=1.4),
     "cube-quadruple": dict(noise_scale=1.4),
     "pointmaze-medium": dict(
-        noise_scale=1.0, discount=0.995, flow_steps=5, num_critics=2, lr=1e-3,
-        hidden_dims=(128, 128), batch_size=128, target_rate=0.01, offline_steps=15_000,
-        log_interval=1_000, eval_interval=5_000, eval_slots=50,
+        noise_scale=1.0,
+        discount=0.995,
+        flow_steps=5,
+        num_critics=2,
+        lr=1e-3,
+        hidden_dims=(128, 128),
+        batch_size=128,
+        target_rate=0.01,
+        offline_steps=15_000,
+        log_interval=1_000,
+        eval_interval=5_000,
+        eval_slots=50,
     ),
 }
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (phi), behavior (beta), latent_critic (psi), latent (omega), log_alpha
     targets: dict  # moving averages of critic and behavior
     opt_state: optax.OptState
-    key: jax.Array  # (2,) uint32
+    key: Array  # (2,) uint32
 
 
-def optimizer(args):
+def optimizer(args: Args) -> optax.GradientTransformation:
+    """Returns Adam."""
     return optax.adam(args.lr)
 
 
-def create(args, observation_size, key) -> State:
-    """A new agent."""
-    key, *keys = jax.random.split(key, 5)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.chunk_length * args.action_size))
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates an agent."""
+    key, critic_key, behavior_key, latent_critic_key, latent_key = jax.random.split(key, 5)
+    s = jnp.zeros((1, observation_size))
+    a = jnp.zeros((1, args.chunk_length * args.action_size))
     params = dict(
-        critic=Critic(args.hidden_dims, args.num_critics).init(keys[0], s, a),
-        behavior=Field(args.hidden_dims).init(keys[1], s, a, 0.0),
-        latent_critic=Critic(args.hidden_dims, args.num_critics).init(keys[2], s, a),
-        latent=TanhGaussian(args.hidden_dims, a.shape[-1]).init(keys[3], s),
+        critic=Critic(args.hidden_dims, args.num_critics).init(critic_key, s, a),
+        behavior=Field(args.hidden_dims).init(behavior_key, s, a, 0.0),
+        latent_critic=Critic(args.hidden_dims, args.num_critics).init(latent_critic_key, s, a),
+        latent=TanhGaussian(args.hidden_dims, a.shape[-1]).init(latent_key, s),
         log_alpha=jnp.zeros(()),
     )
     targets = {name: jax.tree.map(jnp.copy, params[name]) for name in ("critic", "behavior")}
@@ -134,69 +154,94 @@ def create(args, observation_size, key) -> State:
 # --- the method ----------------------------------------------------------------------------------
 
 
-def critic(args, params, observations, actions):
-    """Q^1..Q^K, of actions or of latents: (B, S), (B, A) -> (K, B)."""
+def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Evaluates the critics Q^1..Q^K, of actions or of latents: (B, S), (B, A) -> (K, B)."""
     return Critic(args.hidden_dims, args.num_critics).apply(params, observations, actions)
 
 
-def field(args, params, observations, x, t):
-    """Velocity f(s, x, t): (B, S), (..., B, A), t that broadcasts to (..., B) -> (..., B, A)."""
+def field(args: Args, params: dict, observations: Array, x: Array, t: Array) -> Array:
+    """Evaluates a velocity field at (s, x, t).
+
+    (B, S), (..., B, A) and a time that broadcasts to (..., B) -> (..., B, A).
+    """
     return Field(args.hidden_dims).apply(params, observations, x, t)
 
 
-def latent(args, params, observations, key):
-    """Latents z = sigma_z e and the log-density of e = tanh u: (B, S) -> (B, A), (B,)."""
+def latent(args: Args, params: dict, observations: Array, key: Array) -> tuple[Array, Array]:
+    """Samples latents z = sigma_z e, with the log-density of e = tanh u: (B, S) -> (B, A), (B,)."""
     actor = TanhGaussian(args.hidden_dims, args.chunk_length * args.action_size)
     mean, log_std = actor.apply(params, observations)
     noise = jax.random.normal(key, mean.shape)
     u = mean + jnp.exp(log_std) * noise
-    log_prob = (-0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
-    log_prob -= (2 * (jnp.log(2) - u - jax.nn.softplus(-2 * u))).sum(-1)  # of e = tanh(u)
+    log_density = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
+    log_slope = 2 * (jnp.log(2) - u - jax.nn.softplus(-2 * u))  # of e = tanh(u)
+    log_prob = log_density.sum(-1) - log_slope.sum(-1)
     return args.noise_scale * jnp.tanh(u), log_prob
 
 
-def integrate(args, flow, observations, z):
-    """ODE(f; s, z) from noise to action, by T Euler steps: (B, S), (B, A) -> (B, A) in [-1, 1]."""
+def integrate(args: Args, flow: dict, observations: Array, z: Array) -> Array:
+    """Solves the flow's ODE from noise z by T Euler steps: (B, S), (B, A) -> (B, A) in [-1, 1]."""
 
     def euler(x, t):
-        return x + field(args, flow, observations, x, t) / args.flow_steps, None
+        velocity = field(args, flow, observations, x, t)
+        return x + velocity / args.flow_steps, None
 
-    x, _ = jax.lax.scan(euler, z, jnp.arange(args.flow_steps) / args.flow_steps)
+    times = jnp.arange(args.flow_steps) / args.flow_steps
+    x, _ = jax.lax.scan(euler, z, times)
     return jnp.clip(x, -1, 1)  # only here, not between the steps
 
 
-def sample_actions(args, state, observations, key):
-    """a = ODE(f_beta; s, sigma_z e) with e ~ pi_omega(.|s): (B, S) -> (B, A) in [-1, 1]."""
-    z, _ = latent(args, state.params["latent"], observations, key)  # sampled, in evaluations, too
+def sample_actions(args: Args, state: State, observations: Array, key: Array) -> Array:
+    """Samples a = ODE(f_beta; s, sigma_z e) with e ~ pi_omega(.|s): (B, S) -> (B, A) in [-1, 1]."""
+    # The latent is sampled in evaluations, too.
+    z, _ = latent(args, state.params["latent"], observations, key)
     # ref: decoded by the target flow everywhere; the paper's formulas write the online one.
     return integrate(args, state.targets["behavior"], observations, z)
 
 
-def critic_loss(args, params, state, batch, key):
-    """TD error of every critic against one pessimistic target.  # Eq. (84), (26)"""
-    # No entropy bonus in the target. ref: the deviation is the population one (1/K).
+# A loss differentiates `params` only; `state` and `batch` are constants. It returns its value and
+# its metrics, whose names differ from those of all other losses.
+
+
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the TD error of every critic against one pessimistic target."""
+    # There is no entropy bonus in the target. ref: the deviation is the population one (1/K).
     next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
-    next_value = next_q.mean(0) - args.pessimism * next_q.std(0)
+    next_value = next_q.mean(0) - args.pessimism * next_q.std(0)  # Eq. (26)
     target = batch.rewards + args.discount**args.chunk_length * batch.masks * next_value
     q = critic(args, params["critic"], batch.observations, batch.actions)
-    loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (26)
-    return loss, dict(critic_loss=loss, q=q.mean(), q_std=q.std(0).mean(), target=target.mean())
+    loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (84)
+    metrics = dict(
+        critic_loss=loss,
+        q=q.mean(),
+        q_std=q.std(0).mean(),
+        target=target.mean(),
+    )
+    return loss, metrics
 
 
-def behavior_loss(args, params, state, batch, key):
-    """Flow matching of f_beta on the data: along x_t = (1 - t) z + t a the velocity is a - z."""
+def behavior_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Matches f_beta to the data: along x_t = (1 - t) z + t a the velocity is a - z."""
     z_key, t_key = jax.random.split(key)
-    z = jax.random.normal(z_key, batch.actions.shape)
+    actions = batch.actions
+    z = jax.random.normal(z_key, actions.shape)
     t = jax.random.uniform(t_key, batch.valid.shape)
-    x = (1 - t[:, None]) * z + t[:, None] * batch.actions
+    x = (1 - t[:, None]) * z + t[:, None] * actions
     velocity = field(args, params["behavior"], batch.observations, x, t)
-    loss = (batch.valid * ((velocity - (batch.actions - z)) ** 2).mean(-1)).mean()  # Eq. (17)
+    errors = ((velocity - (actions - z)) ** 2).mean(-1)
+    loss = (batch.valid * errors).mean()  # Eq. (17)
     return loss, dict(behavior_loss=loss)
 
 
-def distillation_loss(args, params, state, batch, key):
-    """Each latent critic imitates its action critic, at the flow's own noise (not the actor's)."""
+def distillation_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Trains each latent critic to imitate its action critic, at normal noise (not the actor's)."""
     z = jax.random.normal(key, batch.actions.shape)
     actions = integrate(args, state.targets["behavior"], batch.observations, z)
     q = critic(args, state.params["critic"], batch.observations, actions)  # online, no target
@@ -205,35 +250,48 @@ def distillation_loss(args, params, state, batch, key):
     return loss, dict(distillation_loss=loss)
 
 
-def latent_loss(args, params, state, batch, key):
-    """Soft actor-critic on pi_omega(.|s), with its temperature alpha. ref: not masked."""
+def latent_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the soft actor-critic loss of pi_omega(.|s) and of its temperature alpha."""
+    # ref: not masked by `batch.valid`
     z, log_prob = latent(args, params["latent"], batch.observations, key)
     q = critic(args, state.params["latent_critic"], batch.observations, z).mean(0)
-    entropy, target = -log_prob.mean(), -0.5 * z.shape[-1]
+    actor_loss = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()  # Eq. (81), (82)
+    entropy = -log_prob.mean()
+    target_entropy = -0.5 * z.shape[-1]
     alpha = jnp.exp(params["log_alpha"])
-    loss = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()  # Eq. (81), (82)
-    loss += alpha * (jax.lax.stop_gradient(entropy) - target)  # Eq. (81), its constraint
-    metrics = dict(latent_entropy=entropy, latent_alpha=alpha, latent_q=q.mean())
-    return loss, metrics | dict(latent_size=jnp.abs(z).mean())
+    alpha_loss = alpha * (jax.lax.stop_gradient(entropy) - target_entropy)  # Eq. (81)
+    metrics = dict(
+        latent_entropy=entropy,
+        latent_alpha=alpha,
+        latent_q=q.mean(),
+        latent_size=jnp.abs(z).mean(),
+    )
+    return actor_loss + alpha_loss, metrics
 
 
-def update(args, state, batch):
-    """One gradient step on the sum of the four losses, all at the parameters before the step."""
+def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
+    """Makes one gradient step on the sum of all losses, all at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 5)
+    losses = [critic_loss, behavior_loss, distillation_loss, latent_loss]
 
     def total_loss(params):
-        losses = (critic_loss, behavior_loss, distillation_loss, latent_loss)
-        results = [f(args, params, state, batch, k) for f, k in zip(losses, keys)]
-        metrics = {name: value for _, more in results for name, value in more.items()}
-        return sum(loss for loss, _ in results), metrics
+        total = 0.0
+        metrics = {}
+        for loss, loss_key in zip(losses, keys, strict=True):
+            value, loss_metrics = loss(args, params, state, batch, loss_key)
+            total += value
+            metrics |= loss_metrics
+        return total, metrics
 
     grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
     metrics["grad_norm"] = optax.global_norm(grads)
     updates, opt_state = optimizer(args).update(grads, state.opt_state)
+    params = optax.apply_updates(state.params, updates)
     # ref: the targets move towards the parameters from before this step.
     online = {name: state.params[name] for name in state.targets}
     targets = optax.incremental_update(online, state.targets, args.target_rate)
-    params = optax.apply_updates(state.params, updates)
     return State(params, targets, opt_state, key), metrics
 
 

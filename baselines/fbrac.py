@@ -1,26 +1,30 @@
 """FBRAC: flow behaviour-regularised actor-critic, a baseline of Flow Q-Learning (Park, Li and
-Levine, ICML 2025, arXiv:2502.02538) and of QAM (Li and Levine, ICLR 2026, arXiv:2601.14234); the
-flow version of diffusion Q-learning (Wang, Hunt and Zhou, ICLR 2023, arXiv:2208.06193).
+Levine, ICML 2025, arXiv:2502.02538) and of QAM (Li and Levine, ICLR 2026, arXiv:2601.14234). It is
+the flow version of diffusion Q-learning (Wang, Hunt and Zhou, ICLR 2023, arXiv:2208.06193).
 
-One flow f_theta is all: it imitates the data by flow matching and climbs the critic, whose gradient
-is back-propagated through all Euler steps of the flow, noise to action.
+A single flow f_theta is the policy: it imitates the data by flow matching and climbs the critic,
+whose gradient is back-propagated through all Euler steps of the flow.
 
     L(theta) = L_FM(theta) - Q(s, ODE(f_theta; s, z)) / alpha,  z ~ N(0, I)           Eq. (37), (38)
 
-Equation numbers are those of Li and Levine 2026, see docs/equations.md; docs/fbrac.md lists every
-difference between the papers, the official QAM code and this file, which follows that code (marked
-`# ref:` where a paper differs).
+Equation numbers are those of Li and Levine 2026, see docs/equations.md. docs/fbrac.md lists every
+difference between the papers, the official QAM code and this file, which follows that code (lines
+marked `# ref:` differ from a paper).
 
-    python -m baselines.fbrac                        the point maze, a few minutes on a CPU
-    python -m baselines.fbrac --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
+    python baselines/fbrac.py                  the point maze, a few minutes on a CPU
+    python baselines/fbrac.py --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
 
 Shapes: B batch, S observation, H chunk length, d action, A = H d flattened chunk, T flow steps,
 K critics, N agents (tasks x seeds) trained at once.
 """
 
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
 import jax
@@ -28,16 +32,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
-from common.data import Replay, Shards, locate, over_agents, sample, spread
+from common.data import Batch, Replay, Shards, locate, over_agents, sample, spread
 from common.envs import TRAINING, EnvPool, resolve, seed_of
+from common.flags import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval
 from common.networks import Critic, Field
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    fbrac_alpha: PositiveFloat = 100.0  # Weight alpha of flow matching, relative to the value.
+    # A target is the mean minus this many standard deviations of the critics.
+    pessimism: NonNegativeFloat = 0.5
+    flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
+
+    # --- networks and optimiser ---
+    # Hidden-layer widths of all networks.
+    hidden_dims: tuple[PositiveInt, ...] = (512, 512, 512, 512)
+    num_critics: PositiveInt = 10  # Number of critics K in the ensemble.
+    batch_size: PositiveInt = 256  # Batch size B, in chunks.
+    lr: PositiveFloat = 3e-4  # Adam's learning rate.
+    target_rate: UnitInterval = 0.005  # Step size of the moving averages (target networks).
+
     # --- shared: run arguments ---
     env: str = "pointmaze-medium"  # short name (puzzle-4x4), dataset or full OGBench name
     tasks: tuple[int, ...] = (1,)  # tasks 1..5, trained at once on one copy of the data
@@ -65,21 +85,10 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the dataset
     # --- end shared ---
 
-    # method
-    fbrac_alpha: float = 100.0  # alpha: weight of flow matching, relative to the critic's value
-    pessimism: float = 0.5  # a target's value is mean - this times std over the critics
-    flow_steps: int = 10  # T: steps from noise to action, of the flow or the diffusion
 
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # of all networks
-    num_critics: int = 10  # K: critics in the ensemble
-    batch_size: int = 256  # B: chunks per update
-    lr: float = 3e-4  # Adam's learning rate
-    target_rate: float = 0.005  # rate of the moving averages (target networks)
-
-
-# Cloning weights of the ten domains: launch script of the official QAM repository. The point maze
-# is not in the paper: small networks for a CPU (docs/fbrac.md).
+# The weights of flow matching in the ten domains come from the launch script of the official QAM
+# repository. The point maze is not in the paper: its networks are small enough for a CPU
+# (docs/fbrac.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(fbrac_alpha=0.1),
     "antmaze-giant": dict(fbrac_alpha=0.1),
@@ -92,34 +101,45 @@ ENV_DEFAULTS = {
     "cube-triple": dict(fbrac_alpha=0.03),
     "cube-quadruple": dict(fbrac_alpha=1.0),
     "pointmaze-medium": dict(
-        fbrac_alpha=30.0, discount=0.995, flow_steps=5, num_critics=2, lr=1e-3,
-        hidden_dims=(128, 128), batch_size=128, target_rate=0.01, offline_steps=15_000,
-        log_interval=1_000, eval_interval=5_000, eval_slots=50,
+        fbrac_alpha=30.0,
+        discount=0.995,
+        flow_steps=5,
+        num_critics=2,
+        lr=1e-3,
+        hidden_dims=(128, 128),
+        batch_size=128,
+        target_rate=0.01,
+        offline_steps=15_000,
+        log_interval=1_000,
+        eval_interval=5_000,
+        eval_slots=50,
     ),
 }
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (phi), policy (theta)
     targets: dict  # moving average of critic
     opt_state: optax.OptState
-    key: jax.Array  # (2,) uint32
+    key: Array  # (2,) uint32
 
 
-def optimizer(args):
+def optimizer(args: Args) -> optax.GradientTransformation:
+    """Returns Adam."""
     return optax.adam(args.lr)
 
 
-def create(args, observation_size, key) -> State:
-    """A new agent."""
-    key, *keys = jax.random.split(key, 3)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.chunk_length * args.action_size))
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates an agent."""
+    key, critic_key, policy_key = jax.random.split(key, 3)
+    s = jnp.zeros((1, observation_size))
+    a = jnp.zeros((1, args.chunk_length * args.action_size))
     params = dict(
-        critic=Critic(args.hidden_dims, args.num_critics).init(keys[0], s, a),
-        policy=Field(args.hidden_dims).init(keys[1], s, a, 0.0),
+        critic=Critic(args.hidden_dims, args.num_critics).init(critic_key, s, a),
+        policy=Field(args.hidden_dims).init(policy_key, s, a, 0.0),
     )
     targets = dict(critic=jax.tree.map(jnp.copy, params["critic"]))
     return State(params, targets, optimizer(args).init(params), key)
@@ -128,83 +148,114 @@ def create(args, observation_size, key) -> State:
 # --- the method ----------------------------------------------------------------------------------
 
 
-def critic(args, params, observations, actions):
-    """Q^1..Q^K: (B, S), (B, A) -> (K, B)."""
+def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Evaluates the critics Q^1..Q^K: (B, S), (B, A) -> (K, B)."""
     return Critic(args.hidden_dims, args.num_critics).apply(params, observations, actions)
 
 
-def field(args, params, observations, x, t):
-    """Velocity f(s, x, t): (B, S), (..., B, A), t that broadcasts to (..., B) -> (..., B, A)."""
+def field(args: Args, params: dict, observations: Array, x: Array, t: Array) -> Array:
+    """Evaluates a velocity field at (s, x, t).
+
+    (B, S), (..., B, A) and a time that broadcasts to (..., B) -> (..., B, A).
+    """
     return Field(args.hidden_dims).apply(params, observations, x, t)
 
 
-def integrate(args, flow, observations, z):
-    """ODE(f; s, z) from noise to action, by T Euler steps: (B, S), (B, A) -> (B, A) in [-1, 1]."""
+def integrate(args: Args, flow: dict, observations: Array, z: Array) -> Array:
+    """Solves the flow's ODE from noise z by T Euler steps: (B, S), (B, A) -> (B, A) in [-1, 1]."""
 
     def euler(x, t):
-        return x + field(args, flow, observations, x, t) / args.flow_steps, None
+        velocity = field(args, flow, observations, x, t)
+        return x + velocity / args.flow_steps, None
 
-    x, _ = jax.lax.scan(euler, z, jnp.arange(args.flow_steps) / args.flow_steps)
+    times = jnp.arange(args.flow_steps) / args.flow_steps
+    x, _ = jax.lax.scan(euler, z, times)
     return jnp.clip(x, -1, 1)  # only here, not between the steps
 
 
-def sample_actions(args, state, observations, key):
-    """a = ODE(f_theta; s, z) with z ~ N(0, I): (B, S) -> (B, A) in [-1, 1]."""
+def sample_actions(args: Args, state: State, observations: Array, key: Array) -> Array:
+    """Samples a = ODE(f_theta; s, z) with z ~ N(0, I): (B, S) -> (B, A) in [-1, 1]."""
     z = jax.random.normal(key, (len(observations), args.chunk_length * args.action_size))
     return integrate(args, state.params["policy"], observations, z)
 
 
-def critic_loss(args, params, state, batch, key):
-    """TD error of every critic against one pessimistic target.  # Eq. (23), (26)"""
+# A loss differentiates `params` only; `state` and `batch` are constants. It returns its value and
+# its metrics, whose names differ from those of all other losses.
+
+
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the TD error of every critic against one pessimistic target."""
     # ref: a' comes from the online policy; the deviation is the population one (1/K).
     next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
-    next_value = next_q.mean(0) - args.pessimism * next_q.std(0)
+    next_value = next_q.mean(0) - args.pessimism * next_q.std(0)  # Eq. (26)
     target = batch.rewards + args.discount**args.chunk_length * batch.masks * next_value
     q = critic(args, params["critic"], batch.observations, batch.actions)
-    loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (26)
-    return loss, dict(critic_loss=loss, q=q.mean(), q_std=q.std(0).mean(), target=target.mean())
+    loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (23)
+    metrics = dict(
+        critic_loss=loss,
+        q=q.mean(),
+        q_std=q.std(0).mean(),
+        target=target.mean(),
+    )
+    return loss, metrics
 
 
-def behavior_loss(args, params, state, batch, key):
-    """Flow matching of f_theta on the data: along x_t = (1 - t) z + t a the velocity is a - z."""
+def behavior_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Matches f_theta to the data: along x_t = (1 - t) z + t a the velocity is a - z."""
     z_key, t_key = jax.random.split(key)
-    z = jax.random.normal(z_key, batch.actions.shape)
+    actions = batch.actions
+    z = jax.random.normal(z_key, actions.shape)
     t = jax.random.uniform(t_key, batch.valid.shape)
-    x = (1 - t[:, None]) * z + t[:, None] * batch.actions
+    x = (1 - t[:, None]) * z + t[:, None] * actions
     velocity = field(args, params["policy"], batch.observations, x, t)
-    loss = (batch.valid * ((velocity - (batch.actions - z)) ** 2).mean(-1)).mean()  # Eq. (17)
+    errors = ((velocity - (actions - z)) ** 2).mean(-1)
+    loss = (batch.valid * errors).mean()  # Eq. (17)
     return loss, dict(behavior_loss=loss)
 
 
-def backprop_loss(args, params, state, batch, key):
-    """The critic's value of the flow's actions, differentiated through all Euler steps and the
-    clip: no gradient where a coordinate ends outside of the box. Not masked by `batch.valid`."""
+def backprop_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the negative value of the flow's actions, with gradients through all Euler steps.
+
+    A coordinate that ends outside the box is clipped and has no gradient. `batch.valid` does not
+    mask this loss.
+    """
     z = jax.random.normal(key, batch.actions.shape)
     actions = integrate(args, params["policy"], batch.observations, z)
     q = critic(args, state.params["critic"], batch.observations, actions).mean()
     # ref: L_FM - Q / alpha, where the papers write alpha L_FM - Q
     loss = -q / args.fbrac_alpha  # Eq. (37), (38)
-    return loss, dict(policy_q=q, outside=(jnp.abs(actions) == 1).mean())
+    outside = (jnp.abs(actions) == 1).mean()
+    return loss, dict(policy_q=q, outside=outside)
 
 
-def update(args, state, batch):
-    """One gradient step on the sum of the three losses, all at the parameters before the step."""
+def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
+    """Makes one gradient step on the sum of all losses, all at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 4)
+    losses = [critic_loss, behavior_loss, backprop_loss]
 
     def total_loss(params):
-        losses = (critic_loss, behavior_loss, backprop_loss)
-        results = [f(args, params, state, batch, k) for f, k in zip(losses, keys)]
-        metrics = {name: value for _, more in results for name, value in more.items()}
-        return sum(loss for loss, _ in results), metrics
+        total = 0.0
+        metrics = {}
+        for loss, loss_key in zip(losses, keys, strict=True):
+            value, loss_metrics = loss(args, params, state, batch, loss_key)
+            total += value
+            metrics |= loss_metrics
+        return total, metrics
 
     grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
     metrics["grad_norm"] = optax.global_norm(grads)
     updates, opt_state = optimizer(args).update(grads, state.opt_state)
+    params = optax.apply_updates(state.params, updates)
     # ref: the targets move towards the parameters from before this step.
     online = {name: state.params[name] for name in state.targets}
     targets = optax.incremental_update(online, state.targets, args.target_rate)
-    params = optax.apply_updates(state.params, updates)
     return State(params, targets, opt_state, key), metrics
 
 

@@ -1,28 +1,34 @@
-"""IFQL: implicit flow Q-learning (baseline of Park et al., ICML 2025, arXiv:2502.02538, after IDQL,
-Hansen-Estruch et al. 2023, arXiv:2304.10573), as in Li and Levine (ICLR 2026, arXiv:2601.14234).
+"""IFQL: implicit flow Q-learning (a baseline of Park et al., ICML 2025, arXiv:2502.02538, after
+IDQL, Hansen-Estruch et al. 2023, arXiv:2304.10573), as in Li and Levine (ICLR 2026,
+arXiv:2601.14234).
 
 Values are learned as in implicit Q-learning (Kostrikov et al., ICLR 2022): V is an upper expectile
 of Q over the data's actions, and Q's target is V, so that no value is learned from an action that
-the data do not have. The policy is a flow f that imitates the data; acting draws N of its
+is not in the data. The policy is a flow f that imitates the data. To act, it draws M candidate
 actions and takes the one with the highest value.
 
     L(phi) = E (Q(s, a) - R - gamma^H m V(s'))^2                                          Eq. (85)
     L(xi) = E |kappa - 1[D < 0]| D^2,  D = Q(s, a) - V(s)                                 Eq. (86)
-    a = argmax_n Q(s, a_n),  a_1 .. a_N ~ ODE(f; s, z_n)                                  Eq. (87)
+    a = argmax_m Q(s, a_m),  a_1 .. a_M ~ ODE(f; s, z_m)                                  Eq. (87)
 
-Equation numbers are those of Li and Levine 2026; docs/ifql.md lists every difference between their
-paper, their code and this file, which follows the code (marked `# ref:` where the paper differs).
+Equation numbers are those of Li and Levine 2026. docs/ifql.md lists every difference between their
+paper, their code and this file, which follows the code (lines marked `# ref:` differ from the
+paper).
 
-    python -m baselines.ifql                         the point maze, a few minutes on a CPU
-    python -m baselines.ifql --env cube-triple --tasks 1 2 3 4 5 --num-seeds 4
+    python baselines/ifql.py                   the point maze, a few minutes on a CPU
+    python baselines/ifql.py --env cube-triple --tasks 1 2 3 4 5 --num-seeds 4
 
 Shapes: B batch, S observation, H chunk length, d action, A = H d flattened chunk, T flow steps,
-K critics, N candidates; in act and train_chunk N is the number of agents trained at once.
+K critics, M candidates, N agents (tasks x seeds) trained at once.
 """
 
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
 import jax
@@ -30,16 +36,34 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
-from common.data import Replay, Shards, locate, over_agents, sample, spread
+from common.data import Batch, Replay, Shards, locate, over_agents, sample, spread
 from common.envs import TRAINING, EnvPool, resolve, seed_of
+from common.flags import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval
 from common.networks import Critic, Field
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    # V is the expectile kappa of Q over the data's actions; 0.5 is the mean.
+    expectile: UnitInterval = 0.9
+    num_candidates: PositiveInt = 32  # Candidate actions M per state; the best one is executed.
+    # A target is the mean minus this many standard deviations of the critics.
+    pessimism: NonNegativeFloat = 0.5
+    flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
+
+    # --- networks and optimiser ---
+    # Hidden-layer widths of all networks.
+    hidden_dims: tuple[PositiveInt, ...] = (512, 512, 512, 512)
+    num_critics: PositiveInt = 10  # Number of critics K in the ensemble.
+    batch_size: PositiveInt = 256  # Batch size B, in chunks.
+    lr: PositiveFloat = 3e-4  # Adam's learning rate.
+    target_rate: UnitInterval = 0.005  # Step size of the moving averages (target networks).
+
     # --- shared: run arguments ---
     env: str = "pointmaze-medium"  # short name (puzzle-4x4), dataset or full OGBench name
     tasks: tuple[int, ...] = (1,)  # tasks 1..5, trained at once on one copy of the data
@@ -67,22 +91,10 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the dataset
     # --- end shared ---
 
-    # method
-    expectile: float = 0.9  # kappa: V is this expectile of Q over the data's actions; 0.5: its mean
-    num_candidates: int = 32  # N: actions drawn per decision, of which the best is taken
-    pessimism: float = 0.5  # a target's value is mean - this times std over the critics
-    flow_steps: int = 10  # T: steps from noise to action, of the flow or the diffusion
 
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # of all networks
-    num_critics: int = 10  # K: critics in the ensemble
-    batch_size: int = 256  # B: chunks per update
-    lr: float = 3e-4  # Adam's learning rate
-    target_rate: float = 0.005  # rate of the moving averages (target networks)
-
-
-# Expectiles of the ten domains: launch script of the official QAM repository, and its paper. The
-# point maze is not in the paper: small networks for a CPU (docs/ifql.md).
+# The expectiles of the ten domains come from the launch script of the official QAM repository and
+# from its paper. The point maze is not in the paper: its networks are small enough for a CPU
+# (docs/ifql.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(expectile=0.9),
     "antmaze-giant": dict(expectile=0.8),
@@ -95,35 +107,46 @@ ENV_DEFAULTS = {
     "cube-triple": dict(expectile=0.95),
     "cube-quadruple": dict(expectile=0.95),
     "pointmaze-medium": dict(
-        expectile=0.9, discount=0.995, flow_steps=5, num_critics=2, lr=1e-3,
-        hidden_dims=(128, 128), batch_size=128, target_rate=0.01, offline_steps=15_000,
-        log_interval=1_000, eval_interval=5_000, eval_slots=50,
+        expectile=0.9,
+        discount=0.995,
+        flow_steps=5,
+        num_critics=2,
+        lr=1e-3,
+        hidden_dims=(128, 128),
+        batch_size=128,
+        target_rate=0.01,
+        offline_steps=15_000,
+        log_interval=1_000,
+        eval_interval=5_000,
+        eval_slots=50,
     ),
 }
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (phi), value (xi), behavior
     targets: dict  # moving average of critic
     opt_state: optax.OptState
-    key: jax.Array  # (2,) uint32
+    key: Array  # (2,) uint32
 
 
-def optimizer(args):
+def optimizer(args: Args) -> optax.GradientTransformation:
+    """Returns Adam."""
     return optax.adam(args.lr)
 
 
-def create(args, observation_size, key) -> State:
-    """A new agent."""
-    key, *keys = jax.random.split(key, 4)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.chunk_length * args.action_size))
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates an agent."""
+    key, critic_key, value_key, behavior_key = jax.random.split(key, 4)
+    s = jnp.zeros((1, observation_size))
+    a = jnp.zeros((1, args.chunk_length * args.action_size))
     params = dict(
-        critic=Critic(args.hidden_dims, args.num_critics).init(keys[0], s, a),
-        value=Critic(args.hidden_dims, 1).init(keys[1], s),
-        behavior=Field(args.hidden_dims).init(keys[2], s, a, 0.0),
+        critic=Critic(args.hidden_dims, args.num_critics).init(critic_key, s, a),
+        value=Critic(args.hidden_dims, 1).init(value_key, s),
+        behavior=Field(args.hidden_dims).init(behavior_key, s, a, 0.0),
     )
     targets = dict(critic=jax.tree.map(jnp.copy, params["critic"]))
     return State(params, targets, optimizer(args).init(params), key)
@@ -132,91 +155,120 @@ def create(args, observation_size, key) -> State:
 # --- the method ----------------------------------------------------------------------------------
 
 
-def critic(args, params, observations, actions):
-    """Q^1..Q^K: (B, S), (B, A) -> (K, B)."""
+def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Evaluates the critics Q^1..Q^K: (B, S), (B, A) -> (K, B)."""
     return Critic(args.hidden_dims, args.num_critics).apply(params, observations, actions)
 
 
-def value(args, params, observations):
-    """V, a single network: (B, S) -> (B,)."""
+def value(args: Args, params: dict, observations: Array) -> Array:
+    """Evaluates V, a single network: (B, S) -> (B,)."""
     return Critic(args.hidden_dims, 1).apply(params, observations)[0]
 
 
-def field(args, params, observations, x, t):
-    """Velocity f(s, x, t): (B, S), (..., B, A), t that broadcasts to (..., B) -> (..., B, A)."""
+def field(args: Args, params: dict, observations: Array, x: Array, t: Array) -> Array:
+    """Evaluates a velocity field at (s, x, t).
+
+    (B, S), (..., B, A) and a time that broadcasts to (..., B) -> (..., B, A).
+    """
     return Field(args.hidden_dims).apply(params, observations, x, t)
 
 
-def integrate(args, flow, observations, z):
-    """ODE(f; s, z) by T Euler steps: (B, S), (..., B, A) -> (..., B, A) in [-1, 1]."""
+def integrate(args: Args, flow: dict, observations: Array, z: Array) -> Array:
+    """Solves the flow's ODE by T Euler steps: (B, S), (..., B, A) -> (..., B, A) in [-1, 1]."""
 
     def euler(x, t):
-        return x + field(args, flow, observations, x, t) / args.flow_steps, None
+        velocity = field(args, flow, observations, x, t)
+        return x + velocity / args.flow_steps, None
 
-    x, _ = jax.lax.scan(euler, z, jnp.arange(args.flow_steps) / args.flow_steps)
+    times = jnp.arange(args.flow_steps) / args.flow_steps
+    x, _ = jax.lax.scan(euler, z, times)
     return jnp.clip(x, -1, 1)  # only here, not between the steps
 
 
-def sample_actions(args, state, observations, key):
-    """The best of N actions of the flow, for every observation: (B, S) -> (B, A) in [-1, 1]."""
-    size = args.num_candidates, len(observations), args.chunk_length * args.action_size
-    z = jax.random.normal(key, size)
-    actions = integrate(args, state.params["behavior"], observations, z)  # (N, B, A)
-    rate = partial(critic, args, state.params["critic"], observations)
-    q = jax.vmap(rate)(actions).min(1)  # (N, B); ref: the lowest of the K critics, online
-    best = q.argmax(0)  # Eq. (87)
-    return jnp.take_along_axis(actions, best[None, :, None], axis=0)[0]
+def sample_actions(args: Args, state: State, observations: Array, key: Array) -> Array:
+    """Samples M actions of the flow per state and takes the best: (B, S) -> (B, A) in [-1, 1]."""
+    action_size = args.chunk_length * args.action_size
+    z = jax.random.normal(key, (args.num_candidates, len(observations), action_size))
+    candidates = integrate(args, state.params["behavior"], observations, z)  # (M, B, A)
+    critic_at = partial(critic, args, state.params["critic"], observations)
+    q = jax.vmap(critic_at)(candidates)  # (M, K, B)
+    lowest_q = q.min(1)  # ref: the lowest of the K critics, online
+    best = lowest_q.argmax(0)  # Eq. (87)
+    return jnp.take_along_axis(candidates, best[None, :, None], axis=0)[0]
 
 
-def value_loss(args, params, state, batch, key):
-    """Expectile regression of V onto the pessimistic value of the data's actions."""
+# A loss differentiates `params` only; `state` and `batch` are constants. It returns its value and
+# its metrics, whose names differ from those of all other losses.
+
+
+def value_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Regresses V onto an expectile of the pessimistic value of the data's actions."""
     q = critic(args, state.targets["critic"], batch.observations, batch.actions)
     target = q.mean(0) - args.pessimism * q.std(0)  # Eq. (26); not in (85)
     v = value(args, params["value"], batch.observations)
     difference = target - v
-    weight = jnp.abs(args.expectile - (difference < 0))
+    is_below = (difference < 0).astype(difference.dtype)
+    weight = jnp.abs(args.expectile - is_below)
     # ref: not masked by `batch.valid`: actions of the next trajectory enter.
     loss = (weight * difference**2).mean()  # Eq. (86)
-    return loss, dict(value_loss=loss, value=v.mean(), below=(difference < 0).mean())
+    return loss, dict(value_loss=loss, value=v.mean(), below=is_below.mean())
 
 
-def critic_loss(args, params, state, batch, key):
-    """TD error of every critic against the value of the next state."""
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the TD error of every critic against the value of the next state."""
     next_value = value(args, state.params["value"], batch.next_observations)  # online
     target = batch.rewards + args.discount**args.chunk_length * batch.masks * next_value
     q = critic(args, params["critic"], batch.observations, batch.actions)
     loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (85)
-    return loss, dict(critic_loss=loss, q=q.mean(), q_std=q.std(0).mean(), target=target.mean())
+    metrics = dict(
+        critic_loss=loss,
+        q=q.mean(),
+        q_std=q.std(0).mean(),
+        target=target.mean(),
+    )
+    return loss, metrics
 
 
-def behavior_loss(args, params, state, batch, key):
-    """Flow matching of f on the data: along x_t = (1 - t) z + t a the velocity is a - z."""
+def behavior_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Matches f to the data: along x_t = (1 - t) z + t a the velocity is a - z."""
     z_key, t_key = jax.random.split(key)
-    z = jax.random.normal(z_key, batch.actions.shape)
+    actions = batch.actions
+    z = jax.random.normal(z_key, actions.shape)
     t = jax.random.uniform(t_key, batch.valid.shape)
-    x = (1 - t[:, None]) * z + t[:, None] * batch.actions
+    x = (1 - t[:, None]) * z + t[:, None] * actions
     velocity = field(args, params["behavior"], batch.observations, x, t)
-    loss = (batch.valid * ((velocity - (batch.actions - z)) ** 2).mean(-1)).mean()  # Eq. (17)
+    errors = ((velocity - (actions - z)) ** 2).mean(-1)
+    loss = (batch.valid * errors).mean()  # Eq. (17)
     return loss, dict(behavior_loss=loss)
 
 
-def update(args, state, batch):
-    """One gradient step on the sum of the three losses, all at the parameters before the step."""
+def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
+    """Makes one gradient step on the sum of all losses, all at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 4)
+    losses = [value_loss, critic_loss, behavior_loss]
 
     def total_loss(params):
-        losses = (value_loss, critic_loss, behavior_loss)
-        results = [f(args, params, state, batch, k) for f, k in zip(losses, keys)]
-        metrics = {name: value for _, more in results for name, value in more.items()}
-        return sum(loss for loss, _ in results), metrics
+        total = 0.0
+        metrics = {}
+        for loss, loss_key in zip(losses, keys, strict=True):
+            loss_value, loss_metrics = loss(args, params, state, batch, loss_key)
+            total += loss_value
+            metrics |= loss_metrics
+        return total, metrics
 
     grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
     metrics["grad_norm"] = optax.global_norm(grads)
     updates, opt_state = optimizer(args).update(grads, state.opt_state)
+    params = optax.apply_updates(state.params, updates)
     # ref: the targets move towards the parameters from before this step.
     online = {name: state.params[name] for name in state.targets}
     targets = optax.incremental_update(online, state.targets, args.target_rate)
-    params = optax.apply_updates(state.params, updates)
     return State(params, targets, opt_state, key), metrics
 
 

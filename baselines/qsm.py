@@ -2,30 +2,35 @@
 with chunks of actions, as in the comparison of QAM (Li and Levine, ICLR 2026, arXiv:2601.14234).
 
 A diffusion policy that samples exp(tau Q) would predict the noise from the score tau grad Q. QSM
-regresses its prediction onto that gradient at noisy actions of the data. Offline it learns nothing
-without a second regression, onto the noise itself; nothing is back-propagated through the chain.
+regresses its prediction onto that gradient at noisy actions of the data. Offline this alone learns
+nothing useful, so a second regression, onto the noise itself, is added. No gradient is
+back-propagated through the denoising chain.
 
     x = sqrt(abar_i) a + sqrt(1 - abar_i) eps,  i ~ U{1..T},  eps ~ N(0, I)               Eq. (48)
     L(theta) = E[|-tau grad_x Q(s, x) - e_theta(s, x, i)|^2 / A                           Eq. (49)
                  + eta |eps - e_theta(s, x, i)|^2 / A]                               Eq. (50), (51)
 
-The best prediction is the mean (eta E[eps | x] - tau grad_x Q(s, x)) / (eta + 1): also at tau = 0
-the noise comes out too small. Equation numbers are those of Li and Levine 2026, see
-docs/equations.md; docs/qsm.md lists every difference between the papers, the official QAM code and
-this file, which follows that code (`# ref:`). baselines/dac.py is the same script but for the loss
-and the denoising step.
+The best prediction is the mean (eta E[eps | x] - tau grad_x Q(s, x)) / (eta + 1), so even at
+tau = 0 the predicted noise is too small. Equation numbers are those of Li and Levine 2026, see
+docs/equations.md. docs/qsm.md lists every difference between the papers, the official QAM code and
+this file, which follows that code (`# ref:`). baselines/dac.py is the same script except for the
+loss and the denoising step.
 
-    python -m baselines.qsm                          the point maze, a few minutes on a CPU
-    python -m baselines.qsm --env cube-double --tasks 1 2 3 4 5 --num-seeds 4 --ancestral
+    python baselines/qsm.py                    the point maze, a few minutes on a CPU
+    python baselines/qsm.py --env cube-double --tasks 1 2 3 4 5 --num-seeds 4 --ancestral
 
 Shapes: B batch, S observation, H chunk length, d action, A = H d flattened chunk, T denoising
 steps, K critics, N agents (tasks x seeds) trained at once.
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.linen as nn
 import flax.struct
@@ -34,16 +39,37 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
-from common.data import Replay, Shards, locate, over_agents, sample, spread
+from common.data import Batch, Replay, Shards, locate, over_agents, sample, spread
 from common.envs import TRAINING, EnvPool, resolve, seed_of
+from common.flags import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval
 from common.networks import Critic, Dense
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    # Inverse temperature tau, the weight of grad Q; 0 is behaviour cloning with too little noise.
+    inv_temp: NonNegativeFloat = 1.0
+    # Weight eta of the denoising loss on the data (behaviour cloning).
+    bc_coef: NonNegativeFloat = 1.0
+    # A target is the mean minus this many standard deviations of the critics.
+    pessimism: NonNegativeFloat = 0.5
+    flow_steps: PositiveInt = 10  # Denoising steps T from noise to action.
+    ancestral: bool = False  # Take the paper's denoising steps instead of the official code's.
+
+    # --- networks and optimiser ---
+    # Hidden-layer widths of all networks.
+    hidden_dims: tuple[PositiveInt, ...] = (512, 512, 512, 512)
+    num_critics: PositiveInt = 10  # Number of critics K in the ensemble.
+    batch_size: PositiveInt = 256  # Batch size B, in chunks.
+    lr: PositiveFloat = 3e-4  # Adam's learning rate.
+    target_rate: UnitInterval = 0.005  # Step size of the moving averages (target networks).
+    grad_clip: PositiveFloat = 1.0  # Largest norm of the joint gradient of all networks.
+
     # --- shared: run arguments ---
     env: str = "pointmaze-medium"  # short name (puzzle-4x4), dataset or full OGBench name
     tasks: tuple[int, ...] = (1,)  # tasks 1..5, trained at once on one copy of the data
@@ -71,24 +97,10 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the dataset
     # --- end shared ---
 
-    # method
-    inv_temp: float = 1.0  # tau: weight of grad Q, against eta; 0: cloning, less noisy
-    bc_coef: float = 1.0  # eta: weight of the denoising loss on the data (behaviour cloning)
-    pessimism: float = 0.5  # a target's value is mean - this times std over the critics
-    flow_steps: int = 10  # T: steps from noise to action, of the flow or the diffusion
-    ancestral: bool = False  # the paper's denoising steps, instead of the official code's
 
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # of all networks
-    num_critics: int = 10  # K: critics in the ensemble
-    batch_size: int = 256  # B: chunks per update
-    lr: float = 3e-4  # Adam's learning rate
-    target_rate: float = 0.005  # rate of the moving averages (target networks)
-    grad_clip: float = 1.0  # largest norm of the joint gradient of all networks
-
-
-# Temperatures and weights of the ten domains: launch script of the official QAM repository, and its
-# paper. The point maze is not in the paper: small networks for a CPU (docs/qsm.md).
+# The temperatures and weights of the ten domains come from the launch script of the official QAM
+# repository and from its paper. The point maze is not in the paper: its networks are small enough
+# for a CPU (docs/qsm.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(inv_temp=10.0, bc_coef=10.0),
     "antmaze-giant": dict(inv_temp=10.0, bc_coef=10.0),
@@ -101,35 +113,48 @@ ENV_DEFAULTS = {
     "cube-triple": dict(inv_temp=10.0, bc_coef=10.0),
     "cube-quadruple": dict(inv_temp=1.0, bc_coef=10.0),
     "pointmaze-medium": dict(
-        inv_temp=3.0, bc_coef=10.0, discount=0.995, flow_steps=5, num_critics=2, lr=1e-3,
-        hidden_dims=(128, 128), batch_size=128, target_rate=0.01, offline_steps=15_000,
-        log_interval=1_000, eval_interval=5_000, eval_slots=50,
+        inv_temp=3.0,
+        bc_coef=10.0,
+        discount=0.995,
+        flow_steps=5,
+        num_critics=2,
+        lr=1e-3,
+        hidden_dims=(128, 128),
+        batch_size=128,
+        target_rate=0.01,
+        offline_steps=15_000,
+        log_interval=1_000,
+        eval_interval=5_000,
+        eval_slots=50,
     ),
 }
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (phi), policy (theta)
     targets: dict  # moving average of critic
     opt_state: optax.OptState
-    key: jax.Array  # (2,) uint32
+    key: Array  # (2,) uint32
 
 
-def optimizer(args):
-    # ref: the papers' text says clipping element by element; code and table: by the joint norm.
-    return optax.chain(optax.clip_by_global_norm(args.grad_clip), optax.adam(args.lr))
+def optimizer(args: Args) -> optax.GradientTransformation:
+    """Returns Adam with a clipped gradient."""
+    # ref: the papers' text clips element by element; code and table clip the joint norm.
+    clip = optax.clip_by_global_norm(args.grad_clip)
+    return optax.chain(clip, optax.adam(args.lr))
 
 
-def create(args, observation_size, key) -> State:
-    """A new agent. The policy has no target copy."""
-    key, *keys = jax.random.split(key, 3)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.chunk_length * args.action_size))
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates an agent. The policy has no target copy."""
+    key, critic_key, policy_key = jax.random.split(key, 3)
+    s = jnp.zeros((1, observation_size))
+    a = jnp.zeros((1, args.chunk_length * args.action_size))
     params = dict(
-        critic=Critic(args.hidden_dims, args.num_critics).init(keys[0], s, a),
-        policy=NoisePredictor(args.hidden_dims).init(keys[1], s, a, 1),
+        critic=Critic(args.hidden_dims, args.num_critics).init(critic_key, s, a),
+        policy=NoisePredictor(args.hidden_dims).init(policy_key, s, a, 1),
     )
     targets = dict(critic=jax.tree.map(jnp.copy, params["critic"]))
     return State(params, targets, optimizer(args).init(params), key)
@@ -139,16 +164,20 @@ def create(args, observation_size, key) -> State:
 
 
 class NoisePredictor(nn.Module):
-    """e(s, x, i): (B, S), (B, A), step i that broadcasts to (B,) -> (B, A). Sines and cosines of i
-    with trainable frequencies pass an MLP of their own; Mish, no LayerNorm."""
+    """Computes e(s, x, i): (B, S), (B, A), step i that broadcasts to (B,) -> (B, A).
+
+    Sines and cosines of i with trainable frequencies pass through an MLP of their own. The
+    activation is Mish, without LayerNorm.
+    """
 
     hidden: Sequence[int]
 
     @nn.compact
-    def __call__(self, observations, x, i):
+    def __call__(self, observations: Array, x: Array, i: Array) -> Array:
         # ref: i is the integer 1..T itself, not i / T
         frequencies = self.param("frequencies", nn.initializers.normal(0.2), (32,))
-        angles = 2 * jnp.pi * jnp.broadcast_to(i, x.shape[:-1])[..., None] * frequencies
+        steps = jnp.broadcast_to(i, x.shape[:-1])[..., None]
+        angles = 2 * jnp.pi * steps * frequencies
         code = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
         for width in self.hidden[:-1]:
             code = jax.nn.mish(Dense(width)(code))
@@ -159,102 +188,140 @@ class NoisePredictor(nn.Module):
         return Dense(x.shape[-1])(y)
 
 
-def critic(args, params, observations, actions):
-    """Q^1..Q^K: (B, S), (B, A) -> (K, B)."""
+def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Evaluates the critics Q^1..Q^K: (B, S), (B, A) -> (K, B)."""
     return Critic(args.hidden_dims, args.num_critics).apply(params, observations, actions)
 
 
-def predict_noise(args, params, observations, x, i):
-    """e(s, x, i): (B, S), (B, A), step i of (B,) or () -> (B, A)."""
+def predict_noise(args: Args, params: dict, observations: Array, x: Array, i: Array) -> Array:
+    """Evaluates e(s, x, i): (B, S), (B, A), step i of (B,) or () -> (B, A)."""
     return NoisePredictor(args.hidden_dims).apply(params, observations, x, i)
 
 
-def schedule(args):
-    """Variance-preserving noise, whose rate rises from 0.1 to 10: beta_i, the variance that step i
-    adds, and abar_i, the share of the action's that is left; (T + 1,) each, with 0 and 1 first."""
-    T, i = args.flow_steps, jnp.arange(1, args.flow_steps + 1)
-    beta = 1 - jnp.exp(-0.1 / T - (10 - 0.1) * (2 * i - 1) / (2 * T**2))  # Eq. (47)
+def schedule(args: Args) -> tuple[Array, Array]:
+    """Computes a variance-preserving schedule, whose noise rate rises from 0.1 to 10.
+
+    Returns abar_i, the share of the action's variance that is left after step i, and beta_i, the
+    variance that step i adds: (T + 1,) each, where i = 0 has 1 and 0.
+    """
+    T = args.flow_steps
+    i = jnp.arange(1, T + 1)
+    rise = (10 - 0.1) * (2 * i - 1) / (2 * T**2)
+    beta = 1 - jnp.exp(-0.1 / T - rise)  # Eq. (47)
     beta = jnp.concatenate([jnp.zeros(1), beta])
-    return jnp.cumprod(1 - beta), beta  # Eq. (48)
+    abar = jnp.cumprod(1 - beta)  # Eq. (48)
+    return abar, beta
 
 
-def denoise(args, policy, observations, x, i, noise):
-    """From x_i to x_{i-1}, which is in the box: a step towards the action, and noise."""
+def denoise(
+    args: Args, policy: dict, observations: Array, x: Array, i: Array, noise: Array
+) -> Array:
+    """Takes a denoising step from x_i to x_{i-1}: towards the action, with noise, into the box."""
     abar, beta = schedule(args)
     predicted = predict_noise(args, policy, observations, x, i)
     if args.ancestral:
-        mean = (x - beta[i] / jnp.sqrt(1 - abar[i]) * predicted) / jnp.sqrt(1 - beta[i])
+        scale = beta[i] / jnp.sqrt(1 - abar[i])
+        mean = (x - scale * predicted) / jnp.sqrt(1 - beta[i])
     else:  # ref: the code goes to the estimate of the action itself, in every step
         mean = (x - jnp.sqrt(1 - abar[i]) * predicted) / jnp.sqrt(abar[i])
-    return jnp.clip(mean + (i > 1) * jnp.sqrt(beta[i]) * noise, -1, 1)  # Eq. (52)
+    # The last step adds no noise.
+    deviation = jnp.where(i > 1, jnp.sqrt(beta[i]), 0)
+    return jnp.clip(mean + deviation * noise, -1, 1)  # Eq. (52)
 
 
-def sample_actions(args, state, observations, key):
-    """a = x_0 from x_T ~ N(0, I) by T denoising steps: (B, S) -> (B, A) in [-1, 1]."""
+def sample_actions(args: Args, state: State, observations: Array, key: Array) -> Array:
+    """Denoises a = x_0 from x_T ~ N(0, I) in T steps: (B, S) -> (B, A) in [-1, 1]."""
     start_key, noise_key = jax.random.split(key)
-    x = jax.random.normal(start_key, (len(observations), args.chunk_length * args.action_size))
-    noise = jax.random.normal(noise_key, (args.flow_steps, *x.shape))
+    action_size = args.chunk_length * args.action_size
+    start = jax.random.normal(start_key, (len(observations), action_size))
+    noises = jax.random.normal(noise_key, (args.flow_steps, *start.shape))
+    countdown = jnp.arange(args.flow_steps, 0, -1)
 
     def step(x, inputs):
-        return denoise(args, state.params["policy"], observations, x, *inputs), None
+        i, noise = inputs
+        return denoise(args, state.params["policy"], observations, x, i, noise), None
 
-    x, _ = jax.lax.scan(step, x, (jnp.arange(args.flow_steps, 0, -1), noise))
+    x, _ = jax.lax.scan(step, start, (countdown, noises))
     return x
 
 
-def critic_loss(args, params, state, batch, key):
-    """TD error of every critic against one pessimistic target.  # Eq. (23), (26)"""
+# A loss differentiates `params` only; `state` and `batch` are constants. It returns its value and
+# its metrics, whose names differ from those of all other losses.
+
+
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the TD error of every critic against one pessimistic target."""
     # ref: a' comes from the online policy; the deviation is the population one (1/K).
     next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
-    next_value = next_q.mean(0) - args.pessimism * next_q.std(0)
+    next_value = next_q.mean(0) - args.pessimism * next_q.std(0)  # Eq. (26)
     target = batch.rewards + args.discount**args.chunk_length * batch.masks * next_value
     q = critic(args, params["critic"], batch.observations, batch.actions)
-    loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (26)
-    return loss, dict(critic_loss=loss, q=q.mean(), q_std=q.std(0).mean(), target=target.mean())
+    loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (23)
+    metrics = dict(
+        critic_loss=loss,
+        q=q.mean(),
+        q_std=q.std(0).mean(),
+        target=target.mean(),
+    )
+    return loss, metrics
 
 
-def policy_loss(args, params, state, batch, key):
-    """Regression onto the critic's gradient at noisy actions, and onto their noise."""
+def policy_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Regresses onto the critic's gradient at noisy actions, and onto their noise."""
     step_key, noise_key = jax.random.split(key)
     i = jax.random.randint(step_key, batch.valid.shape, 1, args.flow_steps + 1)
     noise = jax.random.normal(noise_key, batch.actions.shape)
-    abar = schedule(args)[0][i][:, None]
+    abar_of_steps, _ = schedule(args)
+    abar = abar_of_steps[i][:, None]
     x = jnp.sqrt(abar) * batch.actions + jnp.sqrt(1 - abar) * noise  # Eq. (48)
 
-    def value(x):  # ref: target critics, their mean; outside of the box, too
-        return critic(args, state.targets["critic"], batch.observations, x).mean(0).sum()
+    def value(actions):  # ref: target critics, their mean; outside the box, too
+        return critic(args, state.targets["critic"], batch.observations, actions).mean(0).sum()
 
     gradient = jax.grad(value)(x)
     predicted = predict_noise(args, params["policy"], batch.observations, x, i)
+    errors = ((noise - predicted) ** 2).mean(-1)
     # ref: the official code raises an invalid sample's loss to the power 0: the same gradient.
-    denoising = (batch.valid * ((noise - predicted) ** 2).mean(-1)).mean()  # Eq. (50)
-    # ref: the code's sign; the paper prints +tau grad Q, which would be the way down.
-    errors = ((-args.inv_temp * gradient - predicted) ** 2).mean(-1)
-    matching = (batch.valid * errors).mean()  # Eq. (49)
+    denoising = (batch.valid * errors).mean()  # Eq. (50)
+    # ref: the code's sign; the paper prints +tau grad Q, which would lead downhill.
+    score_errors = ((-args.inv_temp * gradient - predicted) ** 2).mean(-1)
+    matching = (batch.valid * score_errors).mean()  # Eq. (49)
     loss = matching + args.bc_coef * denoising  # Eq. (51)
-    norm = jnp.linalg.norm(gradient, axis=-1).mean()
-    parts = dict(denoising_loss=denoising, matching_loss=matching, gradient_norm=norm)
-    return loss, dict(policy_loss=loss, **parts)
+    metrics = dict(
+        denoising_loss=denoising,
+        matching_loss=matching,
+        gradient_norm=jnp.linalg.norm(gradient, axis=-1).mean(),
+        policy_loss=loss,
+    )
+    return loss, metrics
 
 
-def update(args, state, batch):
-    """One gradient step on the sum of the two losses, both at the parameters before the step."""
+def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
+    """Makes one gradient step on the sum of all losses, all at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 3)
+    losses = [critic_loss, policy_loss]
 
     def total_loss(params):
-        losses = (critic_loss, policy_loss)
-        results = [f(args, params, state, batch, k) for f, k in zip(losses, keys)]
-        metrics = {name: value for _, more in results for name, value in more.items()}
-        return sum(loss for loss, _ in results), metrics
+        total = 0.0
+        metrics = {}
+        for loss, loss_key in zip(losses, keys, strict=True):
+            value, loss_metrics = loss(args, params, state, batch, loss_key)
+            total += value
+            metrics |= loss_metrics
+        return total, metrics
 
     grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
     metrics["grad_norm"] = optax.global_norm(grads)
     updates, opt_state = optimizer(args).update(grads, state.opt_state)
+    params = optax.apply_updates(state.params, updates)
     # ref: the targets move towards the parameters from before this step.
     online = {name: state.params[name] for name in state.targets}
     targets = optax.incremental_update(online, state.targets, args.target_rate)
-    params = optax.apply_updates(state.params, updates)
     return State(params, targets, opt_state, key), metrics
 
 

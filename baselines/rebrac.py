@@ -12,16 +12,20 @@ a state, the penalty pulls towards their mean.
 Plain equation numbers are those of Li and Levine 2026; numbers with letters are ours, see
 docs/equations.md. docs/rebrac.md lists what differs from the original ReBRAC (`# ref:`).
 
-    python -m baselines.rebrac                       the point maze, small networks
-    python -m baselines.rebrac --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
+    python baselines/rebrac.py                 the point maze, small networks
+    python baselines/rebrac.py --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
 
 Shapes: B batch, S observation, H chunk length, d action, A = H d flattened chunk, K critics,
 N agents (tasks x seeds) trained at once.
 """
 
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.linen as nn
 import flax.struct
@@ -30,16 +34,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
-from common.data import Replay, Shards, locate, over_agents, sample, spread
+from common.data import Batch, Replay, Shards, locate, over_agents, sample, spread
 from common.envs import TRAINING, EnvPool, resolve, seed_of
+from common.flags import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval
 from common.networks import MLP, Critic
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    # Weight alpha of behaviour cloning; the normalised value has weight 1.
+    rebrac_alpha: NonNegativeFloat = 0.01
+    # Standard deviation sigma of the noise on all actions, also in evaluations.
+    actor_noise: NonNegativeFloat = 0.0
+    noise_clip: NonNegativeFloat = 0.5  # Largest noise c.
+    target_delay: PositiveInt = 2  # Updates between two moves of the target networks.
+    # A target is the mean minus this many standard deviations of the critics.
+    pessimism: NonNegativeFloat = 0.5
+
+    # --- networks and optimiser ---
+    # Hidden-layer widths of all networks.
+    hidden_dims: tuple[PositiveInt, ...] = (512, 512, 512, 512)
+    num_critics: PositiveInt = 10  # Number of critics K in the ensemble.
+    batch_size: PositiveInt = 256  # Batch size B, in chunks.
+    lr: PositiveFloat = 3e-4  # Adam's learning rate.
+    target_rate: UnitInterval = 0.005  # Step size of the moving averages (target networks).
+
     # --- shared: run arguments ---
     env: str = "pointmaze-medium"  # short name (puzzle-4x4), dataset or full OGBench name
     tasks: tuple[int, ...] = (1,)  # tasks 1..5, trained at once on one copy of the data
@@ -67,23 +91,10 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the dataset
     # --- end shared ---
 
-    # method
-    rebrac_alpha: float = 0.01  # alpha: weight of behaviour cloning against the normalised value
-    actor_noise: float = 0.0  # sigma: deviation of the noise on all actions, also in evaluations
-    noise_clip: float = 0.5  # c: largest noise
-    target_delay: int = 2  # updates between two moves of the target networks
-    pessimism: float = 0.5  # a target's value is mean - this times std over the critics
 
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # of all networks
-    num_critics: int = 10  # K: critics in the ensemble
-    batch_size: int = 256  # B: chunks per update
-    lr: float = 3e-4  # Adam's learning rate
-    target_rate: float = 0.005  # rate of the moving averages (target networks)
-
-
-# (alpha, sigma) of the ten domains: launch script of QAM's official repository. The point maze is
-# not in the paper: small networks, chosen here for a CPU.
+# The weights alpha and deviations sigma of the ten domains come from the launch script of the
+# official QAM repository. The point maze is not in the paper: its networks are small enough for a
+# CPU (docs/rebrac.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(rebrac_alpha=0.01, actor_noise=0.0),
     "antmaze-giant": dict(rebrac_alpha=0.01, actor_noise=0.0),
@@ -96,48 +107,62 @@ ENV_DEFAULTS = {
     "cube-triple": dict(rebrac_alpha=0.01, actor_noise=0.2),
     "cube-quadruple": dict(rebrac_alpha=0.01, actor_noise=0.2),
     "pointmaze-medium": dict(
-        rebrac_alpha=0.003, actor_noise=0.0, discount=0.995, num_critics=2, lr=1e-3,
-        hidden_dims=(128, 128), batch_size=128, target_rate=0.01, offline_steps=15_000,
-        log_interval=1_000, eval_interval=5_000, eval_slots=50,
+        rebrac_alpha=0.003,
+        actor_noise=0.0,
+        discount=0.995,
+        num_critics=2,
+        lr=1e-3,
+        hidden_dims=(128, 128),
+        batch_size=128,
+        target_rate=0.01,
+        offline_steps=15_000,
+        log_interval=1_000,
+        eval_interval=5_000,
+        eval_slots=50,
     ),
 }
 
 
 class Actor(nn.Module):
-    """Deterministic policy tanh(MLP(s)): (B, S) -> (B, out). Its last kernel starts at a tenth of
-    the usual deviation, so that all first actions are near 0."""
+    """Computes the deterministic policy tanh(MLP(s)): (B, S) -> (B, out).
+
+    Its last kernel starts at a tenth of the usual deviation, so that all first actions are near 0.
+    """
 
     hidden: tuple[int, ...]
     out: int
 
     @nn.compact
-    def __call__(self, observations):
-        x = nn.gelu(MLP(self.hidden[:-1], self.hidden[-1])(observations))
+    def __call__(self, observations: Array) -> Array:
+        features = MLP(self.hidden[:-1], self.hidden[-1])(observations)
         small = nn.initializers.variance_scaling(0.01, "fan_avg", "uniform")
-        return jnp.tanh(nn.Dense(self.out, kernel_init=small)(x))
+        u = nn.Dense(self.out, kernel_init=small)(nn.gelu(features))
+        return jnp.tanh(u)
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (phi), actor (pi)
     targets: dict  # moving averages of both
     opt_state: optax.OptState
-    key: jax.Array  # (2,) uint32
+    key: Array  # (2,) uint32
 
 
-def optimizer(args):
+def optimizer(args: Args) -> optax.GradientTransformation:
+    """Returns Adam."""
     return optax.adam(args.lr)
 
 
-def create(args, observation_size, key) -> State:
-    """A new agent."""
-    key, *keys = jax.random.split(key, 3)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.chunk_length * args.action_size))
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates an agent."""
+    key, critic_key, actor_key = jax.random.split(key, 3)
+    s = jnp.zeros((1, observation_size))
+    a = jnp.zeros((1, args.chunk_length * args.action_size))
     params = dict(
-        critic=Critic(args.hidden_dims, args.num_critics).init(keys[0], s, a),
-        actor=Actor(args.hidden_dims, a.shape[-1]).init(keys[1], s),
+        critic=Critic(args.hidden_dims, args.num_critics).init(critic_key, s, a),
+        actor=Actor(args.hidden_dims, a.shape[-1]).init(actor_key, s),
     )
     targets = jax.tree.map(jnp.copy, params)
     return State(params, targets, optimizer(args).init(params), key)
@@ -146,81 +171,113 @@ def create(args, observation_size, key) -> State:
 # --- the method ----------------------------------------------------------------------------------
 
 
-def critic(args, params, observations, actions):
-    """Q^1..Q^K: (B, S), (B, A) -> (K, B)."""
+def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Evaluates the critics Q^1..Q^K: (B, S), (B, A) -> (K, B)."""
     return Critic(args.hidden_dims, args.num_critics).apply(params, observations, actions)
 
 
-def actor(args, params, observations):
-    """pi(s): (B, S) -> (B, A) in [-1, 1]."""
-    return Actor(args.hidden_dims, args.chunk_length * args.action_size).apply(params, observations)
+def actor(args: Args, params: dict, observations: Array) -> Array:
+    """Evaluates pi(s): (B, S) -> (B, A) in [-1, 1]."""
+    network = Actor(args.hidden_dims, args.chunk_length * args.action_size)
+    return network.apply(params, observations)
 
 
-def perturb(args, actions, key):
-    """Actions with clipped Gaussian noise, (B, A) in [-1, 1]."""
+def perturb(args: Args, actions: Array, key: Array) -> Array:
+    """Adds clipped Gaussian noise to actions: (B, A) -> (B, A) in [-1, 1]."""
     noise = args.actor_noise * jax.random.normal(key, actions.shape)
-    return jnp.clip(actions + jnp.clip(noise, -args.noise_clip, args.noise_clip), -1, 1)
+    noise = jnp.clip(noise, -args.noise_clip, args.noise_clip)
+    return jnp.clip(actions + noise, -1, 1)
 
 
-def sample_actions(args, state, observations, key):
-    """pi(s) with noise: (B, S) -> (B, A) in [-1, 1]."""
+def sample_actions(args: Args, state: State, observations: Array, key: Array) -> Array:
+    """Computes pi(s) and adds noise: (B, S) -> (B, A) in [-1, 1]."""
     # ref: the official code keeps the noise in evaluations, too.
-    return perturb(args, actor(args, state.params["actor"], observations), key)
+    actions = actor(args, state.params["actor"], observations)
+    return perturb(args, actions, key)
 
 
-def pessimistic(args, q):
-    """Value of K critics, (K, B) -> (B,). Unlike q.std(0), whose root has no derivative at 0, this
-    deviation has a gradient of 0 where all critics agree, as two often do to the last bit."""
+def pessimistic(args: Args, q: Array) -> Array:
+    """Computes the pessimistic value of K critics, the mean minus deviations: (K, B) -> (B,).
+
+    Unlike q.std(0), whose root has no derivative at 0, this deviation has a gradient of 0 where all
+    critics agree, as two often do to the last bit.
+    """
     deviation = optax.safe_norm(q - q.mean(0), 0.0, axis=0) / len(q) ** 0.5
     return q.mean(0) - args.pessimism * deviation  # Eq. (26)
 
 
-def critic_loss(args, params, state, batch, key):
-    """TD error of every critic against one pessimistic target."""
+# A loss differentiates `params` only; `state` and `batch` are constants. It returns its value and
+# its metrics, whose names differ from those of all other losses.
+
+
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the TD error of every critic against one pessimistic target."""
     # ref: no penalty |a' - a'_data|^2 in the target, which the original ReBRAC has.
     next_actions = actor(args, state.targets["actor"], batch.next_observations)
     next_actions = perturb(args, next_actions, key)  # Eq. (ReBRAC1)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
-    discount = args.discount**args.chunk_length * batch.masks
-    target = batch.rewards + discount * pessimistic(args, next_q)
+    next_value = pessimistic(args, next_q)
+    target = batch.rewards + args.discount**args.chunk_length * batch.masks * next_value
     q = critic(args, params["critic"], batch.observations, batch.actions)
     loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (23)
-    return loss, dict(critic_loss=loss, q=q.mean(), q_std=q.std(0).mean(), target=target.mean())
+    metrics = dict(
+        critic_loss=loss,
+        q=q.mean(),
+        q_std=q.std(0).mean(),
+        target=target.mean(),
+    )
+    return loss, metrics
 
 
-def actor_loss(args, params, state, batch, key):
-    """Normalised pessimistic value of pi(s), and its squared distance from the data."""
+def actor_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the negative normalised value of pi(s) plus its squared distance from the data."""
     actions = actor(args, params["actor"], batch.observations)
     q = critic(args, state.params["critic"], batch.observations, actions)
     value = pessimistic(args, q)  # ref: here as well, where other baselines take the mean
-    size = jax.lax.stop_gradient(jnp.abs(value).mean())
+    value_size = jax.lax.stop_gradient(jnp.abs(value).mean())
     # ref: a sum over coordinates; `valid` masks the distance only.
-    distance = (batch.valid * ((actions - batch.actions) ** 2).sum(-1)).mean()
-    loss = -value.mean() / size + args.rebrac_alpha * distance  # Eq. (ReBRAC2)
-    saturated = (jnp.abs(actions) > 0.99).mean()
-    return loss, dict(actor_loss=loss, actor_q=value.mean(), bc=distance, saturated=saturated)
+    errors = ((actions - batch.actions) ** 2).sum(-1)
+    distance = (batch.valid * errors).mean()
+    loss = -value.mean() / value_size + args.rebrac_alpha * distance  # Eq. (ReBRAC2)
+    metrics = dict(
+        actor_loss=loss,
+        actor_q=value.mean(),
+        bc=distance,
+        saturated=(jnp.abs(actions) > 0.99).mean(),
+    )
+    return loss, metrics
 
 
-def update(args, state, batch):
-    """One gradient step on the sum of both losses, at the parameters before the step. Every
-    `target_delay`-th one moves the targets."""
+def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
+    """Makes one gradient step on the sum of all losses, all at the parameters before the step.
+
+    Every `target_delay`-th step moves the targets.
+    """
     key, *keys = jax.random.split(state.key, 3)
+    losses = [critic_loss, actor_loss]
 
     def total_loss(params):
-        losses = (critic_loss, actor_loss)
-        results = [f(args, params, state, batch, k) for f, k in zip(losses, keys)]
-        metrics = {name: value for _, more in results for name, value in more.items()}
-        return sum(loss for loss, _ in results), metrics
+        total = 0.0
+        metrics = {}
+        for loss, loss_key in zip(losses, keys, strict=True):
+            value, loss_metrics = loss(args, params, state, batch, loss_key)
+            total += value
+            metrics |= loss_metrics
+        return total, metrics
 
     grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
     metrics["grad_norm"] = optax.global_norm(grads)
     updates, opt_state = optimizer(args).update(grads, state.opt_state)
+    params = optax.apply_updates(state.params, updates)
     # ref: the delay is the targets' only; the papers' text says that it is the actor's.
     # ref: the targets move towards the parameters from before this step.
-    step = optax.tree_utils.tree_get(opt_state, "count")  # of updates, this one included
     moved = optax.incremental_update(state.params, state.targets, args.target_rate)
-    targets = optax.periodic_update(moved, state.targets, step, args.target_delay)  # Eq. (ReBRAC3)
-    params = optax.apply_updates(state.params, updates)
+    count = optax.tree_utils.tree_get(opt_state, "count")  # of updates, with this one
+    targets = optax.periodic_update(moved, state.targets, count, args.target_delay)  # Eq. (ReBRAC3)
     return State(params, targets, opt_state, key), metrics
 
 

@@ -1,9 +1,9 @@
 """RLPD: Reinforcement Learning with Prior Data (Ball et al., ICML 2023), as the baseline of QAM (Li
 and Levine, ICLR 2026, arXiv:2601.14234), whose numbers and code it follows.
 
-Soft actor-critic from scratch: there is no offline phase, and the dataset is one half of every
-batch, next to the agent's own transitions. The entropy of the tanh-Gaussian policy is held at a
-target by a temperature. QAM's authors add behaviour cloning; alpha = 0 leaves it out.
+It is a soft actor-critic from scratch. There is no offline phase; one half of every batch comes
+from the dataset, the other from the agent's own transitions. A temperature holds the entropy of the
+tanh-Gaussian policy at a target. QAM's authors add behaviour cloning; alpha = 0 leaves it out.
 
     batch = B/2 chunks of the dataset + B/2 chunks of the replay                        Eq. (RLPD1)
     L(pi) = <alpha_T log pi(a~|s) - Q(s, a~)>, a~ ~ pi(.|s)                             Eq. (RLPD2)
@@ -12,16 +12,20 @@ target by a temperature. QAM's authors add behaviour cloning; alpha = 0 leaves i
 Plain equation numbers are those of Li and Levine 2026; numbers with letters are ours, see
 docs/equations.md. docs/rlpd.md lists what differs from the original RLPD (`# ref:`).
 
-    python -m baselines.rlpd                         the point maze, small networks
-    python -m baselines.rlpd --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
+    python baselines/rlpd.py                   the point maze, small networks
+    python baselines/rlpd.py --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
 
 Shapes: B batch, S observation, H chunk length, d action, A = H d flattened chunk, K critics,
 N agents (tasks x seeds) trained at once.
 """
 
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
 import jax
@@ -29,16 +33,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax import Array
 from tqdm import tqdm
 
-from common.data import Dataset, Replay, Shards, locate, over_agents, sample, spread
+from common.data import Batch, Dataset, Replay, Shards, locate, over_agents, sample, spread
 from common.envs import TRAINING, EnvPool, resolve, seed_of
+from common.errors import UserError
+from common.flags import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval
 from common.networks import Critic, TanhGaussian
 from common.run import Precision, Run, ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    # Weight alpha of behaviour cloning; the original RLPD has none (0).
+    rlpd_alpha: NonNegativeFloat = 0.0
+    # A target is the mean minus this many standard deviations of the critics.
+    pessimism: NonNegativeFloat = 0.5
+
+    # --- networks and optimiser ---
+    # Hidden-layer widths of all networks.
+    hidden_dims: tuple[PositiveInt, ...] = (512, 512, 512, 512)
+    num_critics: PositiveInt = 10  # Number of critics K in the ensemble.
+    batch_size: PositiveInt = 256  # Batch size B, in chunks.
+    lr: PositiveFloat = 3e-4  # Adam's learning rate.
+    target_rate: UnitInterval = 0.005  # Step size of the moving averages (target networks).
+
     # --- forked: run arguments (no offline phase) ---
     env: str = "pointmaze-medium"  # short name (puzzle-4x4), dataset or full OGBench name
     tasks: tuple[int, ...] = (1,)  # tasks 1..5, trained at once on one copy of the data
@@ -65,29 +86,18 @@ class Args:
     action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the dataset
     # --- end forked ---
 
-    # method
-    rlpd_alpha: float = 0.0  # alpha: weight of behaviour cloning; 0 is the original RLPD's none
-    pessimism: float = 0.5  # a target's value is mean - this times std over the critics
-
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # of all networks
-    num_critics: int = 10  # K: critics in the ensemble
-    batch_size: int = 256  # B: chunks per update
-    lr: float = 3e-4  # Adam's learning rate
-    target_rate: float = 0.005  # rate of the moving averages (target networks)
-
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.batch_size % 2:
-            raise SystemExit("--batch-size must be even: one half is from the dataset")
+            raise UserError("--batch-size must be even, because one half is from the dataset")
         if not self.online_steps:
-            raise SystemExit("--online-steps must be more than 0: there is no other phase")
+            raise UserError("--online-steps must be greater than 0: there is no offline phase")
         if self.start_training < self.chunk_length:
-            raise SystemExit("--start-training must be at least --chunk-length, to fill a chunk")
+            raise UserError("--start-training must be at least --chunk-length, to fill a chunk")
 
 
-# Weights of cloning for the ten domains: launch script of QAM's official repository, which defines
-# them, but does not pass them on (docs/rlpd.md). The point maze is not in the paper: small
-# networks, chosen here for a CPU.
+# The weights of behaviour cloning in the ten domains come from the launch script of the official
+# QAM repository, which defines them, but does not pass them on (docs/rlpd.md). The point maze is
+# not in the paper: its networks are small enough for a CPU.
 ENV_DEFAULTS = {
     "antmaze-large": dict(rlpd_alpha=0.0),
     "antmaze-giant": dict(rlpd_alpha=0.01),
@@ -100,34 +110,45 @@ ENV_DEFAULTS = {
     "cube-triple": dict(rlpd_alpha=0.0),
     "cube-quadruple": dict(rlpd_alpha=0.0),
     "pointmaze-medium": dict(
-        rlpd_alpha=0.1, discount=0.995, num_critics=2, lr=1e-3,
-        hidden_dims=(128, 128), batch_size=128, target_rate=0.01, online_steps=20_000,
-        start_training=1_000, log_interval=1_000, eval_interval=5_000, eval_slots=50,
+        rlpd_alpha=0.1,
+        discount=0.995,
+        num_critics=2,
+        lr=1e-3,
+        hidden_dims=(128, 128),
+        batch_size=128,
+        target_rate=0.01,
+        online_steps=20_000,
+        start_training=1_000,
+        log_interval=1_000,
+        eval_interval=5_000,
+        eval_slots=50,
     ),
 }
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (phi), actor (pi), log_alpha (temperature alpha_T)
     targets: dict  # moving average of critic
     opt_state: optax.OptState
-    key: jax.Array  # (2,) uint32
+    key: Array  # (2,) uint32
 
 
-def optimizer(args):
+def optimizer(args: Args) -> optax.GradientTransformation:
+    """Returns Adam."""
     return optax.adam(args.lr)
 
 
-def create(args, observation_size, key) -> State:
-    """A new agent, whose temperature is 1."""
-    key, *keys = jax.random.split(key, 3)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.chunk_length * args.action_size))
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates an agent, whose temperature is 1."""
+    key, critic_key, actor_key = jax.random.split(key, 3)
+    s = jnp.zeros((1, observation_size))
+    a = jnp.zeros((1, args.chunk_length * args.action_size))
     params = dict(
-        critic=Critic(args.hidden_dims, args.num_critics).init(keys[0], s, a),
-        actor=TanhGaussian(args.hidden_dims, a.shape[-1]).init(keys[1], s),
+        critic=Critic(args.hidden_dims, args.num_critics).init(critic_key, s, a),
+        actor=TanhGaussian(args.hidden_dims, a.shape[-1]).init(actor_key, s),
         log_alpha=jnp.zeros(()),
     )
     targets = dict(critic=jax.tree.map(jnp.copy, params["critic"]))
@@ -137,89 +158,126 @@ def create(args, observation_size, key) -> State:
 # --- the method ----------------------------------------------------------------------------------
 
 
-def critic(args, params, observations, actions):
-    """Q^1..Q^K: (B, S), (B, A) -> (K, B)."""
+def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Evaluates the critics Q^1..Q^K: (B, S), (B, A) -> (K, B)."""
     return Critic(args.hidden_dims, args.num_critics).apply(params, observations, actions)
 
 
-def actor(args, params, observations):
-    """pi(.|s), a Gaussian before tanh: (B, S) -> mean, log-deviation (B, A)."""
+def actor(args: Args, params: dict, observations: Array) -> tuple[Array, Array]:
+    """Evaluates pi(.|s), a Gaussian before tanh: (B, S) -> mean, log-deviation (B, A) each."""
     network = TanhGaussian(args.hidden_dims, args.chunk_length * args.action_size)
     return network.apply(params, observations)
 
 
-def log_density(u, noise, log_std):
-    """log pi(a|s) of a = tanh(u), u = mean + std noise: (B, A) each -> (B,)."""
-    normal = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
-    return (normal - 2 * (jnp.log(2) - u - jax.nn.softplus(-2 * u))).sum(-1)  # Eq. (RLPD5)
+def log_density(u: Array, noise: Array, log_std: Array) -> Array:
+    """Computes log pi(a|s) of a = tanh(u) with u = mean + std noise: (B, A) each -> (B,)."""
+    gaussian = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
+    log_slope = 2 * (jnp.log(2) - u - jax.nn.softplus(-2 * u))  # of a = tanh(u)
+    return (gaussian - log_slope).sum(-1)  # Eq. (RLPD5)
 
 
-def sample_actions(args, state, observations, key):
-    """a ~ pi(.|s): (B, S) -> (B, A) in [-1, 1]. ref: sampled in evaluations, too."""
+def sample_actions(args: Args, state: State, observations: Array, key: Array) -> Array:
+    """Samples a ~ pi(.|s): (B, S) -> (B, A) in [-1, 1]."""
+    # ref: sampled in evaluations, too.
     mean, log_std = actor(args, state.params["actor"], observations)
-    return jnp.tanh(mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape))
+    noise = jax.random.normal(key, mean.shape)
+    return jnp.tanh(mean + jnp.exp(log_std) * noise)
 
 
-def pessimistic(args, q):
-    """Value of K critics, (K, B) -> (B,). Unlike q.std(0), whose root has no derivative at 0, this
-    deviation has a gradient of 0 where all critics agree, as two often do to the last bit."""
+def pessimistic(args: Args, q: Array) -> Array:
+    """Computes the pessimistic value of K critics, the mean minus deviations: (K, B) -> (B,).
+
+    Unlike q.std(0), whose root has no derivative at 0, this deviation has a gradient of 0 where all
+    critics agree, as two often do to the last bit.
+    """
     deviation = optax.safe_norm(q - q.mean(0), 0.0, axis=0) / len(q) ** 0.5
     return q.mean(0) - args.pessimism * deviation  # Eq. (26)
 
 
-def critic_loss(args, params, state, batch, key):
-    """TD error of every critic against one pessimistic target."""
+# A loss differentiates `params` only; `state` and `batch` are constants. It returns its value and
+# its metrics, whose names differ from those of all other losses.
+
+
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the TD error of every critic against one pessimistic target."""
     # ref: no entropy in the target; all critics in it, not two at random as in the original RLPD.
     next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
-    discount = args.discount**args.chunk_length * batch.masks
-    target = batch.rewards + discount * pessimistic(args, next_q)
+    next_value = pessimistic(args, next_q)
+    target = batch.rewards + args.discount**args.chunk_length * batch.masks * next_value
     q = critic(args, params["critic"], batch.observations, batch.actions)
     loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (23)
-    return loss, dict(critic_loss=loss, q=q.mean(), q_std=q.std(0).mean(), target=target.mean())
+    metrics = dict(
+        critic_loss=loss,
+        q=q.mean(),
+        q_std=q.std(0).mean(),
+        target=target.mean(),
+    )
+    return loss, metrics
 
 
-def actor_loss(args, params, state, batch, key):
-    """Soft actor-critic with its temperature: entropy -A/2 is sought."""
+def actor_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the soft actor-critic loss and that of its temperature, which seeks entropy -A/2."""
     mean, log_std = actor(args, params["actor"], batch.observations)
     noise = jax.random.normal(key, mean.shape)
     u = mean + jnp.exp(log_std) * noise
     log_prob = log_density(u, noise, log_std)
     q = critic(args, state.params["critic"], batch.observations, jnp.tanh(u))
     value = pessimistic(args, q)  # ref: here as well, where other baselines take the mean
-    loss = (jnp.exp(state.params["log_alpha"]) * log_prob - value).mean()  # Eq. (RLPD2)
-    alpha, entropy = jnp.exp(params["log_alpha"]), -log_prob.mean()
-    loss += alpha * (jax.lax.stop_gradient(entropy) + 0.5 * mean.shape[-1])  # Eq. (RLPD3)
-    return loss, dict(actor_loss=loss, actor_q=value.mean(), entropy=entropy, alpha=alpha)
+    policy_loss = (jnp.exp(state.params["log_alpha"]) * log_prob - value).mean()  # Eq. (RLPD2)
+    entropy = -log_prob.mean()
+    target_entropy = -0.5 * mean.shape[-1]
+    alpha = jnp.exp(params["log_alpha"])
+    alpha_loss = alpha * (jax.lax.stop_gradient(entropy) - target_entropy)  # Eq. (RLPD3)
+    loss = policy_loss + alpha_loss
+    metrics = dict(
+        actor_loss=loss,
+        actor_q=value.mean(),
+        entropy=entropy,
+        alpha=alpha,
+    )
+    return loss, metrics
 
 
-def cloning_loss(args, params, state, batch, key):
-    """Likelihood of the actions in both halves of the batch."""
+def cloning_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the negative log-likelihood of the actions in both halves of the batch."""
     # ref: added by QAM's authors; the original RLPD has none.
-    u = jnp.arctanh(jnp.clip(batch.actions, -1 + 1e-5, 1 - 1e-5))
+    clipped = jnp.clip(batch.actions, -1 + 1e-5, 1 - 1e-5)
+    u = jnp.arctanh(clipped)
     mean, log_std = actor(args, params["actor"], batch.observations)
-    log_prob = log_density(u, (u - mean) / jnp.exp(log_std), log_std)
+    noise = (u - mean) / jnp.exp(log_std)
+    log_prob = log_density(u, noise, log_std)
     loss = -(batch.valid * log_prob).mean()  # Eq. (RLPD4)
     return args.rlpd_alpha * loss, dict(cloning_loss=loss)
 
 
-def update(args, state, batch):
-    """One gradient step on the sum of all losses, at the parameters before the step."""
+def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
+    """Makes one gradient step on the sum of all losses, all at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 4)
+    losses = [critic_loss, actor_loss, cloning_loss]
 
     def total_loss(params):
-        losses = (critic_loss, actor_loss, cloning_loss)
-        results = [f(args, params, state, batch, k) for f, k in zip(losses, keys)]
-        metrics = {name: value for _, more in results for name, value in more.items()}
-        return sum(loss for loss, _ in results), metrics
+        total = 0.0
+        metrics = {}
+        for loss, loss_key in zip(losses, keys, strict=True):
+            value, loss_metrics = loss(args, params, state, batch, loss_key)
+            total += value
+            metrics |= loss_metrics
+        return total, metrics
 
     grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
     metrics["grad_norm"] = optax.global_norm(grads)
     updates, opt_state = optimizer(args).update(grads, state.opt_state)
+    params = optax.apply_updates(state.params, updates)
     # ref: the targets move towards the parameters from before this step.
     online = {name: state.params[name] for name in state.targets}
     targets = optax.incremental_update(online, state.targets, args.target_rate)
-    params = optax.apply_updates(state.params, updates)
     return State(params, targets, opt_state, key), metrics
 
 

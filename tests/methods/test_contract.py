@@ -30,6 +30,7 @@ DIFFERENT = dict(
     offline={
         "edit_scale": "in qam_edit.py 0 means no edit policy",
         "fql_alpha": "in qam_fql.py 0 means no one-step policy",
+        "flow_steps": "in dac.py and qsm.py they are steps of denoising, not Euler's",
         "inv_temp": "in cgql.py 0 is not behaviour cloning: x / t still guides",
         "online_steps": "RLPD has no offline phase: its length is the run's",
     },

@@ -15,6 +15,7 @@ import scipy.stats
 
 from baselines import rlpd
 from common.data import Dataset, Replay
+from common.errors import UserError
 from common.run import parse
 from tests.helpers import reference
 from tests.helpers.reference import (
@@ -304,6 +305,6 @@ def test_training_sees_both_halves(monkeypatch):
 )
 def test_refusals(flags, message):
     """A replay without a whole chunk must not be sampled; half a chunk does not exist."""
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(UserError, match=message):
         parse(rlpd.Args, rlpd.ENV_DEFAULTS, flags)
     parse(rlpd.Args, rlpd.ENV_DEFAULTS, ["--start-training", "5", "--batch-size", "2"])
