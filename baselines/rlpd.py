@@ -23,6 +23,7 @@ import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
@@ -34,14 +35,25 @@ import numpy as np
 import optax
 import tyro
 from jax import Array
-from tqdm import tqdm
 
-from common.data import Batch, Dataset, Replay, Shards, locate, over_agents, sample, spread
-from common.envs import TRAINING, EnvPool, resolve, seed_of
+from common.datasets import OfflineDataset
+from common.devices import over_agents, shard_over_agents, zero_metrics
+from common.env_pool import EnvPool, Episodes
+from common.environments import TRAINING, seeds_of, single_task
 from common.errors import UserError
-from common.flags import NonNegativeFloat, PositiveFloat, PositiveInt, UnitInterval
+from common.flags import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Precision,
+    Range,
+    UnitInterval,
+    launch,
+)
 from common.networks import Critic, TanhGaussian
-from common.run import Precision, Run, ours, parse
+from common.run import Run
+from common.sampling import Batch, Dataset, Replay, sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,29 +73,38 @@ class Args:
     target_rate: UnitInterval = 0.005  # Step size of the moving averages (target networks).
 
     # --- forked: run arguments (no offline phase) ---
-    env: str = "pointmaze-medium"  # short name (puzzle-4x4), dataset or full OGBench name
-    tasks: tuple[int, ...] = (1,)  # tasks 1..5, trained at once on one copy of the data
-    seed: int = 0  # first seed; an agent does not depend on those trained beside it
-    num_seeds: int = 1  # seeds per task: seed, seed + 1, ...
-    name: str = "default"  # of the run's folder runs/<script>/<env>/<name>
-    run_dir: str = "runs"  # where the folders of all runs are
-    dataset_dir: str = ""  # OGBench's files or 100M shards (default: OGBench's cache, then data/)
-    collect: int = 0  # make a missing dataset: transitions of OGBench's scripted expert
-    online_steps: int = 500_000  # environment steps, each with an update
-    start_training: int = 5_000  # first environment step that is followed by an update
-    log_interval: int = 5_000  # updates between two rows of train.csv (means over them)
-    eval_interval: int = 50_000  # updates between two evaluations, each with a checkpoint
-    eval_episodes: int = 50  # episodes per evaluation and agent
-    eval_slots: int = 10  # environments that share them, per agent; at most 100 in all
-    workers: int = 0  # processes that step environments (0: one per core)
-    eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
-    track: bool = False  # log to Weights & Biases, too
-    compile_cache: str = ""  # folder of compiled programs (default: run_dir/.compiled), or none
-    precision: Precision = "default"  # of matrix products on a GPU (NVIDIA's default: TF32)
-    chunk_length: int = 5  # H: actions chosen at once and played open loop
-    discount: float = 0.99  # gamma, per environment step
-    sparse: bool = False  # reward -1 until all is done (else minus the number of unmet sub-goals)
-    action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the dataset
+    # --- environment and data ---
+    env: str = "pointmaze-medium"  # Short name (puzzle-4x4), dataset or full OGBench name.
+    # Tasks 1 to 5, trained at once on one copy of the data.
+    tasks: tuple[Annotated[int, Range(1, 5)], ...] = (1,)
+    # Folder with OGBench's file or its 100M shards (default: OGBench's cache, then data/).
+    dataset_dir: str = ""
+    # Makes a missing dataset with this many transitions of OGBench's scripted expert (0: off).
+    collect: NonNegativeInt = 0
+    chunk_length: PositiveInt = 5  # Number of actions H that are chosen at once, played open loop.
+    discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
+    # Reward -1 until the task is solved, instead of minus the number of unmet sub-goals.
+    sparse: bool = False
+    action_size: tyro.conf.Suppress[int] = 0  # Size d of an action; not a flag, read from the data.
+    # --- run ---
+    seed: NonNegativeInt = 0  # First seed. Results do not depend on the other agents in the run.
+    num_seeds: PositiveInt = 1  # Seeds per task: seed, seed + 1, ...
+    online_steps: NonNegativeInt = 500_000  # Environment steps, each followed by an update.
+    # First environment step that is followed by an update.
+    start_training: Annotated[int, Range(1, "online_steps")] = 5_000
+    eval_interval: PositiveInt = 50_000  # Updates between evaluations, each with a checkpoint.
+    eval_episodes: PositiveInt = 50  # Episodes per evaluation and agent.
+    eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
+    eval_only: bool = False  # Evaluates the run's checkpoint and does nothing else.
+    workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
+    precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
+    compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
+    # --- logging ---
+    # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
+    name: str = ""
+    run_dir: str = "runs"  # Folder of all runs.
+    log_interval: PositiveInt = 5_000  # Updates per row of train.csv, which has their means.
+    track: bool = False  # Logs to Weights & Biases as well.
     # --- end forked ---
 
     def __post_init__(self) -> None:
@@ -284,25 +305,37 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
 # --- forked: many agents (batches from two sources) -----------------------------------------------
 
 
-@partial(jax.jit, static_argnames="args")
-def act(args, state, observations, seeds, ages):
-    """Chunks of actions for all agents: (N, E, S) -> (N, E, H, d). The noise depends on nothing
-    but the episode's seed and age in steps, (N, E) each."""
+def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
+    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+    keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
+    create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
+    return shard_over_agents(create_all(jnp.stack(keys)))
 
-    def one(state, observation, seed, age):
+
+@partial(jax.jit, static_argnames="args")
+def act(args: Args, state: State, observations: Array, seeds: Array, ages: Array) -> Array:
+    """Chooses chunks of actions for all agents: (N, slots, S) -> (N, slots, H, d).
+
+    The noise depends only on the episode's seed and age in steps, (N, slots) each.
+    """
+
+    def act_once(state, observation, seed, age):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
         actions = sample_actions(args, state, observation[None], key)
         return actions.reshape(args.chunk_length, args.action_size)
 
-    return over_agents(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
+    one_agent = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
+    return over_agents(one_agent)(state, observations, seeds, ages)
 
 
-def sample_halves(key, args, data, replay, task):
-    """Half of a batch from the dataset, half from the replay of one agent.  # Eq. (RLPD1)"""
-    keys, sizes = jax.random.split(key), (args.batch_size // 2, args.chunk_length, args.discount)
+def sample_halves(key: Array, args: Args, data: Dataset, replay: Replay, task_row: Array) -> Batch:
+    """Draws half of a batch from the dataset and half from one agent's replay.  # Eq. (RLPD1)"""
+    data_key, replay_key = jax.random.split(key)
+    sizes = args.batch_size // 2, args.chunk_length, args.discount
     empty = jax.tree.map(lambda x: x[:0] if x.ndim else 0 * x, replay)
-    old = sample(keys[0], data, empty, task, *sizes)
-    first = Dataset(  # `sample` asks for a dataset before the replay: the replay's first transition
+    old = sample(data_key, data, empty, task_row, *sizes)
+    # `sample` needs a dataset before the replay: it gets the replay's first transition.
+    first = Dataset(
         observations=jnp.stack([replay.observations[0], replay.next_observations[0]]),
         rows=jnp.zeros(1, jnp.int32),
         actions=replay.actions[:1],
@@ -311,30 +344,45 @@ def sample_halves(key, args, data, replay, task):
         terminals=replay.terminals[:1],
     )
     rest = jax.tree.map(lambda x: x[1:] if x.ndim else x - 1, replay)
-    new = sample(keys[1], first, rest, 0, *sizes)
+    new = sample(replay_key, first, rest, 0, *sizes)
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), old, new)
 
 
-@partial(jax.jit, static_argnames="args", donate_argnames="state")
-def train_chunk(args, state, data, replay, task, updates):
-    """`updates` gradient steps of all agents without leaving the device. `state`, `replay` and
-    `task` (row of data.rewards) have a leading axis N. Returns the state and the sums of the
-    metrics over the updates."""
+def train_step(
+    args: Args, data: Dataset, state: State, replay: Replay, task_row: Array
+) -> tuple[State, dict]:
+    """Makes one update of one agent on a batch from the data and its replay."""
+    key, batch_key = jax.random.split(state.key)
+    batch = sample_halves(batch_key, args, data, replay, task_row)
+    state, metrics = update(args, state.replace(key=key), batch)
+    return state, metrics | dict(updates=jnp.ones(()))
 
-    def one(state, replay, task):
-        def step(state):
-            key, batch_key = jax.random.split(state.key)
-            batch = sample_halves(batch_key, args, data, replay, task)
-            return update(args, state.replace(key=key), batch)
 
+@partial(jax.jit, static_argnames="args", donate_argnames=("state", "metrics"))
+def train_chunk(
+    args: Args,
+    state: State,
+    metrics: dict,
+    data: Dataset,
+    replay: Replay,
+    task_rows: Array,
+    updates: int,
+) -> tuple[State, dict]:
+    """Makes `updates` updates of all agents without leaving the device.
+
+    `state`, `metrics`, `replay` and `task_rows` (each agent's row of data.rewards) have a leading
+    axis N. Adds the metrics of each update to `metrics`.
+    """
+
+    def one_agent(state, metrics, replay, task_row):
         def body(_, carry):
-            state, metrics = step(carry[0])
-            return state, jax.tree.map(jnp.add, carry[1], metrics)
+            state, sums = carry
+            state, metrics = train_step(args, data, state, replay, task_row)
+            return state, jax.tree.map(jnp.add, sums, metrics)
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(step, state)[1])
-        return jax.lax.fori_loop(0, updates, body, (state, zeros))
+        return jax.lax.fori_loop(0, updates, body, (state, metrics))
 
-    return over_agents(one)(state, replay, task)
+    return over_agents(one_agent)(state, metrics, replay, task_rows)
 
 
 # --- end forked ---
@@ -342,92 +390,78 @@ def train_chunk(args, state, data, replay, task, updates):
 # --- forked: evaluate and main (no offline phase, random first actions) --------------------------
 
 
-def evaluate(args, policy, pool, agents, step):
-    """Exactly args.eval_episodes episodes of every agent, seeded by (seed, task, step, episode):
-    the same for every method. Returns (N, episodes) arrays, see `EnvPool.play`."""
-    episodes = range(args.eval_episodes)
-    seeds = [[seed_of(seed, task, step, e) for e in episodes] for task, seed in agents]
-    return pool.play(policy, np.array(seeds, np.uint32))
+def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -> dict:
+    """Plays exactly args.eval_episodes episodes with every agent.
+
+    They are seeded by (seed, task, step, episode), the same for every method. Returns arrays
+    (N, episodes), see `Episodes`.
+    """
+    seeds = [seeds_of(agents, step, i) for i in range(args.eval_episodes)]
+    episodes = Episodes(envs, np.concatenate(seeds, axis=1))
+    while episodes.running:
+        if envs.need_actions():
+            envs.set_actions(act(args, state, envs.observations, envs.seeds, envs.ages))
+        episodes.step()
+    return episodes.results
 
 
-def main(args):
-    """Trains all agents and leaves a run folder, see common/run.py. Returns its evaluations."""
-    source = resolve(args.env)
-    agents = ours([(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)])
-    names = [f"{source.env}-singletask-task{task}-v0" for task, _ in agents]
-    paths, N = locate(source, args.dataset_dir, args.collect), len(agents)
-    shards = Shards(paths, source, args.tasks, args.sparse, args.chunk_length, N)
-    data, _ = shards.at(0)
-    args = dataclasses.replace(args, action_size=data.actions.shape[-1])
-    files = dict(files=[path.name for path in paths], transitions=len(data.rows))
-    run = Run(Path(__file__).stem, args, agents, files)
-    keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
-    state = jax.jit(jax.vmap(partial(create, args, data.observations.shape[-1])))(keys)
-    task = jnp.array([args.tasks.index(task) for task, _ in agents])
-    replay = Replay.create(N, args.online_steps, data)
-    size = sum(x.size for x in jax.tree.leaves(state.params)) // N
-    print(f"{N} agents of {size:,} parameters, {len(data.rows):,} transitions")
+def main(args: Args) -> list[dict]:
+    """Trains all agents in their environments, with the dataset next to the replay.
 
-    def policy(*inputs):  # flat over agents and environments, for the pools
-        inputs = [x.reshape(N, -1, *x.shape[1:]) for x in inputs]
-        return np.concatenate(act(args, state, *inputs))
+    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    """
+    agents = [(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)]
+    dataset = OfflineDataset(args, len(agents))
+    sizes = dataset.observation_size, dataset.action_size
+    args = dataclasses.replace(args, action_size=dataset.action_size)
+    with Run(__file__, args, agents, dataset.identity, ends=(args.online_steps,)) as run:
+        # Set up. All arrays have a leading axis of agents.
+        state = create_agents(args, agents, dataset.observation_size)
+        replay = shard_over_agents(Replay.create(len(agents), args.online_steps, *sizes))
+        task_rows = jnp.array([args.tasks.index(task) for task, _ in agents])
+        metrics = zero_metrics(partial(train_step, args, dataset.at(0)), state, replay, task_rows)
+        env_names = [single_task(args.env, task) for task, _ in agents]
+        eval_envs = EnvPool(env_names, min(args.eval_slots, args.eval_episodes), args.workers)
+        envs = EnvPool(env_names, 1, args.workers)
 
-    # One uniform action in place of a chunk: the same distribution. Without the 1, age 0 would
-    # repeat the reset's draws.
-    def explore(_, seeds, ages):
-        draw = lambda at: np.random.default_rng((*at, 1)).uniform(-1, 1, (1, args.action_size))
-        return np.float32([draw(at) for at in zip(seeds, ages)])
+        # Continue from the last checkpoint, if there is one.
+        step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
+        state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
+        if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
+            run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+        if args.eval_only:
+            return run.finish()
+        replay = replay.refill(saved["replay"])
+        if step > 0:
+            envs.load(saved["envs"], saved["replay"]["actions"][:, None])
+        else:
+            envs.reset(seeds_of(agents, 0))
 
-    eval_pool = EnvPool(names, args.workers, min(args.eval_slots, args.eval_episodes))
-    pool, everyone = EnvPool(names if args.online_steps else [], args.workers), range(N)
-    shapes = jax.eval_shape(partial(train_chunk, args), state, data, replay, task, 0)[1]
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
-    keep = lambda *means: dict(state=state, replay=replay, pool=pool.save(), means=means)
-    done, saved = run.restore(keep(zeros, 0))
-    state, replay = spread((saved["state"], saved.pop("replay")))
-    pool.load(saved["pool"], np.asarray(replay.actions)[:, : int(replay.size[0])])
-
-    @run.saved()
-    def report(table):
-        result = evaluate(args, policy, eval_pool, agents, done)
-        scores = {name: x.mean(1) for name, x in result.items() if name != "path"}
-        run.log(table, done, scores)
-        bar.write(f"{done:,} updates: success {scores['success'].mean():.2f}")
-        return result
-
-    total, result, (sums, updates) = args.online_steps, None, saved["means"]
-    halts = lambda: done == total or done % args.eval_interval == 0
-    bar = tqdm(initial=done, total=total, unit="update", dynamic_ncols=True, disable=None)
-    while run.last["eval"] < total and not args.eval_only:
-        if run.last["eval"] < done and halts():
-            result = report("eval")
-            continue
-        now = done + 1  # the environment step that every agent takes
-        data, _ = shards.at(now)
-        if now == 1:
-            pool.start(everyone, [seed_of(seed, task, 0) for task, seed in agents])
-        taken = pool.step(explore if now < args.start_training else policy, everyone)
-        taken["rewards"] = -1.0 * (taken["rewards"] != 0) if args.sparse else taken["rewards"]
-        replay = replay.append({name: x[:, None] for name, x in taken.items()})
-        over = np.flatnonzero(taken["terminals"]).tolist()
-        pool.start(over, [seed_of(*agents[i][::-1], now, TRAINING) for i in over])
-        steps, trained = 1, int(now >= args.start_training)
-        state, metrics = train_chunk(args, state, data, replay, task, trained)
-        sums = jax.tree.map(jnp.add, sums, metrics)
-        done, updates = done + steps, updates + trained
-        bar.update(steps)
-        if updates and (halts() or done % args.log_interval == 0):
-            run.log("train", done, {name: value / updates for name, value in sums.items()})
-            sums, updates = zeros, 0
-        if halts() or run.stopping:
-            run.save(done, keep(sums, updates))
-    if args.eval_only:
-        result = report("eval_only")
-    bar.close()
-    run.finish(done, total, result)
-    return result
+        # Every agent makes one environment step, then one update.
+        while step < args.online_steps:
+            env_step = step + 1
+            training = env_step >= args.start_training
+            if envs.need_actions():
+                if training:  # a chunk of actions is played open loop
+                    plans = act(args, state, envs.observations, envs.seeds, envs.ages)
+                else:  # single actions, with the same distribution as uniform chunks
+                    plans = envs.random_actions(args.action_size)
+                envs.set_actions(plans)
+            transitions = dataset.relabel(envs.step())
+            replay = replay.append(transitions)
+            ended = transitions["terminals"] > 0
+            if ended.any():
+                envs.reset(seeds_of(agents, env_step, TRAINING), where=ended)
+            if training:
+                data = dataset.at(step)
+                state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, 1)
+            step = env_step
+            metrics = run.log_and_save(step, metrics, dict(state=state, envs=envs.save()), replay)
+            if run.evaluation_due:
+                run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+        return run.finish()
 
 
 if __name__ == "__main__":
-    main(parse(Args, ENV_DEFAULTS))
+    launch(main, Args, ENV_DEFAULTS)
 # --- end forked ---
