@@ -17,7 +17,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from common.data import Batch
+from common.sampling import Batch
 from tests.parity.cases import CASES, DISTRIBUTIONS, NOT_LOGGED
 from tests.parity.noise import Noise
 
