@@ -1,7 +1,7 @@
 """Flags of runs that take seconds: of offline scripts, of online ones, and of PPO."""
 
 from baselines import ppo
-from common.run import configure
+from common.flags import configure
 
 ENV = "pointmaze-medium"
 
