@@ -440,7 +440,7 @@ def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: i
     """Creates the agents; their states are stacked, so every array has a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
-    return shard_over_agents(create_all(jnp.stack(keys)))
+    return create_all(jnp.stack(keys))
 
 
 @partial(jax.jit, static_argnames=("args", "mode"))
@@ -527,17 +527,18 @@ def main(args: Args) -> list[dict]:
         # Set up. All arrays have a leading axis of agents.
         state = create_agents(args, agents, observation_size)
         capacity = min(args.replay_size, args.total_steps)
-        replay = shard_over_agents(Replay.create(len(agents), capacity, *sizes))
+        replay = Replay.create(len(agents), capacity, *sizes)
         metrics = zero_metrics(partial(train_step, args), state, replay)
         env_names = [args.env] * len(agents)
-        eval_envs = EnvPool(env_names, min(args.eval_slots, args.eval_episodes), args.workers)
+        eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
         # Continue from the last checkpoint, if there is one.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
-            run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+            results = evaluate(args, state, eval_envs, agents, step)
+            run.log_evaluation(step, results)
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
@@ -563,9 +564,11 @@ def main(args: Args) -> list[dict]:
             ended = transitions["terminals"] > 0
             if ended.any():
                 envs.reset(seeds_of(agents, step, TRAINING), where=ended)
-            metrics = run.log_and_save(step, metrics, dict(state=state, envs=envs.save()), replay)
+            content = dict(state=state, envs=envs.save())
+            metrics = run.log_and_save(step, metrics, content, replay)
             if run.evaluation_due:
-                run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+                results = evaluate(args, state, eval_envs, agents, step)
+                run.log_evaluation(step, results)
         return run.finish()
 
 

@@ -46,6 +46,7 @@ from common.flags import (
     PositiveInt,
     Precision,
     Range,
+    TaskNumber,
     UnitInterval,
     launch,
 )
@@ -74,7 +75,7 @@ class Args:
     # --- environment and data ---
     env: str = "pointmaze-medium"  # Short name (puzzle-4x4), dataset or full OGBench name.
     # Tasks 1 to 5, trained at once on one copy of the data.
-    tasks: tuple[Annotated[int, Range(1, 5)], ...] = (1,)
+    tasks: tuple[TaskNumber, ...] = (1,)
     # Folder with OGBench's file or its 100M shards (default: OGBench's cache, then data/).
     dataset_dir: str = ""
     # Makes a missing dataset with this many transitions of OGBench's scripted expert (0: off).
@@ -288,7 +289,7 @@ def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: i
     """Creates the agents; their states are stacked, so every array has a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
-    return shard_over_agents(create_all(jnp.stack(keys)))
+    return create_all(jnp.stack(keys))
 
 
 @partial(jax.jit, static_argnames="args")
@@ -380,18 +381,19 @@ def main(args: Args) -> list[dict]:
     with Run(__file__, args, agents, dataset.identity, (args.offline_steps, total_steps)) as run:
         # Set up. All arrays have a leading axis of agents. The replay is empty while offline.
         state = create_agents(args, agents, dataset.observation_size)
-        replay = shard_over_agents(Replay.create(len(agents), 0, *sizes))
+        replay = Replay.create(len(agents), 0, *sizes)
         task_rows = jnp.array([args.tasks.index(task) for task, _ in agents])
         metrics = zero_metrics(partial(train_step, args, dataset.at(0)), state, replay, task_rows)
         env_names = [single_task(args.env, task) for task, _ in agents]
-        eval_envs = EnvPool(env_names, min(args.eval_slots, args.eval_episodes), args.workers)
-        envs = EnvPool(env_names if args.online_steps else [], 1, args.workers)
+        eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
+        envs = EnvPool(env_names, 1, args.workers)
 
         # Continue from the last checkpoint, if there is one.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
-            run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+            results = evaluate(args, state, eval_envs, agents, step)
+            run.log_evaluation(step, results)
         if args.eval_only:
             return run.finish()
 
@@ -401,12 +403,14 @@ def main(args: Args) -> list[dict]:
             updates = min(run.updates_until_due(step), dataset.updates_until_swap(step))
             state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, updates)
             step = step + updates
-            metrics = run.log_and_save(step, metrics, dict(state=state, envs=envs.save()), replay)
+            content = dict(state=state, envs=envs.save())
+            metrics = run.log_and_save(step, metrics, content, replay)
             if run.evaluation_due:
-                run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+                results = evaluate(args, state, eval_envs, agents, step)
+                run.log_evaluation(step, results)
 
         # Online phase: every agent makes one environment step, then one update.
-        replay = shard_over_agents(Replay.create(len(agents), args.online_steps, *sizes))
+        replay = Replay.create(len(agents), args.online_steps, *sizes)
         replay = replay.refill(saved["replay"])
         if step > args.offline_steps:  # the run was stopped in this phase
             envs.load(saved["envs"], saved["replay"]["actions"][:, None])
@@ -425,9 +429,11 @@ def main(args: Args) -> list[dict]:
                 data = dataset.at(step)
                 state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, 1)
             step = step + 1
-            metrics = run.log_and_save(step, metrics, dict(state=state, envs=envs.save()), replay)
+            content = dict(state=state, envs=envs.save())
+            metrics = run.log_and_save(step, metrics, content, replay)
             if run.evaluation_due:
-                run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+                results = evaluate(args, state, eval_envs, agents, step)
+                run.log_evaluation(step, results)
         return run.finish()
 
 
