@@ -440,7 +440,7 @@ def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: i
     """Creates the agents; their states are stacked, so every array has a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
-    return shard_over_agents(create_all(jnp.stack(keys)))
+    return create_all(jnp.stack(keys))
 
 
 @partial(jax.jit, static_argnames=("args", "mode"))
@@ -471,10 +471,20 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames=("state", "metrics"))
-def train(args: Args, state: State, metrics: dict, replay: Replay) -> tuple[State, dict]:
-    """Makes one update of all agents, and adds its metrics to `metrics`."""
-    state, new_metrics = over_agents(partial(train_step, args))(state, replay)
-    return state, jax.tree.map(jnp.add, metrics, new_metrics)
+def train_chunk(
+    args: Args, state: State, metrics: dict, replay: Replay, updates: int
+) -> tuple[State, dict]:
+    """Makes `updates` updates of all agents without leaving the device.
+
+    Adds the metrics of each update to `metrics`.
+    """
+
+    def body(_, carry):
+        state, sums = carry
+        state, metrics = over_agents(partial(train_step, args))(state, replay)
+        return state, jax.tree.map(jnp.add, sums, metrics)
+
+    return jax.lax.fori_loop(0, updates, body, (state, metrics))
 
 
 # --- end shared ---
@@ -517,17 +527,18 @@ def main(args: Args) -> list[dict]:
         # Set up. All arrays have a leading axis of agents.
         state = create_agents(args, agents, observation_size)
         capacity = min(args.replay_size, args.total_steps)
-        replay = shard_over_agents(Replay.create(len(agents), capacity, *sizes))
+        replay = Replay.create(len(agents), capacity, *sizes)
         metrics = zero_metrics(partial(train_step, args), state, replay)
         env_names = [args.env] * len(agents)
-        eval_envs = EnvPool(env_names, min(args.eval_slots, args.eval_episodes), args.workers)
+        eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
         # Continue from the last checkpoint, if there is one.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
-            run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+            results = evaluate(args, state, eval_envs, agents, step)
+            run.log_evaluation(step, results)
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
@@ -547,15 +558,17 @@ def main(args: Args) -> list[dict]:
             learning_steps = step - args.warmup_steps
             if learning_steps > 0 and learning_steps % args.env_steps_per_update == 0:
                 # The device works on the update while the environments make their step.
-                state, metrics = train(args, state, metrics, replay)
+                state, metrics = train_chunk(args, state, metrics, replay, 1)
             transitions = envs.step()
             replay = replay.append(transitions)
             ended = transitions["terminals"] > 0
             if ended.any():
                 envs.reset(seeds_of(agents, step, TRAINING), where=ended)
-            metrics = run.log_and_save(step, metrics, dict(state=state, envs=envs.save()), replay)
+            content = dict(state=state, envs=envs.save())
+            metrics = run.log_and_save(step, metrics, content, replay)
             if run.evaluation_due:
-                run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+                results = evaluate(args, state, eval_envs, agents, step)
+                run.log_evaluation(step, results)
         return run.finish()
 
 

@@ -43,6 +43,7 @@ from common.flags import (
     PositiveInt,
     Precision,
     Range,
+    TaskNumber,
     UnitInterval,
     launch,
 )
@@ -84,7 +85,7 @@ class Args:
     # --- environment and data ---
     env: str = "pointmaze-medium"  # Short name (puzzle-4x4), dataset or full OGBench name.
     # Tasks 1 to 5, trained at once on one copy of the data.
-    tasks: tuple[Annotated[int, Range(1, 5)], ...] = (1,)
+    tasks: tuple[TaskNumber, ...] = (1,)
     # Folder with OGBench's file or its 100M shards (default: OGBench's cache, then data/).
     dataset_dir: str = ""
     # Makes a missing dataset with this many transitions of OGBench's scripted expert (0: off).
@@ -356,21 +357,23 @@ def entropy_gradient(args: Args, state: State, observations: Array, actions: Arr
     """Estimates lambda grad_a log pi_k(a|s) by the score network: (B, S), (B, A) -> (B, A)."""
     if args.entropy_scale == 0:
         return jnp.zeros_like(actions)
-    query = jnp.clip(actions, -1, 1) if args.score_gate else actions
+    query = actions
+    weight = args.entropy_scale
+    if args.score_gate:
+        query = jnp.clip(actions, -1, 1)
+        weight = jnp.where(jnp.abs(actions) <= 1, args.entropy_scale, 0.0)
     log_sigma = jnp.full(len(actions), jnp.log(args.sigma_min))
     noise = predict_noise(args, state.params["score"], observations, query, log_sigma)
     score = -noise / args.sigma_min
-    if args.score_gate:
-        score = jnp.where(jnp.abs(actions) <= 1, score, 0)
-    return args.entropy_scale * score
+    return score * weight
 
 
 def adjoint_matching_loss(
     args: Args, params: dict, state: State, batch: Batch, key: Array
 ) -> tuple[Array, dict]:
-    """Regresses v_theta onto the velocity that the lean adjoint asks for.
+    """Regresses the policy's flow onto the velocity that the lean adjoint asks for.
 
-    Only the regression sees `params`; the SDE, the terminal gradients and the adjoint see `state`.
+    Only this regression sees `params`; the SDE and the whole adjoint see `state`.
     ref: not masked by `batch.valid`.
     """
     s = batch.observations
@@ -402,7 +405,7 @@ def adjoint_matching_loss(
     # ref: the last step is an Euler step of the reference flow.
     end = x + dt * reference(x, times[-1])
 
-    def value(actions):  # ref: target critics, their mean; no gradient outside of the box
+    def value(actions):  # ref: target critics, their mean; no gradient outside the box
         clipped = jnp.clip(actions, -1, 1)
         return critic(args, state.targets["critic"], s, clipped).mean(0).sum()
 
@@ -435,37 +438,33 @@ def adjoint_matching_loss(
     def norm(vectors):
         return jnp.linalg.norm(vectors, axis=-1).mean()
 
-    tilt_norm = norm(tilt)
-    score_norm = norm(bonus)
     metrics = dict(
         adjoint_loss=loss,
         outside=(jnp.abs(end) > 1).mean(),
-        tilt_norm=tilt_norm,
-        score_norm=score_norm,
-        score_ratio=score_norm / jnp.maximum(tilt_norm, 1e-8),
+        tilt_norm=norm(tilt),
+        score_norm=norm(bonus),
         adjoint_norm=norm(adjoint[0]),
     )
+    metrics["score_ratio"] = metrics["score_norm"] / jnp.maximum(metrics["tilt_norm"], 1e-8)
     return loss, metrics
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
     """Makes one gradient step on the sum of all losses, all at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 4)
-    losses = {
-        critic_loss: keys[0],
-        behavior_loss: keys[1],
-        adjoint_matching_loss: keys[2],
-    }
-    # Optional losses use folded keys, so that without them the others draw the same numbers.
+    losses = [critic_loss, behavior_loss, adjoint_matching_loss]
     if args.rho > 0:
-        losses[expansion_loss] = jax.random.fold_in(keys[0], 1)
+        losses.append(expansion_loss)
     if args.entropy_scale > 0:
-        losses[score_loss] = jax.random.fold_in(keys[0], 2)
+        losses.append(score_loss)
+    # Further losses use folded keys, so that without them the first three draw QAM's numbers.
+    for i in range(3, len(losses)):
+        keys.append(jax.random.fold_in(keys[0], i - 2))
 
     def total_loss(params):
         total = 0.0
         metrics = {}
-        for loss, loss_key in losses.items():
+        for loss, loss_key in zip(losses, keys, strict=True):
             value, loss_metrics = loss(args, params, state, batch, loss_key)
             total += value
             metrics |= loss_metrics
@@ -488,7 +487,7 @@ def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: i
     """Creates the agents; their states are stacked, so every array has a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
-    return shard_over_agents(create_all(jnp.stack(keys)))
+    return create_all(jnp.stack(keys))
 
 
 @partial(jax.jit, static_argnames="args")
@@ -580,18 +579,19 @@ def main(args: Args) -> list[dict]:
     with Run(__file__, args, agents, dataset.identity, (args.offline_steps, total_steps)) as run:
         # Set up. All arrays have a leading axis of agents. The replay is empty while offline.
         state = create_agents(args, agents, dataset.observation_size)
-        replay = shard_over_agents(Replay.create(len(agents), 0, *sizes))
+        replay = Replay.create(len(agents), 0, *sizes)
         task_rows = jnp.array([args.tasks.index(task) for task, _ in agents])
         metrics = zero_metrics(partial(train_step, args, dataset.at(0)), state, replay, task_rows)
         env_names = [single_task(args.env, task) for task, _ in agents]
-        eval_envs = EnvPool(env_names, min(args.eval_slots, args.eval_episodes), args.workers)
-        envs = EnvPool(env_names if args.online_steps else [], 1, args.workers)
+        eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
+        envs = EnvPool(env_names, 1, args.workers)
 
         # Continue from the last checkpoint, if there is one.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
-            run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+            results = evaluate(args, state, eval_envs, agents, step)
+            run.log_evaluation(step, results)
         if args.eval_only:
             return run.finish()
 
@@ -601,12 +601,14 @@ def main(args: Args) -> list[dict]:
             updates = min(run.updates_until_due(step), dataset.updates_until_swap(step))
             state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, updates)
             step = step + updates
-            metrics = run.log_and_save(step, metrics, dict(state=state, envs=envs.save()), replay)
+            content = dict(state=state, envs=envs.save())
+            metrics = run.log_and_save(step, metrics, content, replay)
             if run.evaluation_due:
-                run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+                results = evaluate(args, state, eval_envs, agents, step)
+                run.log_evaluation(step, results)
 
         # Online phase: every agent makes one environment step, then one update.
-        replay = shard_over_agents(Replay.create(len(agents), args.online_steps, *sizes))
+        replay = Replay.create(len(agents), args.online_steps, *sizes)
         replay = replay.refill(saved["replay"])
         if step > args.offline_steps:  # the run was stopped in this phase
             envs.load(saved["envs"], saved["replay"]["actions"][:, None])
@@ -625,9 +627,11 @@ def main(args: Args) -> list[dict]:
                 data = dataset.at(step)
                 state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, 1)
             step = step + 1
-            metrics = run.log_and_save(step, metrics, dict(state=state, envs=envs.save()), replay)
+            content = dict(state=state, envs=envs.save())
+            metrics = run.log_and_save(step, metrics, content, replay)
             if run.evaluation_due:
-                run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+                results = evaluate(args, state, eval_envs, agents, step)
+                run.log_evaluation(step, results)
         return run.finish()
 
 

@@ -1,27 +1,33 @@
 """FEdit: a flow with a bounded edit of its actions (Li and Levine, ICLR 2026, arXiv:2601.14234),
 after EXPO (Dong, Li, Sadigh and Finn 2025, arXiv:2507.07986), without its choice among samples.
 
-A flow f_beta imitates the data. A tanh-Gaussian policy pi_omega sees state and flow action, and
-corrects the action by at most sigma_a per coordinate. It is trained as a soft actor-critic with a
-tuned temperature alpha. Nothing is back-propagated through the flow's steps.
+A flow f_beta imitates the data. A tanh-Gaussian policy pi_omega sees the state and the flow's
+action, and corrects the action by at most sigma_a per coordinate. It is trained as a soft
+actor-critic with a tuned temperature alpha. No gradient is back-propagated through the steps of the
+flow.
 
     a = clip(a~ + sigma_a e),  a~ = ODE(f_beta; s, z),  e = tanh u ~ pi_omega(.|s, a~)
     L(omega) = E[-Q(s, a)]  subject to  entropy of e >= -A / 2                       Eq. (78), (79)
 
-Equation numbers are those of Li and Levine 2026, see docs/equations.md; docs/fedit.md lists every
-difference between the papers, the official QAM code and this file, which follows that code (marked
-`# ref:` where a paper differs).
+Equation numbers are those of Li and Levine 2026, see docs/equations.md. docs/fedit.md lists every
+difference between the papers, the official QAM code and this file, which follows that code (lines
+marked `# ref:` differ from a paper).
 
-    python -m baselines.fedit                        the point maze, a few minutes on a CPU
-    python -m baselines.fedit --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
+    python baselines/fedit.py                  the point maze, a few minutes on a CPU
+    python baselines/fedit.py --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
 
 Shapes: B batch, S observation, H chunk length, d action, A = H d flattened chunk, T flow steps,
 K critics, N agents (tasks x seeds) trained at once.
 """
 
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import flax.struct
 import jax
@@ -29,58 +35,85 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from tqdm import tqdm
+from jax import Array
 
-from common.data import Replay, Shards, locate, over_agents, sample, spread
-from common.envs import TRAINING, EnvPool, resolve, seed_of
+from common.datasets import OfflineDataset
+from common.devices import over_agents, shard_over_agents, zero_metrics
+from common.env_pool import EnvPool, Episodes
+from common.environments import TRAINING, seeds_of, single_task
+from common.flags import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Precision,
+    Range,
+    TaskNumber,
+    UnitInterval,
+    launch,
+)
 from common.networks import Critic, Field, TanhGaussian
-from common.run import Precision, Run, ours, parse
+from common.run import Run
+from common.sampling import Batch, Dataset, Replay, sample
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    # --- method ---
+    edit_scale: NonNegativeFloat = 0.1  # Largest edit sigma_a of a coordinate.
+    # A target is the mean minus this many standard deviations of the critics.
+    pessimism: NonNegativeFloat = 0.5
+    flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
+
+    # --- networks and optimiser ---
+    # Hidden-layer widths of all networks.
+    hidden_dims: tuple[PositiveInt, ...] = (512, 512, 512, 512)
+    num_critics: PositiveInt = 10  # Number of critics K in the ensemble.
+    batch_size: PositiveInt = 256  # Batch size B, in chunks.
+    lr: PositiveFloat = 3e-4  # Adam's learning rate.
+    target_rate: UnitInterval = 0.005  # Step size of the moving averages (target networks).
+
     # --- shared: run arguments ---
-    env: str = "pointmaze-medium"  # short name (puzzle-4x4), dataset or full OGBench name
-    tasks: tuple[int, ...] = (1,)  # tasks 1..5, trained at once on one copy of the data
-    seed: int = 0  # first seed; an agent does not depend on those trained beside it
-    num_seeds: int = 1  # seeds per task: seed, seed + 1, ...
-    name: str = "default"  # of the run's folder runs/<script>/<env>/<name>
-    run_dir: str = "runs"  # where the folders of all runs are
-    dataset_dir: str = ""  # OGBench's files or 100M shards (default: OGBench's cache, then data/)
-    collect: int = 0  # make a missing dataset: transitions of OGBench's scripted expert
-    offline_steps: int = 1_000_000  # gradient updates on the dataset
-    online_steps: int = 0  # then environment steps, each with an update (paper: 500,000)
-    start_training: int = 5_000  # first environment step that is followed by an update
-    log_interval: int = 5_000  # updates between two rows of train.csv (means over them)
-    eval_interval: int = 50_000  # updates between two evaluations, each with a checkpoint
-    eval_episodes: int = 50  # episodes per evaluation and agent
-    eval_slots: int = 10  # environments that share them, per agent; at most 100 in all
-    workers: int = 0  # processes that step environments (0: one per core)
-    eval_only: bool = False  # evaluate the run's checkpoint and do nothing else
-    track: bool = False  # log to Weights & Biases, too
-    compile_cache: str = ""  # folder of compiled programs (default: run_dir/.compiled), or none
-    precision: Precision = "default"  # of matrix products on a GPU (NVIDIA's default: TF32)
-    chunk_length: int = 5  # H: actions chosen at once and played open loop
-    discount: float = 0.99  # gamma, per environment step
-    sparse: bool = False  # reward -1 until all is done (else minus the number of unmet sub-goals)
-    action_size: tyro.conf.Suppress[int] = 0  # d, no flag: read from the dataset
+    # --- environment and data ---
+    env: str = "pointmaze-medium"  # Short name (puzzle-4x4), dataset or full OGBench name.
+    # Tasks 1 to 5, trained at once on one copy of the data.
+    tasks: tuple[TaskNumber, ...] = (1,)
+    # Folder with OGBench's file or its 100M shards (default: OGBench's cache, then data/).
+    dataset_dir: str = ""
+    # Makes a missing dataset with this many transitions of OGBench's scripted expert (0: off).
+    collect: NonNegativeInt = 0
+    chunk_length: PositiveInt = 5  # Number of actions H that are chosen at once, played open loop.
+    discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
+    # Reward -1 until the task is solved, instead of minus the number of unmet sub-goals.
+    sparse: bool = False
+    action_size: tyro.conf.Suppress[int] = 0  # Size d of an action; not a flag, read from the data.
+    # --- run ---
+    seed: NonNegativeInt = 0  # First seed. Results do not depend on the other agents in the run.
+    num_seeds: PositiveInt = 1  # Seeds per task: seed, seed + 1, ...
+    offline_steps: NonNegativeInt = 1_000_000  # Gradient updates on the dataset.
+    # Environment steps after that, each followed by an update (paper: 500,000).
+    online_steps: NonNegativeInt = 0
+    # First environment step that is followed by an update.
+    start_training: Annotated[int, Range(1, "online_steps")] = 5_000
+    eval_interval: PositiveInt = 50_000  # Updates between evaluations, each with a checkpoint.
+    eval_episodes: PositiveInt = 50  # Episodes per evaluation and agent.
+    eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
+    eval_only: bool = False  # Evaluates the run's checkpoint and does nothing else.
+    workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
+    precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
+    compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
+    # --- logging ---
+    # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
+    name: str = ""
+    run_dir: str = "runs"  # Folder of all runs.
+    log_interval: PositiveInt = 5_000  # Updates per row of train.csv, which has their means.
+    track: bool = False  # Logs to Weights & Biases as well.
     # --- end shared ---
 
-    # method
-    edit_scale: float = 0.1  # sigma_a: largest edit of a coordinate
-    pessimism: float = 0.5  # a target's value is mean - this times std over the critics
-    flow_steps: int = 10  # T: steps from noise to action, of the flow or the diffusion
 
-    # networks and optimiser
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # of all networks
-    num_critics: int = 10  # K: critics in the ensemble
-    batch_size: int = 256  # B: chunks per update
-    lr: float = 3e-4  # Adam's learning rate
-    target_rate: float = 0.005  # rate of the moving averages (target networks)
-
-
-# Edit scales of the ten domains: launch script of the official QAM repository, and its paper. The
-# point maze is not in the paper: small networks for a CPU (docs/fedit.md).
+# The edit scales of the ten domains come from the launch script of the official QAM repository and
+# from its paper. The point maze is not in the paper: its networks are small enough for a CPU
+# (docs/fedit.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(edit_scale=0.2),
     "antmaze-giant": dict(edit_scale=0.3),
@@ -93,35 +126,46 @@ ENV_DEFAULTS = {
     "cube-triple": dict(edit_scale=0.3),
     "cube-quadruple": dict(edit_scale=0.4),
     "pointmaze-medium": dict(
-        edit_scale=0.3, discount=0.995, flow_steps=5, num_critics=2, lr=1e-3,
-        hidden_dims=(128, 128), batch_size=128, target_rate=0.01, offline_steps=15_000,
-        log_interval=1_000, eval_interval=5_000, eval_slots=50,
+        edit_scale=0.3,
+        discount=0.995,
+        flow_steps=5,
+        num_critics=2,
+        lr=1e-3,
+        hidden_dims=(128, 128),
+        batch_size=128,
+        target_rate=0.01,
+        offline_steps=15_000,
+        log_interval=1_000,
+        eval_interval=5_000,
+        eval_slots=50,
     ),
 }
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that an agent carries from update to update."""
+    """Holds everything that an agent carries from update to update."""
 
     params: dict  # critic (phi), behavior (beta), edit (omega), log_alpha
     targets: dict  # moving average of critic
     opt_state: optax.OptState
-    key: jax.Array  # (2,) uint32
+    key: Array  # (2,) uint32
 
 
-def optimizer(args):
+def optimizer(args: Args) -> optax.GradientTransformation:
+    """Returns Adam."""
     return optax.adam(args.lr)
 
 
-def create(args, observation_size, key) -> State:
-    """A new agent."""
-    key, *keys = jax.random.split(key, 4)
-    s, a = jnp.zeros((1, observation_size)), jnp.zeros((1, args.chunk_length * args.action_size))
+def create(args: Args, observation_size: int, key: Array) -> State:
+    """Creates an agent."""
+    key, critic_key, behavior_key, edit_key = jax.random.split(key, 4)
+    s = jnp.zeros((1, observation_size))
+    a = jnp.zeros((1, args.chunk_length * args.action_size))
     params = dict(
-        critic=Critic(args.hidden_dims, args.num_critics).init(keys[0], s, a),
-        behavior=Field(args.hidden_dims).init(keys[1], s, a, 0.0),
-        edit=TanhGaussian(args.hidden_dims, a.shape[-1]).init(keys[2], s, a),
+        critic=Critic(args.hidden_dims, args.num_critics).init(critic_key, s, a),
+        behavior=Field(args.hidden_dims).init(behavior_key, s, a, 0.0),
+        edit=TanhGaussian(args.hidden_dims, a.shape[-1]).init(edit_key, s, a),
         log_alpha=jnp.zeros(()),
     )
     targets = dict(critic=jax.tree.map(jnp.copy, params["critic"]))
@@ -131,140 +175,201 @@ def create(args, observation_size, key) -> State:
 # --- the method ----------------------------------------------------------------------------------
 
 
-def critic(args, params, observations, actions):
-    """Q^1..Q^K: (B, S), (B, A) -> (K, B)."""
+def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
+    """Evaluates the critics Q^1..Q^K: (B, S), (B, A) -> (K, B)."""
     return Critic(args.hidden_dims, args.num_critics).apply(params, observations, actions)
 
 
-def field(args, params, observations, x, t):
-    """Velocity f(s, x, t): (B, S), (..., B, A), t that broadcasts to (..., B) -> (..., B, A)."""
+def field(args: Args, params: dict, observations: Array, x: Array, t: Array) -> Array:
+    """Evaluates a velocity field at (s, x, t).
+
+    (B, S), (..., B, A) and a time that broadcasts to (..., B) -> (..., B, A).
+    """
     return Field(args.hidden_dims).apply(params, observations, x, t)
 
 
-def integrate(args, flow, observations, z):
-    """ODE(f; s, z) from noise to action, by T Euler steps: (B, S), (B, A) -> (B, A) in [-1, 1]."""
+def integrate(args: Args, flow: dict, observations: Array, z: Array) -> Array:
+    """Solves the flow's ODE from noise z by T Euler steps: (B, S), (B, A) -> (B, A) in [-1, 1]."""
 
     def euler(x, t):
-        return x + field(args, flow, observations, x, t) / args.flow_steps, None
+        velocity = field(args, flow, observations, x, t)
+        return x + velocity / args.flow_steps, None
 
-    x, _ = jax.lax.scan(euler, z, jnp.arange(args.flow_steps) / args.flow_steps)
+    times = jnp.arange(args.flow_steps) / args.flow_steps
+    x, _ = jax.lax.scan(euler, z, times)
     return jnp.clip(x, -1, 1)  # only here, not between the steps
 
 
-def edit(args, params, observations, actions, key):
-    """Edited actions and the log-density of their edits e: (B, S), (B, A) -> (B, A), (B,)."""
+def edit(
+    args: Args, params: dict, observations: Array, actions: Array, key: Array
+) -> tuple[Array, Array]:
+    """Edits actions and computes the log-density of the edits e: (B, S), (B, A) -> (B, A), (B,)."""
     actor = TanhGaussian(args.hidden_dims, actions.shape[-1])
     mean, log_std = actor.apply(params, observations, actions)
     noise = jax.random.normal(key, mean.shape)
     u = mean + jnp.exp(log_std) * noise
-    log_prob = (-0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
-    log_prob -= (2 * (jnp.log(2) - u - jax.nn.softplus(-2 * u))).sum(-1)  # of e = tanh(u)
-    return jnp.clip(actions + args.edit_scale * jnp.tanh(u), -1, 1), log_prob  # Eq. (79)
+    log_density = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
+    log_slope = 2 * (jnp.log(2) - u - jax.nn.softplus(-2 * u))  # of e = tanh(u)
+    log_prob = log_density.sum(-1) - log_slope.sum(-1)
+    edited = jnp.clip(actions + args.edit_scale * jnp.tanh(u), -1, 1)  # Eq. (79)
+    return edited, log_prob
 
 
-def sample_actions(args, state, observations, key):
-    """The flow's action a~ = ODE(f_beta; s, z), edited: (B, S) -> (B, A) in [-1, 1]."""
+def sample_actions(args: Args, state: State, observations: Array, key: Array) -> Array:
+    """Samples a~ = ODE(f_beta; s, z) and edits it: (B, S) -> (B, A) in [-1, 1]."""
     z = jax.random.normal(key, (len(observations), args.chunk_length * args.action_size))
-    actions = integrate(args, state.params["behavior"], observations, z)
-    edit_key = jax.random.fold_in(key, 1)  # sampled, in evaluations, too
-    return edit(args, state.params["edit"], observations, actions, edit_key)[0]
+    flow_actions = integrate(args, state.params["behavior"], observations, z)
+    edit_key = jax.random.fold_in(key, 1)  # the edit is sampled in evaluations, too
+    actions, _ = edit(args, state.params["edit"], observations, flow_actions, edit_key)
+    return actions
 
 
-def critic_loss(args, params, state, batch, key):
-    """TD error of every critic against one pessimistic target.  # Eq. (23), (26)"""
+# A loss differentiates `params` only; `state` and `batch` are constants. It returns its value and
+# its metrics, whose names differ from those of all other losses.
+
+
+def critic_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the TD error of every critic against one pessimistic target."""
     # ref: the deviation is the population one (1/K).
     next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
-    next_value = next_q.mean(0) - args.pessimism * next_q.std(0)
+    next_value = next_q.mean(0) - args.pessimism * next_q.std(0)  # Eq. (26)
     target = batch.rewards + args.discount**args.chunk_length * batch.masks * next_value
     q = critic(args, params["critic"], batch.observations, batch.actions)
-    loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (26)
-    return loss, dict(critic_loss=loss, q=q.mean(), q_std=q.std(0).mean(), target=target.mean())
+    loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (23)
+    metrics = dict(
+        critic_loss=loss,
+        q=q.mean(),
+        q_std=q.std(0).mean(),
+        target=target.mean(),
+    )
+    return loss, metrics
 
 
-def behavior_loss(args, params, state, batch, key):
-    """Flow matching of f_beta on the data: along x_t = (1 - t) z + t a the velocity is a - z."""
+def behavior_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Matches f_beta to the data: along x_t = (1 - t) z + t a the velocity is a - z."""
     z_key, t_key = jax.random.split(key)
-    z = jax.random.normal(z_key, batch.actions.shape)
+    actions = batch.actions
+    z = jax.random.normal(z_key, actions.shape)
     t = jax.random.uniform(t_key, batch.valid.shape)
-    x = (1 - t[:, None]) * z + t[:, None] * batch.actions
+    x = (1 - t[:, None]) * z + t[:, None] * actions
     velocity = field(args, params["behavior"], batch.observations, x, t)
-    loss = (batch.valid * ((velocity - (batch.actions - z)) ** 2).mean(-1)).mean()  # Eq. (17)
+    errors = ((velocity - (actions - z)) ** 2).mean(-1)
+    loss = (batch.valid * errors).mean()  # Eq. (17)
     return loss, dict(behavior_loss=loss)
 
 
-def edit_loss(args, params, state, batch, key):
-    """Soft actor-critic on edits of the flow's actions, with its temperature alpha."""
+def edit_loss(
+    args: Args, params: dict, state: State, batch: Batch, key: Array
+) -> tuple[Array, dict]:
+    """Computes the soft actor-critic loss of the edit policy and of its temperature alpha."""
     z_key, edit_key = jax.random.split(key)
     z = jax.random.normal(z_key, batch.actions.shape)
     flow_actions = integrate(args, state.params["behavior"], batch.observations, z)
     actions, log_prob = edit(args, params["edit"], batch.observations, flow_actions, edit_key)
     q = critic(args, state.params["critic"], batch.observations, actions).mean(0)
-    entropy, target = -log_prob.mean(), -0.5 * actions.shape[-1]
+    actor_loss = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()  # Eq. (78), (79)
+    entropy = -log_prob.mean()
+    target_entropy = -0.5 * actions.shape[-1]
     alpha = jnp.exp(params["log_alpha"])
-    loss = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()  # Eq. (78), (79)
-    loss += alpha * (jax.lax.stop_gradient(entropy) - target)  # Eq. (78)
+    alpha_loss = alpha * (jax.lax.stop_gradient(entropy) - target_entropy)  # Eq. (78)
     size = jnp.abs(actions - flow_actions).mean()
-    return loss, dict(edit_entropy=entropy, edit_alpha=alpha, edit_size=size)
+    metrics = dict(edit_entropy=entropy, edit_alpha=alpha, edit_size=size)
+    return actor_loss + alpha_loss, metrics
 
 
-def update(args, state, batch):
-    """One gradient step on the sum of the three losses, all at the parameters before the step."""
+def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
+    """Makes one gradient step on the sum of all losses, all at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 4)
+    losses = [critic_loss, behavior_loss, edit_loss]
 
     def total_loss(params):
-        losses = (critic_loss, behavior_loss, edit_loss)
-        results = [f(args, params, state, batch, k) for f, k in zip(losses, keys)]
-        metrics = {name: value for _, more in results for name, value in more.items()}
-        return sum(loss for loss, _ in results), metrics
+        total = 0.0
+        metrics = {}
+        for loss, loss_key in zip(losses, keys, strict=True):
+            value, loss_metrics = loss(args, params, state, batch, loss_key)
+            total += value
+            metrics |= loss_metrics
+        return total, metrics
 
     grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
     metrics["grad_norm"] = optax.global_norm(grads)
     updates, opt_state = optimizer(args).update(grads, state.opt_state)
+    params = optax.apply_updates(state.params, updates)
     # ref: the targets move towards the parameters from before this step.
     online = {name: state.params[name] for name in state.targets}
     targets = optax.incremental_update(online, state.targets, args.target_rate)
-    params = optax.apply_updates(state.params, updates)
     return State(params, targets, opt_state, key), metrics
 
 
 # --- shared: many agents -------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames="args")
-def act(args, state, observations, seeds, ages):
-    """Chunks of actions for all agents: (N, E, S) -> (N, E, H, d). The noise depends on nothing
-    but the episode's seed and age in steps, (N, E) each."""
+def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
+    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+    keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
+    create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
+    return create_all(jnp.stack(keys))
 
-    def one(state, observation, seed, age):
+
+@partial(jax.jit, static_argnames="args")
+def act(args: Args, state: State, observations: Array, seeds: Array, ages: Array) -> Array:
+    """Chooses chunks of actions for all agents: (N, slots, S) -> (N, slots, H, d).
+
+    The noise depends only on the episode's seed and age in steps, (N, slots) each.
+    """
+
+    def act_once(state, observation, seed, age):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
         actions = sample_actions(args, state, observation[None], key)
         return actions.reshape(args.chunk_length, args.action_size)
 
-    return over_agents(jax.vmap(one, (None, 0, 0, 0)))(state, observations, seeds, ages)
+    one_agent = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
+    return over_agents(one_agent)(state, observations, seeds, ages)
 
 
-@partial(jax.jit, static_argnames="args", donate_argnames="state")
-def train_chunk(args, state, data, replay, task, updates):
-    """`updates` gradient steps of all agents without leaving the device. `state`, `replay` and
-    `task` (row of data.rewards) have a leading axis N. Returns the state and the sums of the
-    metrics over the updates."""
+def train_step(
+    args: Args, data: Dataset, state: State, replay: Replay, task_row: Array
+) -> tuple[State, dict]:
+    """Makes one update of one agent on a batch drawn from the data and its replay."""
+    key, batch_key = jax.random.split(state.key)
+    sizes = args.batch_size, args.chunk_length, args.discount
+    batch = sample(batch_key, data, replay, task_row, *sizes)
+    state, metrics = update(args, state.replace(key=key), batch)
+    return state, metrics | dict(updates=jnp.ones(()))
 
-    def one(state, replay, task):
-        def step(state):
-            key, batch_key = jax.random.split(state.key)
-            sizes = args.batch_size, args.chunk_length, args.discount
-            batch = sample(batch_key, data, replay, task, *sizes)
-            return update(args, state.replace(key=key), batch)
 
+@partial(jax.jit, static_argnames="args", donate_argnames=("state", "metrics"))
+def train_chunk(
+    args: Args,
+    state: State,
+    metrics: dict,
+    data: Dataset,
+    replay: Replay,
+    task_rows: Array,
+    updates: int,
+) -> tuple[State, dict]:
+    """Makes `updates` updates of all agents without leaving the device.
+
+    `state`, `metrics`, `replay` and `task_rows` (each agent's row of data.rewards) have a leading
+    axis N. Adds the metrics of each update to `metrics`.
+    """
+
+    def one_agent(state, metrics, replay, task_row):
         def body(_, carry):
-            state, metrics = step(carry[0])
-            return state, jax.tree.map(jnp.add, carry[1], metrics)
+            state, sums = carry
+            state, metrics = train_step(args, data, state, replay, task_row)
+            return state, jax.tree.map(jnp.add, sums, metrics)
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(step, state)[1])
-        return jax.lax.fori_loop(0, updates, body, (state, zeros))
+        return jax.lax.fori_loop(0, updates, body, (state, metrics))
 
-    return over_agents(one, chunk=not replay.rewards.size)(state, replay, task)
+    offline = replay.rewards.size == 0
+    all_agents = over_agents(one_agent, agent_by_agent=offline)
+    return all_agents(state, metrics, replay, task_rows)
 
 
 # --- end shared ---
@@ -272,93 +377,90 @@ def train_chunk(args, state, data, replay, task, updates):
 # --- shared: evaluate and main -------------------------------------------------------------------
 
 
-def evaluate(args, policy, pool, agents, step):
-    """Exactly args.eval_episodes episodes of every agent, seeded by (seed, task, step, episode):
-    the same for every method. Returns (N, episodes) arrays, see `EnvPool.play`."""
-    episodes = range(args.eval_episodes)
-    seeds = [[seed_of(seed, task, step, e) for e in episodes] for task, seed in agents]
-    return pool.play(policy, np.array(seeds, np.uint32))
+def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -> dict:
+    """Plays exactly args.eval_episodes episodes with every agent.
+
+    They are seeded by (seed, task, step, episode), the same for every method. Returns arrays
+    (N, episodes), see `Episodes`.
+    """
+    seeds = [seeds_of(agents, step, i) for i in range(args.eval_episodes)]
+    episodes = Episodes(envs, np.concatenate(seeds, axis=1))
+    while episodes.running:
+        if envs.need_actions():
+            envs.set_actions(act(args, state, envs.observations, envs.seeds, envs.ages))
+        episodes.step()
+    return episodes.results
 
 
-def main(args):
-    """Trains all agents and leaves a run folder, see common/run.py. Returns its evaluations."""
-    source = resolve(args.env)
-    agents = ours([(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)])
-    names = [f"{source.env}-singletask-task{task}-v0" for task, _ in agents]
-    paths, N = locate(source, args.dataset_dir, args.collect), len(agents)
-    shards = Shards(paths, source, args.tasks, args.sparse, args.chunk_length, N)
-    data, _ = shards.at(0)
-    args = dataclasses.replace(args, action_size=data.actions.shape[-1])
-    files = dict(files=[path.name for path in paths], transitions=len(data.rows))
-    run = Run(Path(__file__).stem, args, agents, files)
-    keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents])
-    state = jax.jit(jax.vmap(partial(create, args, data.observations.shape[-1])))(keys)
-    task = jnp.array([args.tasks.index(task) for task, _ in agents])
-    replay = Replay.create(N, 0, data)
-    size = sum(x.size for x in jax.tree.leaves(state.params)) // N
-    print(f"{N} agents of {size:,} parameters, {len(data.rows):,} transitions")
+def main(args: Args) -> list[dict]:
+    """Trains all agents, first on the dataset, then in their environments.
 
-    def policy(*inputs):  # flat over agents and environments, for the pools
-        inputs = [x.reshape(N, -1, *x.shape[1:]) for x in inputs]
-        return np.concatenate(act(args, state, *inputs))
+    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    """
+    agents = [(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)]
+    dataset = OfflineDataset(args, len(agents))
+    sizes = dataset.observation_size, dataset.action_size
+    args = dataclasses.replace(args, action_size=dataset.action_size)
+    total_steps = args.offline_steps + args.online_steps
+    with Run(__file__, args, agents, dataset.identity, (args.offline_steps, total_steps)) as run:
+        # Set up. All arrays have a leading axis of agents. The replay is empty while offline.
+        state = create_agents(args, agents, dataset.observation_size)
+        replay = Replay.create(len(agents), 0, *sizes)
+        task_rows = jnp.array([args.tasks.index(task) for task, _ in agents])
+        metrics = zero_metrics(partial(train_step, args, dataset.at(0)), state, replay, task_rows)
+        env_names = [single_task(args.env, task) for task, _ in agents]
+        eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
+        envs = EnvPool(env_names, 1, args.workers)
 
-    eval_pool = EnvPool(names, args.workers, min(args.eval_slots, args.eval_episodes))
-    pool, everyone = EnvPool(names if args.online_steps else [], args.workers), range(N)
-    shapes = jax.eval_shape(partial(train_chunk, args), state, data, replay, task, 0)[1]
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
-    keep = lambda *means: dict(state=state, replay=replay, pool=pool.save(), means=means)
-    done, saved = run.restore(keep(zeros, 0))
-    state, replay = spread((saved["state"], saved.pop("replay")))
-    pool.load(saved["pool"], np.asarray(replay.actions)[:, : int(replay.size[0])])
+        # Continue from the last checkpoint, if there is one.
+        step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
+        state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
+        if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
+            results = evaluate(args, state, eval_envs, agents, step)
+            run.log_evaluation(step, results)
+        if args.eval_only:
+            return run.finish()
 
-    @run.saved()
-    def report(table):
-        result = evaluate(args, policy, eval_pool, agents, done)
-        scores = {name: x.mean(1) for name, x in result.items() if name != "path"}
-        run.log(table, done, scores)
-        bar.write(f"{done:,} updates: success {scores['success'].mean():.2f}")
-        return result
+        # Offline phase: as many updates per call as there are until something is due.
+        while step < args.offline_steps:
+            data = dataset.at(step)
+            updates = min(run.updates_until_due(step), dataset.updates_until_swap(step))
+            state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, updates)
+            step = step + updates
+            content = dict(state=state, envs=envs.save())
+            metrics = run.log_and_save(step, metrics, content, replay)
+            if run.evaluation_due:
+                results = evaluate(args, state, eval_envs, agents, step)
+                run.log_evaluation(step, results)
 
-    total, result, (sums, updates) = args.offline_steps + args.online_steps, None, saved["means"]
-    halts = lambda: done in (args.offline_steps, total) or done % args.eval_interval == 0
-    bar = tqdm(initial=done, total=total, unit="update", dynamic_ncols=True, disable=None)
-    while run.last["eval"] < total and not args.eval_only:
-        if run.last["eval"] < done and halts():
-            result = report("eval")
-            continue
-        if done < args.offline_steps:
-            data, stays = shards.at(done + 1)
-            limit = min(n - done % n for n in (args.log_interval, args.eval_interval))
-            steps = trained = min(limit, stays, args.offline_steps - done)
-        else:
-            now = done - args.offline_steps + 1  # the environment step that every agent takes
-            data, _ = shards.at(now, args.offline_steps // shards.interval)
-            if replay.rewards.shape[1] < args.online_steps:
-                replay = spread(Replay.create(N, args.online_steps, data))
-            if now == 1:
-                pool.start(everyone, [seed_of(seed, task, 0) for task, seed in agents])
-            taken = pool.step(policy, everyone)
-            taken["rewards"] = -1.0 * (taken["rewards"] != 0) if args.sparse else taken["rewards"]
-            replay = replay.append({name: x[:, None] for name, x in taken.items()})
-            over = np.flatnonzero(taken["terminals"]).tolist()
-            pool.start(over, [seed_of(*agents[i][::-1], now, TRAINING) for i in over])
-            steps, trained = 1, int(now >= args.start_training)
-        state, metrics = train_chunk(args, state, data, replay, task, trained)
-        sums = jax.tree.map(jnp.add, sums, metrics)
-        done, updates = done + steps, updates + trained
-        bar.update(steps)
-        if updates and (halts() or done % args.log_interval == 0):
-            run.log("train", done, {name: value / updates for name, value in sums.items()})
-            sums, updates = zeros, 0
-        if halts() or run.stopping:
-            run.save(done, keep(sums, updates))
-    if args.eval_only:
-        result = report("eval_only")
-    bar.close()
-    run.finish(done, total, result)
-    return result
+        # Online phase: every agent makes one environment step, then one update.
+        replay = Replay.create(len(agents), args.online_steps, *sizes)
+        replay = replay.refill(saved["replay"])
+        if step > args.offline_steps:  # the run was stopped in this phase
+            envs.load(saved["envs"], saved["replay"]["actions"][:, None])
+        elif args.online_steps:
+            envs.reset(seeds_of(agents, 0))
+        while step < total_steps:
+            if envs.need_actions():  # a chunk of actions is played open loop
+                envs.set_actions(act(args, state, envs.observations, envs.seeds, envs.ages))
+            transitions = dataset.relabel(envs.step())
+            replay = replay.append(transitions)
+            env_step = step - args.offline_steps + 1
+            ended = transitions["terminals"] > 0
+            if ended.any():
+                envs.reset(seeds_of(agents, env_step, TRAINING), where=ended)
+            if env_step >= args.start_training:
+                data = dataset.at(step)
+                state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, 1)
+            step = step + 1
+            content = dict(state=state, envs=envs.save())
+            metrics = run.log_and_save(step, metrics, content, replay)
+            if run.evaluation_due:
+                results = evaluate(args, state, eval_envs, agents, step)
+                run.log_evaluation(step, results)
+        return run.finish()
 
 
 if __name__ == "__main__":
-    main(parse(Args, ENV_DEFAULTS))
+    launch(main, Args, ENV_DEFAULTS)
 # --- end shared ---

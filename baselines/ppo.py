@@ -369,7 +369,7 @@ def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: i
     # One agent after the other: on a CPU with few cores the orthogonal matrices of several agents
     # wait for one another forever (jaxlib 0.10: blocked threads of one pool).
     create_all = jax.jit(partial(jax.lax.map, partial(create, args, observation_size)))
-    return shard_over_agents(create_all(jnp.stack(keys)))
+    return create_all(jnp.stack(keys))
 
 
 @partial(jax.jit, static_argnames=("args", "mode"))
@@ -409,7 +409,7 @@ def train_step(args: Args, state: State, rollout: dict) -> tuple[State, dict]:
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames=("state", "metrics"))
-def train(args: Args, state: State, metrics: dict, rollout: dict) -> tuple[State, dict]:
+def train_chunk(args: Args, state: State, metrics: dict, rollout: dict) -> tuple[State, dict]:
     """Learns from a rollout of all agents, and adds the metrics to `metrics`.
 
     The rollout has arrays (agents, num_envs, T, ...) by name.
@@ -500,7 +500,7 @@ def main(args: Args) -> list[dict]:
         rollout = empty_rollout(args, len(agents), observation_size)
         metrics = zero_metrics(partial(train_step, args), state, rollout)
         env_names = [args.env] * len(agents)
-        eval_envs = EnvPool(env_names, min(args.eval_slots, args.eval_episodes), args.workers)
+        eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, args.num_envs, args.workers)
         played = np.zeros((*envs.shape, 0, action_size), np.float32)  # in the running episodes
 
@@ -509,7 +509,8 @@ def main(args: Args) -> list[dict]:
         step, saved = run.restore(content)
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
-            run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+            results = evaluate(args, state, eval_envs, agents, step)
+            run.log_evaluation(step, results)
         if args.eval_only:
             return run.finish()
         played = saved["played"]
@@ -521,14 +522,15 @@ def main(args: Args) -> list[dict]:
         # Every agent plays a rollout, then learns from it.
         while step < total_steps:
             rollout, new_actions = collect_rollout(args, state, envs, agents, step)
-            state, metrics = train(args, state, metrics, rollout)
+            state, metrics = train_chunk(args, state, metrics, rollout)
             step = step + args.rollout_steps
             played = np.concatenate([played, new_actions], axis=2)
             played = played[:, :, played.shape[2] - envs.ages.max() :]
             content = dict(state=state, envs=envs.save(), played=played)
             metrics = run.log_and_save(step, metrics, content)
             if run.evaluation_due:
-                run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+                results = evaluate(args, state, eval_envs, agents, step)
+                run.log_evaluation(step, results)
         return run.finish()
 
 

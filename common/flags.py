@@ -37,6 +37,7 @@ PositiveFloat = Annotated[float, Range(0, exclusive=True)]
 NonNegativeInt = Annotated[int, Range(0)]
 NonNegativeFloat = Annotated[float, Range(0)]
 UnitInterval = Annotated[float, Range(0, 1)]
+TaskNumber = Annotated[int, Range(1, 5)]
 Precision = Literal["default", "float32", "bfloat16"]
 
 

@@ -1,7 +1,7 @@
 """Families of scripts: what has to change to make one method from another, as pages of the docs.
 
     python -m tools.diffs check     lists the pages that are out of date, and families grown apart
-    python -m tools.diffs write     writes docs/diffs/<child>.md
+    python -m tools.diffs write     writes docs/methods/diffs/<child>.md
 
 A page shows the changed lines without header and tuned values. A family has a budget of changed
 lines, so that two scripts that differ by an idea do not come to differ by their wording.
@@ -58,7 +58,7 @@ def page(parent: str, child: str) -> str:
 
 
 def path(child: str) -> Path:
-    return ROOT / "docs/diffs" / f"{Path(child).name}.md"
+    return ROOT / "docs/methods/diffs" / f"{Path(child).name}.md"
 
 
 def problems() -> list[str]:

@@ -1,12 +1,14 @@
-"""Generated parts of the docs: where each equation is, and results beside published numbers.
+"""Generates parts of the docs: where each equation is, tuned values, results next to published.
 
-    python -m tools.pages check     lists what is out of date, or a tag that equations.md lacks
+    python -m tools.pages check     lists what is out of date, and tags that equations.md lacks
     python -m tools.pages write     writes all of it again
 
-They stand between `<!-- generated: <name> -->` and `<!-- end generated -->`. A method's page has
-`equations`: the `# Eq. (n)` tags of its script, named as in docs/equations.md, and `results`: ours
-beside the published ones. README.md has `offline` and `online`, tables of which the last two cells
-of each method's row are generated.
+Generated text stands between `<!-- generated: <name> -->` and `<!-- end generated -->`:
+
+- a method's page has `equations`, the `# Eq. (n)` tags of its script, named as in equations.md, and
+  `results`, our results next to the published ones;
+- docs/methods/tuned.md has `protocol`, `domains` and `small`, the values of ENV_DEFAULTS;
+- README.md has `offline` and `online`, tables whose last two cells in each row are generated.
 """
 
 import ast
@@ -20,10 +22,17 @@ from common.envs import resolve
 from tools.shared_blocks import ROOT, named
 
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end generated -->\n)", re.DOTALL)
-ROW = re.compile(r"^(\| \[`([\w/]+)\.py`\].*\(docs/\w+\.md\) \|).*$", re.MULTILINE)  # a method's
+ROW = re.compile(r"^(\| \[`([\w/]+)\.py`\].*\(docs/methods/\w+\.md\) \|).*$", re.MULTILINE)
+METHODS = "docs/methods"
+TUNED = f"{METHODS}/tuned.md"
+WRITE = "python -m tools.pages write"
+
+# family -> (file, metric, digits) of our results in the README
 OURS = dict(offline=("methods.csv", "success", 2), online=("plane.csv", "return", 1))
-SHOWN = dict(offline=plot.ALL, online="halfcheetah")  # of what is published, in the README
-RESULTS = dict(  # (file, what it is about)
+# family -> the published results in the README
+SHOWN = dict(offline=plot.ALL, online="halfcheetah")
+# family -> (file, what it is about) of our results on the pages of the methods
+RESULTS = dict(
     offline=[
         ("methods.csv", "pointmaze-medium, task 1"),
         ("cube-task-1.csv", "cube-single, task 1"),
@@ -39,152 +48,322 @@ RESULTS = dict(  # (file, what it is about)
     ],
 )
 EXPLAINED = dict(
-    offline="""Success, mean over seeds [95 % bootstrap interval]. *Ours*: small networks, data
-collected here; flags and commands in [benchmarks](../benchmarks/README.md). Nothing of the paper's
-size has been run yet. *Published*: 12 seeds of a domain's five tasks after 1M updates (RLPD, which
-has no offline phase: after 500,000 environment steps).""",
-    online="""Return. *Ours*: mean over seeds [95 % bootstrap interval]; flags and commands in
-[benchmarks](../benchmarks/README.md). No run has a million steps yet. *Published*: table 2 of
-FMER's paper, mean (deviation) of five seeds, of each the best evaluation from 900,000 of 1M steps
-on; in the kitchen the share of completed tasks (of ours: their number).""",
+    offline="""Success: mean over seeds [95 % bootstrap interval]. *Ours*: small networks on data
+collected here; flags and commands are in [benchmarks](../../benchmarks/offline.md). Nothing of the
+papers' size has been run yet. *Published*: 12 seeds on a domain's five tasks after 1M updates; for
+RLPD, which has no offline phase, after 500,000 environment steps.""",
+    online="""Return. *Ours*: mean over seeds [95 % bootstrap interval]; flags and commands are in
+[benchmarks](../../benchmarks/online.md). No run has a million steps yet. *Published*: Table 2 of
+the FMER paper, mean (standard deviation) over five seeds of the best evaluation between 900,000
+and 1M steps. In the kitchen, published numbers are shares of completed tasks, ours are counts.""",
 )
 
 
+# --- equations -----------------------------------------------------------------------------------
+
+
 def equations(text: str) -> list[str]:
-    """The numbers in every "Eq. (n)" or "Eq. (n), (m)" of a text."""
+    """Returns the numbers in every "Eq. (n)" or "Eq. (n), (m)" of a text."""
     groups = re.findall(r"Eqs?\. ((?:\([\w.]+\)(?:, )?)+)", text)
     return [number for group in groups for number in re.findall(r"\(([\w.]+)\)", group)]
 
 
 def listed(script: str) -> dict[str, str]:
-    """Equations of a script's section of docs/equations.md -> what they are."""
-    text = (ROOT / "docs/equations.md").read_text()
+    """Returns number -> name of the equations in a script's section of equations.md."""
+    text = (ROOT / METHODS / "equations.md").read_text()
     section = re.search(rf"^## {re.escape(script)}\.py\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-    assert section, f"docs/equations.md has no section '## {script}.py'"
+    assert section, f"docs/methods/equations.md has no section '## {script}.py'"
     return dict(re.findall(r"^\| \(([\w.]+)\) \| (.*?) \|", section[1], re.M))
 
 
+def definitions(source: str) -> dict[int, str]:
+    """Returns line number -> name of the top-level function or class that the line is in."""
+    found = {}
+    for node in ast.parse(source).body:
+        if hasattr(node, "name"):
+            lines = range(node.lineno, node.end_lineno + 1)
+            found |= dict.fromkeys(lines, node.name)
+    return found
+
+
 def tags(script: str) -> dict[tuple[str, str], list[int]]:
-    """(equation, function or class at the top level) -> lines with the tag. The header ("") counts
-    where the code does not have the equation, a sentence about one never."""
+    """Returns (equation, function or class) -> lines with its tag.
+
+    The script's header, whose name is "", counts only for equations that the code does not have;
+    a sentence inside a function that mentions an equation never counts.
+    """
     source = (ROOT / f"{script}.py").read_text()
-    nodes = [node for node in ast.parse(source).body if hasattr(node, "name")]
-    names = {i: node.name for node in nodes for i in range(node.lineno, node.end_lineno + 1)}
+    names = definitions(source)
     found = {}
     for i, line in enumerate(source.splitlines(), 1):
-        for number in equations(line) if "# Eq" in line or i not in names else ():
-            found.setdefault((number, names.get(i, "")), []).append(i)
+        in_header = i not in names
+        if "# Eq" in line or in_header:
+            for number in equations(line):
+                found.setdefault((number, names.get(i, "")), []).append(i)
     coded = {number for number, name in found if name}
     return {key: lines for key, lines in found.items() if key[1] or key[0] not in coded}
 
 
-def table(script: str) -> str:
-    """A line per equation and function, sorted by line numbers."""
-    what, lines = listed(script), [["equation", "", "function", "line"]]
-    for (number, name), places in tags(script).items():
-        assert number in what, f"docs/equations.md has no Eq. ({number}) of {script}.py"
-        links = ", ".join(f"[{i}](../{script}.py#L{i})" for i in places)
-        lines.append([f"({number})", what[number], f"`{name}`" if name else "header", links])
-    return plot.markdown(lines) + "\n"
+def equation_table(script: str) -> str:
+    """Returns a table with a row per equation and function, in the order of the lines."""
+    names = listed(script)
+    rows = [["equation", "", "function", "line"]]
+    for (number, function), lines in tags(script).items():
+        assert number in names, f"docs/methods/equations.md has no Eq. ({number}) of {script}.py"
+        links = ", ".join(f"[{i}](../../{script}.py#L{i})" for i in lines)
+        where = f"`{function}`" if function else "header"
+        rows.append([f"({number})", names[number], where, links])
+    return plot.markdown(rows) + "\n"
+
+
+# --- tuned values --------------------------------------------------------------------------------
+
+
+def literal(node: ast.expr):
+    """Returns the value of an expression of constants, tuples, dicts and calls of `dict`."""
+    code = compile(ast.Expression(node), "ENV_DEFAULTS", "eval")
+    return eval(code, {"__builtins__": {}, "dict": dict})
+
+
+def env_defaults(script: str) -> dict[str, dict]:
+    """Returns ENV_DEFAULTS of a script: environment -> flag -> value."""
+    for node in ast.parse((ROOT / f"{script}.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ENV_DEFAULTS":
+            return literal(node.value)
+    raise AssertionError(f"{script}.py has no ENV_DEFAULTS")
+
+
+def class_defaults(script: str) -> dict[str, str]:
+    """Returns flag -> default in the class Args of a script, as it is written there."""
+    for node in ast.parse((ROOT / f"{script}.py").read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+            return {item.target.id: ast.unparse(item.value) for item in fields if item.value}
+    raise AssertionError(f"{script}.py has no class Args")
+
+
+def shown(value) -> str:
+    """Returns a value as the command line takes it: (64, 64) is "64 64"."""
+    if isinstance(value, tuple):
+        return " ".join(shown(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def command_line(values: dict) -> str:
+    """Returns flags and values as one would pass them."""
+    words = [f"{flag(name)} {shown(value)}" for name, value in values.items()]
+    return f"`{' '.join(words)}`"
+
+
+def protocol_table() -> str:
+    """Returns a table of the flags that a domain's protocol sets for all offline methods."""
+    protocols = {domain: resolve(domain).protocol for domain in plot.DOMAINS}
+    names = list(next(iter(protocols.values())))
+    rows = [["domain", *(f"`{flag(name)}`" for name in names)]]
+    for domain, values in protocols.items():
+        rows.append([domain, *(shown(values[name]) for name in names)])
+    return plot.markdown(rows) + "\n"
+
+
+def domain_table() -> str:
+    """Returns a table with a row per offline method and tuned flag, and a column per domain."""
+    rows = [["script", "flag", *plot.DOMAINS]]
+    for script in named("offline"):
+        defaults = class_defaults(script)
+        tuned = env_defaults(script)
+        names = [name for domain in plot.DOMAINS for name in tuned.get(domain, {})]
+        for name in dict.fromkeys(names):
+            default = shown(ast.literal_eval(defaults[name]))
+            cells = []
+            for domain in plot.DOMAINS:
+                known = name in tuned.get(domain, {})
+                cells.append(shown(tuned[domain][name]) if known else f"*{default}*")
+            rows.append([f"`{script}.py`", f"`{flag(name)}`", *cells])
+    return plot.markdown(rows) + "\n"
+
+
+def small_table() -> str:
+    """Returns a table of all other environments: what their scripts share, then each script's."""
+    tuned = {}  # environment -> script -> {flag: value}
+    for script in named("offline") + named("online"):
+        for environment, values in env_defaults(script).items():
+            if environment not in plot.DOMAINS:
+                tuned.setdefault(environment, {})[script] = values
+    rows = [["environment", "script", "flags"]]
+    for environment, scripts in tuned.items():
+        items = [set(values.items()) for values in scripts.values()]
+        common = set.intersection(*items) if len(scripts) > 1 else set()
+        if common:
+            first = next(iter(scripts.values()))
+            shared = {name: first[name] for name in first if (name, first[name]) in common}
+            rows.append([environment, "all", command_line(shared)])
+        for script, values in scripts.items():
+            own = {name: values[name] for name in values if (name, values[name]) not in common}
+            rows.append([environment, f"`{script}.py`", command_line(own)])
+    return plot.markdown(rows) + "\n"
+
+
+# --- results -------------------------------------------------------------------------------------
 
 
 @cache
 def ours(file: str, metric: str, digits: int) -> dict[str, tuple[str, int]]:
-    """label -> result at the end of its runs, in words; and the end's step."""
+    """Returns label -> (result at the end of its runs, in words, and the number of steps)."""
     found = plot.organise(plot.read_results(ROOT / "benchmarks/results" / file), metric)
     rows = plot.summaries(found, plot.panels(found, plot.ALL, metric))
-    show = lambda x, seeds: f"{plot.cell(x, digits, seeds)}, {seeds} seed" + "s" * (seeds > 1)
-    ends = {label: row[plot.ALL] for label, row in rows.items()}
-    return {label: (show(x, seeds), step) for label, (step, x, seeds) in ends.items()}
+    results = {}
+    for label, row in rows.items():
+        step, numbers, seeds = row[plot.ALL]
+        word = "seed" if seeds == 1 else "seeds"
+        results[label] = (f"{plot.cell(numbers, digits, seeds)}, {seeds} {word}", step)
+    return results
+
+
+def published_offline() -> dict[str, dict[str, str]]:
+    """Returns domain -> method -> success after at most 1M steps."""
+    found = {}
+    curves = plot.read_published("success")
+    for domain in [*plot.DOMAINS, plot.ALL]:
+        dataset = domain if domain == plot.ALL else resolve(domain).dataset
+        found[domain] = {}
+        for method, (steps, values) in curves[dataset, plot.ALL].items():
+            last = values[steps <= 1_000_000][-1]
+            found[domain][plot.plain(method)] = plot.cell(last, 3)
+    return found
+
+
+def published_online() -> dict[str, dict[str, str]]:
+    """Returns environment -> method -> entry of the FMER paper's Table 2."""
+    found = {}
+    for row in plot.read_rows(ROOT / "benchmarks/published/fmer_published.csv"):
+        if row["table"] != "table2":
+            continue
+        environment = row["env"].lower().removesuffix("-v5").replace("-n", "-")
+        text = f"{row['mean']} ({row['std']}) %"
+        if "kitchen" not in environment:
+            mean = int(float(row["mean"]) + 0.5)
+            deviation = int(float(row["std"]) + 0.5)
+            text = f"{mean} ({deviation})"
+        found.setdefault(environment, {})[plot.plain(row["method"])] = text
+    return found
 
 
 @cache
 def published(kind: str) -> dict[str, dict[str, str]]:
-    """Domain -> `plain` name -> success after at most 1M steps, or FMER's table 2."""
-    found = {}
-    if kind == "offline":
-        theirs = plot.read_published("success")
-        for domain in [*plot.DOMAINS, plot.ALL]:
-            own = theirs[domain if domain == plot.ALL else resolve(domain).dataset, plot.ALL]
-            ends = {x: y[at <= 1_000_000][-1] for x, (at, y) in own.items()}
-            found[domain] = {plot.plain(x): plot.cell(y, 3) for x, y in ends.items()}
-        return found
-    rows = plot.read_rows(ROOT / "benchmarks/published/fmer_published.csv")
-    for row in (row for row in rows if row["table"] == "table2"):
-        domain = row["env"].lower().removesuffix("-v5").replace("-n", "-")
-        numbers = row["mean"], row["std"]
-        if "kitchen" not in domain:
-            numbers = (int(float(x) + 0.5) for x in numbers)
-        text = "{} ({})".format(*numbers) + " %" * ("kitchen" in domain)
-        found.setdefault(domain, {})[plot.plain(row["method"])] = text
-    return found
+    """Returns environment -> method, by its `plain` name -> published result."""
+    return published_offline() if kind == "offline" else published_online()
 
 
 def labels_of(script: str, labels) -> list[str]:
-    """Those of a script, as in "ME-AM" or "cgql plain"."""
+    """Returns the labels that belong to a script, as "ME-AM" or "cgql plain" do."""
     name = Path(script).name
-    return [x for x in labels if name == x.split(" ")[0] or plot.plain(x) == plot.plain(name)]
+    same = plot.plain(name)
+    return [label for label in labels if name == label.split(" ")[0] or plot.plain(label) == same]
 
 
-def beside(script: str) -> str:
-    """A method's results on its own page: ours, and what was published."""
+def result_table(script: str) -> str:
+    """Returns a method's results for its own page: ours, and what was published."""
     kind = next(kind for kind in RESULTS if script in named(kind))
-    labels = labels_of(script, ours(*OURS[kind]))
-    variant = lambda x: x.partition(" ")[2] + ": " if len(labels) > 1 else ""
-    rows = {}  # domain -> [ours, published]
+    file, metric, digits = OURS[kind]
+    labels = labels_of(script, ours(file, metric, digits))
+    unit = "updates" if "offline_steps" in class_defaults(script) else "environment steps"
+
+    def with_variant(label, text):
+        """Puts "mse: " before the result of "cgql mse", where a script has several variants."""
+        return f"{label.partition(' ')[2]}: {text}" if len(labels) > 1 else text
+
+    rows = {}  # environment -> [ours, published]
     for file, where in RESULTS[kind]:
-        found = ours(file, *OURS[kind][1:])
-        texts = ["{}{}, {:,} steps".format(variant(x), *found[x]) for x in labels_of(script, found)]
+        found = ours(file, metric, digits)
+        texts = []
+        for label in labels_of(script, found):
+            result, steps = found[label]
+            texts.append(with_variant(label, f"{result}, {steps:,} {unit}"))
         if texts:
-            link = f"([{file}](../benchmarks/results/{file}))"
+            link = f"([{file}](../../benchmarks/results/{file}))"
             above = [rows[where][0]] if where in rows else []
             rows[where] = ["<br>".join([*above, *texts]) + f" {link}", "-"]
     for domain, theirs in published(kind).items():
-        known = [x for x in labels if plot.plain(x) in theirs]
-        if texts := [variant(x) + theirs[plot.plain(x)] for x in known]:
+        known = [label for label in labels if plot.plain(label) in theirs]
+        if known:
             where = "all 50 tasks" if domain == plot.ALL else domain
+            texts = [with_variant(label, theirs[plot.plain(label)]) for label in known]
             rows.setdefault(where, ["-", "-"])[1] = "<br>".join(texts)
-    lines = [["", "ours", "published"], *([where, *row] for where, row in rows.items())]
+    lines = [["", "ours", "published"]]
+    lines += [[where, *row] for where, row in rows.items()]
     return f"{EXPLAINED[kind]}\n\n{plot.markdown(lines)}\n"
 
 
-def results(kind: str, text: str) -> str:
-    """A table of the README, with the last two cells of its rows written anew."""
-    mine, theirs = ours(*OURS[kind]), published(kind)[SHOWN[kind]]
+def readme_table(kind: str, text: str) -> str:
+    """Returns a table of the README, with new text in the last two cells of each row."""
+    mine = ours(*OURS[kind])
+    theirs = published(kind)[SHOWN[kind]]
 
     def write(row):
         labels = labels_of(row[2], mine)
-        cells = [mine[x][0] for x in labels], [theirs.get(plot.plain(x), "-") for x in labels]
-        return row[1] + "".join(f" {'<br>'.join(texts) or '-'} |" for texts in cells)
+        our_cell = "<br>".join(mine[label][0] for label in labels) or "-"
+        their_cell = "<br>".join(theirs.get(plot.plain(label), "-") for label in labels) or "-"
+        return f"{row[1]} {our_cell} | {their_cell} |"
 
     return ROW.sub(write, text)
 
 
+# --- pages ---------------------------------------------------------------------------------------
+
+
+def part(path: Path, block: re.Match, scripts: dict[str, str]) -> str:
+    """Returns the generated text for one block of a page."""
+    name = block[2]
+    if name in ("equations", "results"):
+        make = equation_table if name == "equations" else result_table
+        return make(scripts[path.stem])
+    if name in ("offline", "online"):
+        return readme_table(name, block[3])
+    tables = dict(protocol=protocol_table, domains=domain_table, small=small_table)
+    return tables[name]()
+
+
 def pages() -> dict[Path, tuple[str, str]]:
-    """Page -> its text as it is, and as it should be."""
-    ours.cache_clear(), published.cache_clear()
-    found, scripts = {}, {Path(x).name: x for x in named("offline") + named("online")}
-    for path in [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in scripts)]:
-        own = scripts.get(path.stem)
-        make = dict(equations=table, results=beside)
-        part = lambda x: make[x[2]](own) if own else results(x[2], x[3])
+    """Returns page -> (its text as it is, and as it should be)."""
+    ours.cache_clear()
+    published.cache_clear()
+    scripts = {Path(script).name: script for script in named("offline") + named("online")}
+    paths = [ROOT / "README.md", ROOT / TUNED]
+    paths += [ROOT / METHODS / f"{name}.md" for name in scripts]
+    found = {}
+    for path in paths:
         old = path.read_text()
-        found[path] = old, BLOCK.sub(lambda x: x[1] + part(x) + x[4], old)
+        new = old
+        for block in BLOCK.finditer(old):
+            text = block[1] + part(path, block, scripts) + block[4]
+            new = new.replace(block[0], text)
+        found[path] = old, new
     return found
 
 
 def problems() -> list[str]:
+    """Returns a line for each page that is out of date."""
     stale = [path.relative_to(ROOT) for path, (old, new) in pages().items() if old != new]
-    return [f"{path} is out of date: python -m tools.pages write" for path in stale]
+    return [f"{path} is out of date: {WRITE}" for path in stale]
+
+
+def write() -> None:
+    """Writes every page that is out of date."""
+    for path, (old, new) in pages().items():
+        if old != new:
+            path.write_text(new)
+            print("wrote", path.relative_to(ROOT))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["write"]:
-        for path, (old, new) in pages().items():
-            if old != new:
-                path.write_text(new)
-                print("wrote", path.relative_to(ROOT))
-    elif sys.argv[1:] == ["check"]:
+    command = sys.argv[1:]
+    if command == ["write"]:
+        write()
+    elif command == ["check"]:
         sys.exit("\n".join(problems()) or None)
     else:
         sys.exit(__doc__)

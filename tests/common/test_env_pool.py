@@ -104,8 +104,8 @@ def test_environments_in_this_process_are_those_in_workers(new_pool, monkeypatch
         monkeypatch.setattr("common.env_pool.IN_PROCESS", in_process)
         before = psutil.Process().children()
         pool = new_pool([name] * 2, 2, 2)
-        assert len(psutil.Process().children()) - len(before) == (0 if in_process else 2)
         outcomes.append(play(pool, noise(3, 2), seeds))
+        assert len(psutil.Process().children()) - len(before) == (0 if in_process else 2)
         pool.active[:] = True
         pool.reset(seeds[:, :2])
         steps = [step(pool, noise(3, 2)) for _ in range(7)]
@@ -478,9 +478,10 @@ def test_a_worker_that_is_killed_between_two_steps(new_pool):
 def test_the_workers_end_with_the_pool(new_pool):
     before = set(psutil.Process().children())
     pool = new_pool([TOY] * 3, 1, 2)
+    assert set(psutil.Process().children()) == before  # they start when they are needed
+    pool.reset(column(5, 6, 7))
     workers = set(psutil.Process().children()) - before
     assert len(workers) == 2
-    pool.reset(column(5, 6, 7))
     del pool
     gc.collect()
     assert ended(workers)

@@ -1,1 +1,1 @@
-"""What goes wrong on purpose, and what is left of a run then. Counts: docs/reliability.md."""
+"""What goes wrong on purpose, and what is left of a run then (docs/guides/reliability.md)."""

@@ -635,9 +635,9 @@ def test_chunks_longer_than_every_trajectory(length, tmp_path):
 
 
 def test_the_documented_way_to_bring_your_own(tmp_path, monkeypatch):
-    """The code in docs/data.md, run on trajectories of the environment, writes a file that is found
-    and read; it is as short as it says."""
-    text = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    """The code in docs/guides/data.md, run on trajectories of the environment, writes a file that
+    is found and read; it is short."""
+    text = (Path(__file__).parents[2] / "docs/guides/data.md").read_text()
     code = re.search(r"^    import os.*?(?=^\S)", text, re.M | re.S)[0].rstrip()
     lines = [line[4:] for line in code.splitlines()]
     assert len(lines) <= 15

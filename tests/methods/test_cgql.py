@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from baselines import cgql
-from common.run import parse
+from common.errors import UserError
+from common.flags import parse
 from tests.helpers import reference
 from tests.helpers.reference import (
     check_loss,
@@ -169,7 +170,7 @@ def test_sampler(float64, mode):
 
 def test_a_single_step_is_refused():
     """It is at t = 0, where nothing is guided."""
-    with pytest.raises(SystemExit, match="--flow-steps"):
+    with pytest.raises(UserError, match="--flow-steps"):
         dataclasses.replace(ARGS["mse"], flow_steps=1)
 
 
@@ -254,5 +255,5 @@ def test_coefficients_of_the_domains():
     for mode in MODES:
         flags = ["--guidance", mode, "--guidance-coef", "0", "--noisy-coef", "0.7"]
         assert pair(*flags) == (0.0, 0.7)
-    with pytest.raises(SystemExit, match="one value or three"):
+    with pytest.raises(UserError, match="one value or three"):
         pair("--guidance-coef", "1", "2")

@@ -7,14 +7,17 @@ import sys
 
 import pytest
 import tyro
+from matplotlib.mathtext import MathTextParser
 
 from common.run import parse
 from tools.shared_blocks import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
-PAGES += [*(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+PAGES += sorted((ROOT / "benchmarks").rglob("*.md"))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 OWN = ("--help", "-h")  # flags of the command line itself
+PARSER = MathTextParser("path")
 each_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
 
@@ -29,13 +32,37 @@ def anchors(path):
 
 @each_page
 def test_links(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    text = page.read_text()
+    pictures = re.findall(r'<img src="([^"]+)"', text)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + pictures:
         if re.match(r"https?://", target):
             continue
         file, _, anchor = target.partition("#")
         path = (page.parent / file).resolve() if file else page
         assert path.exists(), target
         assert not anchor or anchor in anchors(path), target
+
+
+def formulas(text):
+    """The LaTeX between dollars, outside of code."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    text = re.sub(r"^\n(?: {4}.*\n)+|`[^`\n]*`", "", text, flags=re.M)
+    return [x[0] or x[1] for x in re.findall(r"\$\$(.+?)\$\$|\$([^$]+?)\$", text, re.S)]
+
+
+@each_page
+def test_formulas(page):
+    """Every formula can be parsed, and has nothing that GitHub would take for Markdown: a bar
+    (of a table), a star, a backslash before punctuation, or an underscore that begins emphasis."""
+    for formula in formulas(page.read_text()):
+        assert not re.search(r"[|*]|\\[^A-Za-z]", formula), formula
+        assert not re.search(r"(?<![A-Za-z0-9 ])_|(?<! )_(?![A-Za-z0-9])", formula), formula
+        PARSER.parse(f"${' '.join(formula.split())}$")
+
+
+def test_formulas_are_found():
+    assert len(formulas((ROOT / "docs/methods/equations.md").read_text())) > 300
+    assert formulas("`$a$` costs $x _i$,\n\n    $ code\n\nand $$y$$.") == ["x _i", "y"]
 
 
 @each_page
@@ -94,9 +121,9 @@ def test_commands_are_found():
     """The search finds the README's own commands, and those of every script's page."""
     found = [" ".join(words) for words in commands(ROOT / "README.md")]
     assert "python meam.py" in found and "python meam.py --env puzzle-4x4 --rho 0.5" in found
-    for path in (ROOT / "docs").glob("*.md"):
+    for path in (ROOT / "docs/methods").glob("*.md"):
         module = path.stem if (ROOT / f"{path.stem}.py").exists() else f"baselines.{path.stem}"
-        if (ROOT / f"{module.replace('.', '/')}.py").exists() and path.stem != "plot":
+        if (ROOT / f"{module.replace('.', '/')}.py").exists():
             assert module in [resolved(words)[0] for words in commands(path)], path.name
 
 
@@ -104,6 +131,11 @@ def test_commands_are_found():
     (test_links, "[a](nothing.md)"),
     (test_links, "# Here\n[a](#there)"),
     (test_links, f"[a]({ROOT}/qam.py#L9999)"),
+    (test_links, '<img src="nothing.png" width="9">'),
+    (test_formulas, "the field $f_\\theta$"),
+    (test_formulas, "| $\\pi(a | s)$ |"),
+    (test_formulas, "$\\frac{1}{2$"),
+    (test_formulas, "$\\nocommand$"),
     (test_result_files, "`results/nothing.csv`"),
     (test_result_files, "`benchmarks/results/nothing.json`"),
     (test_commands, "    python qam.py --no-such-flag 3   a comment"),
@@ -115,5 +147,5 @@ def test_commands_are_found():
 def test_what_is_wrong_is_seen(tmp_path, check, text):
     page = tmp_path / "page.md"
     page.write_text(text + "\n")
-    with pytest.raises((SystemExit, AssertionError, ImportError)):
+    with pytest.raises((SystemExit, AssertionError, ImportError, ValueError)):
         check(page)

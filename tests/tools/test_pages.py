@@ -1,5 +1,7 @@
 """The generated parts of the docs are up to date, and what makes them stale is seen."""
 
+import ast
+import importlib
 import re
 import shutil
 
@@ -16,30 +18,81 @@ def test_pages_are_up_to_date():
     assert not found, "\n".join(found)
 
 
+PARTS = {"README.md": ["offline", "online"], "tuned.md": ["protocol", "domains", "small"]}
+
+
 def test_every_page_has_its_parts():
-    """And the README's tables every script, in its family's; each has both cells."""
-    for path, (text, _) in pages.pages().items():
-        blocks = {x[2]: x[3] for x in BLOCK.finditer(text)}
-        kinds = ["offline", "online"], ["equations", "results"]
-        expected = kinds[path.name != "README.md"]
-        assert [*blocks] == expected and text.count("<!-- end generated -->") == len(blocks), path
-        for kind in blocks.keys() & {"offline", "online"}:
-            assert sorted(row[2] for row in ROW.finditer(blocks[kind])) == sorted(named(kind))
-            assert {line.count("|") for line in blocks[kind].splitlines()} == {7}, kind
-            empty = [row[2] for row in ROW.finditer(blocks[kind]) if " - |" in row[0]]
-            assert empty == ["meam"] * (kind == "offline")
-    assert len(pages.pages()) == len(SCRIPTS) + 1
+    """The README's tables also have every script of their family, with both cells."""
+    found = pages.pages()
+    assert len(found) == len(SCRIPTS) + 2
+    for path, (text, _) in found.items():
+        blocks = {block[2]: block[3] for block in BLOCK.finditer(text)}
+        assert list(blocks) == PARTS.get(path.name, ["equations", "results"]), path
+        assert text.count("<!-- end generated -->") == len(blocks), path
+
+
+@pytest.mark.parametrize("kind, without_number", [("offline", ["meam"]), ("online", [])])
+def test_tables_of_the_readme(kind, without_number):
+    """They have a row with both cells for every script of the family."""
+    text = (ROOT / "README.md").read_text()
+    blocks = {block[2]: block[3] for block in BLOCK.finditer(text)}
+    rows = list(ROW.finditer(blocks[kind]))
+    assert sorted(row[2] for row in rows) == sorted(named(kind))
+    assert {line.count("|") for line in blocks[kind].splitlines()} == {7}
+    assert [row[2] for row in rows if " - |" in row[0]] == without_number
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_tuned_values(script):
+    """The values and defaults that are read from a script's text are those of its module."""
+    module = importlib.import_module(script.replace("/", "."))
+    assert pages.env_defaults(script) == module.ENV_DEFAULTS
+    defaults = pages.class_defaults(script)
+    for environment, values in module.ENV_DEFAULTS.items():
+        assert values.keys() <= defaults.keys(), environment
+    assert ast.literal_eval(defaults["seed"]) == module.Args.seed
+
+
+def tuned_rows():
+    """The tables of tuned.md: (script, flag) -> domain -> value, and (environment, script) ->
+    flags."""
+    text = (ROOT / pages.TUNED).read_text()
+    tables = {}
+    for block in BLOCK.finditer(text):
+        tables[block[2]] = [row.strip("| ").split(" | ") for row in block[3].splitlines()]
+    head, _, *rows = tables["domains"]
+    domains = {tuple(row[:2]): dict(zip(head[2:], row[2:], strict=True)) for row in rows}
+    small = {tuple(row[:2]): row[2].strip("`") + " " for row in tables["small"][2:]}
+    return domains, small
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_tuned_page_has_every_value(script):
+    domains, small = tuned_rows()
+    for environment, values in pages.env_defaults(script).items():
+        shared = small.get((environment, "all"), "")
+        own = small.get((environment, f"`{script}.py`"), "")
+        for name, value in values.items():
+            flag = pages.flag(name)
+            text = pages.shown(value)
+            if environment in pages.plot.DOMAINS:
+                assert domains[f"`{script}.py`", f"`{flag}`"][environment] == text
+            else:
+                assert f"{flag} {text} " in shared + own, (environment, name)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_lines(script):
-    """Every equation has a line in the table; it has the tag, and is in the function."""
-    lines, found = (ROOT / f"{script}.py").read_text().splitlines(), pages.tags(script)
+    """Every equation has a line in the table; the line has the tag, and is in the function."""
+    lines = (ROOT / f"{script}.py").read_text().splitlines()
+    found = pages.tags(script)
     assert {number for number, _ in found} == pages.listed(script).keys()
     for (number, name), places in found.items():
         for i in places:
-            above = [x[1] for y in lines[:i] if (x := re.match(r"(?:def|class) (\w+)", y))]
-            assert number in pages.equations(lines[i - 1]) and [name] == (above or [""])[-1:]
+            starts = [re.match(r"(?:def|class) (\w+)", line) for line in lines[:i]]
+            above = [""] + [start[1] for start in starts if start]
+            assert number in pages.equations(lines[i - 1])
+            assert name == above[-1]
     first = [places[0] for places in found.values()]
     assert first == sorted(first)
 
@@ -57,26 +110,30 @@ def copy(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file, old, new, stale", [
-    ("docs/qam.md", "../qam.py#L", "../qam.py#L1", "docs/qam.md"),
-    ("docs/equations.md", "| (RLPD1) | batch |", "| (RLPD1) | halves |", "docs/rlpd.md"),
-    ("baselines/sac.py", "\ndef critic_loss", "\n\ndef critic_loss", "docs/sac.md"),
-    ("baselines/sac.py", "def critic_loss", "def loss_of_critics", "docs/sac.md"),
-    ("baselines/sac.py", "  # Eq. (SAC7)", "  # no tag", "docs/sac.md"),
+    ("docs/methods/qam.md", "../qam.py#L", "../qam.py#L1", "docs/methods/qam.md"),
+    ("docs/methods/equations.md", "| (RLPD1) | batch |", "| (RLPD1) | halves |",
+     "docs/methods/rlpd.md"),
+    ("baselines/sac.py", "\ndef critic_loss", "\n\ndef critic_loss", "docs/methods/sac.md"),
+    ("baselines/sac.py", "def critic_loss", "def loss_of_critics", "docs/methods/sac.md"),
+    ("baselines/sac.py", "  # Eq. (SAC7)", "  # no tag", "docs/methods/sac.md"),
     ("README.md", "| 12332 (904) |", "| 12332 (905) |", "README.md"),
     ("benchmarks/results/methods.csv", "\nmeam,1,0,15000,", "\nmeam,1,0,15000,1,0.5,",
-     "README.md docs/meam.md"),
+     "README.md docs/methods/meam.md"),
     ("benchmarks/published/fmer_published.csv", "12332.38", "12352.38",
-     "README.md docs/fmer.md"),
+     "README.md docs/methods/fmer.md"),
     ("benchmarks/published/qam_published.csv", "all,all,FQL,mean,", "all,all,FQL,low,",
-     "README.md docs/fql.md"),
-    ("benchmarks/results/halfcheetah.csv", ",2997.4", ",3997.4", "docs/td3.md"),
+     "README.md docs/methods/fql.md"),
+    ("qam.py", '"scene": dict(inv_temp=1.0)', '"scene": dict(inv_temp=2.0)',
+     "docs/methods/tuned.md"),
+    ("fmer.py", "total_steps=15_000", "total_steps=15_001", "docs/methods/tuned.md"),
+    ("benchmarks/results/halfcheetah.csv", ",2997.4", ",3997.4", "docs/methods/td3.md"),
 ])  # fmt: skip
 def test_what_is_stale_is_seen(copy, file, old, new, stale):
     """By one change; writing repairs it."""
     text = (copy / file).read_text()
     assert old in text
     (copy / file).write_text(text.replace(old, new, 1))
-    expected = [f"{page} is out of date: python -m tools.pages write" for page in stale.split()]
+    expected = [f"{page} is out of date: {pages.WRITE}" for page in stale.split()]
     assert pages.problems() == expected
     for path, (_, written) in pages.pages().items():
         path.write_text(written)

@@ -326,7 +326,7 @@ def test_only_some_methods(tmp_path, runs):
 
 def test_tables_of_committed_results(tmp_path, capsys):
     """Those of the benchmarks' page are drawn from the same rows."""
-    page = (ROOT / "benchmarks/README.md").read_text()
+    page = (ROOT / "benchmarks/offline.md").read_text()
     name = str(tmp_path / "table.md")
     for suite, by in (("methods", "domain"), ("pointmaze", "task")):
         file = ROOT / f"benchmarks/results/{suite}.csv"
