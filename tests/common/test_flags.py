@@ -13,6 +13,7 @@ import pytest
 
 import fmer
 import meam
+import qam
 from common.environments import ONLINE
 from common.errors import UserError
 from common.flags import FREE, PositiveInt, Range, configure, launch, name_of_run, parse
@@ -62,8 +63,8 @@ def test_both_ways_to_name_the_environment():
 def test_all_scripts_defaults_are_possible():
     """Every environment's defaults pass the checks that flags have to pass."""
     others = ["cube-single", "antsoccer-arena", "puzzle-4x6", "scene-noisy"]
-    for env in [*meam.ENV_DEFAULTS, *others]:
-        assert parse(meam.Args, meam.ENV_DEFAULTS, ["--env", env]).env == env
+    for env in [*qam.ENV_DEFAULTS, *others]:
+        assert parse(qam.Args, qam.ENV_DEFAULTS, ["--env", env]).env == env
 
 
 def test_an_environment_that_nothing_is_tuned_for(capsys):
@@ -79,8 +80,8 @@ def test_an_environment_that_nothing_is_tuned_for(capsys):
         (fmer, "cube-double", "an offline environment; this script is online. Try meam.py"),
         (fmer, "cube-triple-noisy-singletask-task2-v0", "an offline environment"),
         (fmer, "pointmaze-medium", "an offline environment"),
-        (meam, "multigoal", "an online environment; this script is offline. Try fmer.py"),
-        (meam, "kitchen-7", "an online environment"),
+        (qam, "multigoal", "an online environment; this script is offline. Try fmer.py"),
+        (qam, "kitchen-7", "an online environment"),
     ],
 )
 def test_environments_of_the_other_family(script, env, words):
@@ -101,7 +102,7 @@ def test_online_scripts_know_no_tasks():
 
 # --- ranges --------------------------------------------------------------------------------------
 
-AT_MOST = dict(tasks=5, discount=1, target_rate=1, policy_ema=1, target_ess=1, rho=1, path_weight=1)
+AT_MOST = dict(tasks=5, discount=1, target_rate=1, policy_ema=1, target_ess=1)
 FITTING = dict(  # values of other flags that neither 1 nor a huge number contradicts
     total_steps=("warmup_steps", 1),
     online_steps=("start_training", 1),
@@ -126,7 +127,7 @@ def flag(script, name, value):
 
 @pytest.mark.parametrize(
     "script, name",
-    [(script, name) for script in (meam, fmer) for name in numbers(script) if "sigma" not in name],
+    [(script, name) for script in (qam, fmer) for name in numbers(script)],
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_numbers_that_a_flag_takes(script, name, capsys):
@@ -262,7 +263,7 @@ def test_the_default_of_a_new_flag_is_checked_too():
 def test_what_is_no_flag(argv, capsys):
     """tyro says so, without a traceback."""
     with pytest.raises(SystemExit):
-        parse(meam.Args, meam.ENV_DEFAULTS, argv.split())
+        parse(qam.Args, qam.ENV_DEFAULTS, argv.split())
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -276,7 +277,7 @@ def test_intervals_need_not_fit_one_another():
 @pytest.mark.parametrize("argv", [["--tasks"], ["--tasks", "1", "1"]])
 def test_tasks_that_are_none_or_twice(argv):
     """No agent, or two whose rows cannot be told apart."""
-    stops("--tasks", call=lambda: parse(meam.Args, meam.ENV_DEFAULTS, argv))
+    stops("--tasks", call=lambda: parse(qam.Args, qam.ENV_DEFAULTS, argv))
 
 
 # --- help ----------------------------------------------------------------------------------------

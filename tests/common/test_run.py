@@ -486,7 +486,10 @@ def test_a_longer_run_continues_a_finished_one(run):
     assert second.evaluation_due
 
 
-@pytest.mark.parametrize("text, count", [("def draw_rollouts(folder):", 1), ("# of one's own", 0)])
+PLOT = (ROOT / "plot.py").read_text()
+
+
+@pytest.mark.parametrize("text, count", [(PLOT, 1), ("# of one's own", 0)], ids=["ours", "another"])
 def test_the_picture_is_drawn_where_it_is_missing(run, monkeypatch, tmp_path, text, count):
     """By our plot.py, not by another one next to a copied script; once."""
     first, drawn = run(), []

@@ -51,7 +51,7 @@ def table(folder, name):
     return found
 
 
-@pytest.fixture(scope="module", params=["meam", "fmer"])
+@pytest.fixture(scope="module", params=["qam", "fmer"])
 def script(request):
     return request.param
 

@@ -325,7 +325,7 @@ def test_a_script_without_main_guard(tmp_path):
 
 def test_ctrl_c_in_a_collection_that_a_script_started(tmp_path):
     """One line; the workers have gone when the script has."""
-    command = [sys.executable, "-u", "-m", "meam", "--env", "pointmaze-medium", "--workers", "1"]
+    command = [sys.executable, "-u", "-m", "qam", "--env", "pointmaze-medium", "--workers", "1"]
     command += ["--collect", "2000000", "--dataset-dir", "data", "--run-dir", "runs"]
     process = subprocess.Popen(
         command,
@@ -353,7 +353,7 @@ def test_ctrl_c_in_a_collection_that_a_script_started(tmp_path):
 
 def test_training_scripts_do_not_import_what_collects(tmp_path):
     process = run_python(
-        "import sys, meam; print([x for x in sys.modules if 'collect.' in x])", ROOT
+        "import sys, qam; print([x for x in sys.modules if 'collect.' in x])", ROOT
     )
     assert process.stdout == "[]\n", process.stderr
 

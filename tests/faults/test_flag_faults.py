@@ -225,7 +225,7 @@ def test_misspelt_environments():
     for i in range(CHANGES):
         rng = np.random.default_rng(i)
         meant = known()[rng.integers(len(known()))]
-        script, name = "fmer" if meant in ONLINE else "meam", misspelt(meant, rng)
+        script, name = "fmer" if meant in ONLINE else "qam", misspelt(meant, rng)
         try:
             resolve(name)  # another one's name
         except UserError:
@@ -262,8 +262,8 @@ LACKS = dict(device=lambda: jnp.zeros(2**55), host=lambda: np.zeros(2**55), prog
 def test_a_lack_of_memory(kind, monkeypatch):
     """Of a device or the host: one line with the flags that would help. Everything else is shown
     as ever."""
-    script = module("meam")
-    monkeypatch.setattr(sys, "argv", ["meam.py"])
+    script = module("qam")
+    monkeypatch.setattr(sys, "argv", ["qam.py"])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
     with pytest.raises(SystemExit) as error:
         launch(lambda args: LACKS[kind](), script.Args, script.ENV_DEFAULTS)
@@ -280,7 +280,7 @@ MANY = "--num-seeds 50 --hidden-dims 8 --eval-slots 1 --eval-episodes 1 --worker
 @pytest.mark.parametrize(
     "command, word",
     [
-        ("meam.py --env cube-tripel", "cube-triple"),
+        ("qam.py --env cube-tripel", "cube-triple"),
         ("-m baselines.sac --discount 2", "--discount"),
         (f"fmer.py {MANY} --replay-size {2**31 - 1} --total-steps {2**31 - 1}", "--num-seeds"),
     ],
