@@ -102,10 +102,11 @@ def test_environments_in_this_process_are_those_in_workers(new_pool, monkeypatch
     seeds = np.array([[103, 7, 112, 5, 1105], [101, 302, 9, 1108, 105]], np.uint32)
     for in_process in ((name,), ()):
         monkeypatch.setattr("common.env_pool.IN_PROCESS", in_process)
-        before = psutil.Process().children()
+        before = set(psutil.Process().children())
         pool = new_pool([name] * 2, 2, 2)
         outcomes.append(play(pool, noise(3, 2), seeds))
-        assert len(psutil.Process().children()) - len(before) == (0 if in_process else 2)
+        workers = set(psutil.Process().children()) - before
+        assert len(workers) == (0 if in_process else 2)
         pool.active[:] = True
         pool.reset(seeds[:, :2])
         steps = [step(pool, noise(3, 2)) for _ in range(7)]
@@ -450,7 +451,7 @@ def test_an_environment_that_raises(new_pool):
     pool.set_actions([[[[-1, 0]]]])
     with pytest.raises(RuntimeError, match="(?s)worker failed.*ValueError: the toy is broken"):
         pool.step()
-    with pytest.raises(RuntimeError, match="(?s)worker failed.*no-such-env-v0"):
+    with pytest.raises(RuntimeError, match="(?s)worker failed.*no-such-env"):
         new_pool(["no-such-env-v0"]).reset(column(0))
 
 
@@ -478,7 +479,7 @@ def test_a_worker_that_is_killed_between_two_steps(new_pool):
 def test_the_workers_end_with_the_pool(new_pool):
     before = set(psutil.Process().children())
     pool = new_pool([TOY] * 3, 1, 2)
-    assert set(psutil.Process().children()) == before  # they start when they are needed
+    assert not set(psutil.Process().children()) - before  # they start when they are needed
     pool.reset(column(5, 6, 7))
     workers = set(psutil.Process().children()) - before
     assert len(workers) == 2
