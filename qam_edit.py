@@ -310,12 +310,12 @@ def adjoint_matching_loss(
     terminal_adjoint = -tilt
 
     def reference_drift(x, t):
-        return 2 * reference(x, t) - x / t
+        # ref: the state of time t goes with the field of time t + dt.
+        return 2 * reference(x, t + dt) - x / (t + dt)
 
     def backward(adjoint, step):
         x, t = step
-        # ref: the state of time t goes with the field of time t + dt.
-        _, vjp = jax.vjp(partial(reference_drift, t=t + dt), x)
+        _, vjp = jax.vjp(partial(reference_drift, t=t), x)
         adjoint += dt * vjp(adjoint)[0]  # Eq. (25)
         return adjoint, adjoint
 
