@@ -389,15 +389,18 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 def main(args: Args) -> list[dict]:
     """Trains all agents, first on the dataset, then in their environments.
 
-    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
+    --eval-interval steps, and where a phase ends, it saves a checkpoint, and the agents are then
+    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    # An agent is a task and a seed. All arrays have a leading axis of agents.
     agents = [(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)]
     dataset = OfflineDataset(args, len(agents))
     sizes = dataset.observation_size, dataset.action_size
     args = dataclasses.replace(args, action_size=dataset.action_size)
     total_steps = args.offline_steps + args.online_steps
     with Run(__file__, args, agents, dataset.identity, (args.offline_steps, total_steps)) as run:
-        # Set up. All arrays have a leading axis of agents. The replay is empty while offline.
+        # Set up. The replay is empty while offline; `metrics` are sums since the last logged row.
         state = create_agents(args, agents, dataset.observation_size)
         replay = Replay.create(len(agents), 0, *sizes)
         task_rows = jnp.array([args.tasks.index(task) for task, _ in agents])
@@ -406,7 +409,7 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint, if there is one.
+        # Continue from the last checkpoint, if there is one: `saved` is its content.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation

@@ -487,15 +487,18 @@ def collect_rollout(
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
-    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
+    --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
+    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]
     observation_size, action_size = env_sizes(args.env)
     args = dataclasses.replace(args, action_size=action_size)
     total_steps = args.total_steps // args.rollout_steps * args.rollout_steps
     with Run(__file__, args, agents, {}, ends=(total_steps,)) as run:
-        # Set up. All arrays have a leading axis of agents.
+        # Set up. `metrics` are sums over the updates since the last logged row.
         state = create_agents(args, agents, observation_size)
         rollout = empty_rollout(args, len(agents), observation_size)
         metrics = zero_metrics(partial(train_step, args), state, rollout)
@@ -504,7 +507,7 @@ def main(args: Args) -> list[dict]:
         envs = EnvPool(env_names, args.num_envs, args.workers)
         played = np.zeros((*envs.shape, 0, action_size), np.float32)  # in the running episodes
 
-        # Continue from the last checkpoint, if there is one.
+        # Continue from the last checkpoint, if there is one: `saved` is its content.
         content = dict(state=state, metrics=metrics, envs=envs.save(), played=played)
         step, saved = run.restore(content)
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))

@@ -458,15 +458,18 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
-    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
+    --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
+    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]
     sizes = env_sizes(args.env)
     observation_size, action_size = sizes
     args = dataclasses.replace(args, action_size=action_size)
     with Run(__file__, args, agents, {}, ends=(args.total_steps,)) as run:
-        # Set up. All arrays have a leading axis of agents.
+        # Set up. `metrics` are sums over the updates since the last logged row.
         state = create_agents(args, agents, observation_size)
         capacity = min(args.replay_size, args.total_steps)
         replay = Replay.create(len(agents), capacity, *sizes)
@@ -475,7 +478,7 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint, if there is one.
+        # Continue from the last checkpoint, if there is one: `saved` is its content.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
