@@ -395,13 +395,13 @@ def adjoint_matching_loss(
     bonus = entropy_gradient(args, state, s, end)
     terminal_adjoint = bonus - tilt  # Eq. (14)
 
-    def reference_drift(x, t):
-        return 2 * reference(x, t) - x / t
-
     def backward(adjoint, step):
         x, t = step
-        # ref: the state of time t goes with the field of time t + dt.
-        _, vjp = jax.vjp(partial(reference_drift, t=t + dt), x)
+
+        def drift(x):  # ref: the state of time t goes with the field of time t + dt
+            return 2 * reference(x, t + dt) - x / (t + dt)
+
+        _, vjp = jax.vjp(drift, x)
         adjoint += dt * vjp(adjoint)[0]  # Eq. (5)
         return adjoint, adjoint
 

@@ -287,13 +287,13 @@ def adjoint_matching_loss(
     tilt = args.inv_temp * gradient
     terminal_adjoint = -tilt
 
-    def reference_drift(x, t):
-        return 2 * reference(x, t) - x / t
-
     def backward(adjoint, step):
         x, t = step
-        # ref: the state of time t goes with the field of time t + dt.
-        _, vjp = jax.vjp(partial(reference_drift, t=t + dt), x)
+
+        def drift(x):  # ref: the state of time t goes with the field of time t + dt
+            return 2 * reference(x, t + dt) - x / (t + dt)
+
+        _, vjp = jax.vjp(drift, x)
         adjoint += dt * vjp(adjoint)[0]  # Eq. (25)
         return adjoint, adjoint
 
