@@ -118,7 +118,7 @@ class Args:
     track: bool = False  # Logs to Weights & Biases as well.
     # --- end shared ---
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         if self.sigma_min > self.sigma_max:
             raise UserError("--sigma-min is larger than --sigma-max; lower it or raise --sigma-max")
 
@@ -138,7 +138,6 @@ ENV_DEFAULTS = {
     "cube-quadruple": dict(inv_temp=1.0, entropy_scale=0.01),
     "pointmaze-medium": dict(
         rho=0.02,
-        entropy_scale=0.01,
         inv_temp=0.3,
         discount=0.995,
         flow_steps=5,
@@ -417,13 +416,13 @@ def adjoint_matching_loss(
     bonus = entropy_gradient(args, state, s, end)
     terminal_adjoint = bonus - tilt  # Eq. (14)
 
-    def reference_drift(x, t):
-        # ref: the state of time t goes with the field of time t + dt.
-        return 2 * reference(x, t + dt) - x / (t + dt)
-
     def backward(adjoint, step):
         x, t = step
-        _, vjp = jax.vjp(partial(reference_drift, t=t), x)
+
+        def drift(x):  # ref: the state of time t goes with the field of time t + dt
+            return 2 * reference(x, t + dt) - x / (t + dt)
+
+        _, vjp = jax.vjp(drift, x)
         adjoint += dt * vjp(adjoint)[0]  # Eq. (5)
         return adjoint, adjoint
 
@@ -483,8 +482,8 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
 # --- shared: many agents -------------------------------------------------------------------------
 
 
-def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
-    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+def create_agents(args: Args, agents: list, observation_size: int) -> State:
+    """Creates an agent for every (task, seed); their states are stacked, so every array has a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
     return create_all(jnp.stack(keys))

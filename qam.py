@@ -283,13 +283,13 @@ def adjoint_matching_loss(
     tilt = args.inv_temp * gradient
     terminal_adjoint = -tilt
 
-    def reference_drift(x, t):
-        # ref: the state of time t goes with the field of time t + dt.
-        return 2 * reference(x, t + dt) - x / (t + dt)
-
     def backward(adjoint, step):
         x, t = step
-        _, vjp = jax.vjp(partial(reference_drift, t=t), x)
+
+        def drift(x):  # ref: the state of time t goes with the field of time t + dt
+            return 2 * reference(x, t + dt) - x / (t + dt)
+
+        _, vjp = jax.vjp(drift, x)
         adjoint += dt * vjp(adjoint)[0]  # Eq. (25)
         return adjoint, adjoint
 
@@ -340,8 +340,8 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
 # --- shared: many agents -------------------------------------------------------------------------
 
 
-def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
-    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+def create_agents(args: Args, agents: list, observation_size: int) -> State:
+    """Creates an agent for every (task, seed); their states are stacked, so every array has a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
     return create_all(jnp.stack(keys))

@@ -351,8 +351,8 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
 # --- shared: many agents -------------------------------------------------------------------------
 
 
-def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
-    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+def create_agents(args: Args, agents: list, observation_size: int) -> State:
+    """Creates an agent for every (task, seed); their states are stacked, so every array has a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
     return create_all(jnp.stack(keys))
