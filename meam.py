@@ -21,7 +21,6 @@ K critics, N agents (tasks x seeds) trained at once.
 
 import dataclasses
 from functools import partial
-from typing import Annotated
 
 import flax.struct
 import jax
@@ -39,10 +38,10 @@ from common.errors import UserError
 from common.flags import (
     NonNegativeFloat,
     NonNegativeInt,
+    OnlineStep,
     PositiveFloat,
     PositiveInt,
     Precision,
-    Range,
     TaskNumber,
     UnitInterval,
     launch,
@@ -101,8 +100,7 @@ class Args:
     offline_steps: NonNegativeInt = 1_000_000  # Gradient updates on the dataset.
     # Environment steps after that, each followed by an update (paper: 500,000).
     online_steps: NonNegativeInt = 0
-    # First environment step that is followed by an update.
-    start_training: Annotated[int, Range(1, "online_steps")] = 5_000
+    start_training: OnlineStep = 5_000  # First environment step that is followed by an update.
     eval_interval: PositiveInt = 50_000  # Updates between evaluations, each with a checkpoint.
     eval_episodes: PositiveInt = 50  # Episodes per evaluation and agent.
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
@@ -483,7 +481,7 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
 
 
 def create_agents(args: Args, agents: list, observation_size: int) -> State:
-    """Creates an agent for every (task, seed); their states are stacked, so every array has a leading agent axis."""
+    """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
     return create_all(jnp.stack(keys))

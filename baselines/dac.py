@@ -26,7 +26,6 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
@@ -47,10 +46,10 @@ from common.environments import TRAINING, seeds_of, single_task
 from common.flags import (
     NonNegativeFloat,
     NonNegativeInt,
+    OnlineStep,
     PositiveFloat,
     PositiveInt,
     Precision,
-    Range,
     TaskNumber,
     UnitInterval,
     launch,
@@ -98,8 +97,7 @@ class Args:
     offline_steps: NonNegativeInt = 1_000_000  # Gradient updates on the dataset.
     # Environment steps after that, each followed by an update (paper: 500,000).
     online_steps: NonNegativeInt = 0
-    # First environment step that is followed by an update.
-    start_training: Annotated[int, Range(1, "online_steps")] = 5_000
+    start_training: OnlineStep = 5_000  # First environment step that is followed by an update.
     eval_interval: PositiveInt = 50_000  # Updates between evaluations, each with a checkpoint.
     eval_episodes: PositiveInt = 50  # Episodes per evaluation and agent.
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
@@ -347,7 +345,7 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
 
 
 def create_agents(args: Args, agents: list, observation_size: int) -> State:
-    """Creates an agent for every (task, seed); their states are stacked, so every array has a leading agent axis."""
+    """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
     return create_all(jnp.stack(keys))

@@ -50,6 +50,7 @@ from common.flags import (
     PositiveInt,
     Precision,
     Range,
+    StepOfRun,
     UnitInterval,
     launch,
 )
@@ -98,9 +99,8 @@ class Args:
     num_seeds: PositiveInt = 1  # Agents trained at once: seed, seed + 1, ...
     total_steps: PositiveInt = 1_000_000  # Environment steps of every agent.
     # Initial steps with uniformly random actions and no updates.
-    warmup_steps: Annotated[int, Range(1, "total_steps")] = 10_000
-    # Environment steps per update.
-    env_steps_per_update: Annotated[int, Range(1, "total_steps")] = 1
+    warmup_steps: StepOfRun = 10_000
+    env_steps_per_update: StepOfRun = 1  # Environment steps per update.
     replay_size: PositiveInt = 1_000_000  # Transitions that are kept; the oldest are overwritten.
     eval_interval: PositiveInt = 10_000  # Steps between evaluations, each with a checkpoint.
     eval_episodes: PositiveInt = 10  # Episodes per evaluation and agent.
@@ -418,7 +418,7 @@ MODES = ("best", "single")  # Ways to choose evaluation actions; the first one i
 
 
 def create_agents(args: Args, agents: list, observation_size: int) -> State:
-    """Creates an agent for every (task, seed); their states are stacked, so every array has a leading agent axis."""
+    """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
     return create_all(jnp.stack(keys))

@@ -364,7 +364,7 @@ MODES = ("mean",)  # Ways to choose actions in evaluations.
 
 
 def create_agents(args: Args, agents: list, observation_size: int) -> State:
-    """Creates an agent for every (task, seed); their states are stacked, so every array has a leading agent axis."""
+    """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     # One agent after the other: on a CPU with few cores the orthogonal matrices of several agents
     # wait for one another forever (jaxlib 0.10: blocked threads of one pool).
