@@ -191,7 +191,8 @@ def create(args: Args, observation_size: int, key: Array) -> State:
         network = MLP(args.hidden_dims, a.shape[-1], layer_norm=True)
         inputs = jnp.concatenate([s, a, jnp.zeros((1, 64))], axis=-1)
         params["score"] = network.init(jax.random.fold_in(policy_key, 1), inputs)
-    return State(params, targets, optimizer(args).init(params), key)
+    opt_state = optimizer(args).init(params)
+    return State(params, targets, opt_state, key)
 
 
 # --- the method ----------------------------------------------------------------------------------
@@ -287,8 +288,10 @@ def expansion_loss(
     log_density = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
     log_slope = 2 * (jnp.log(2) - u - jax.nn.softplus(-2 * u))  # of a = tanh(u)
     log_prob = log_density.sum(-1) - log_slope.sum(-1)
-    q = critic(args, state.params["critic"], batch.observations, jnp.tanh(u)).mean(0)
-    actor_loss = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()  # Eq. (9)
+    actions = jnp.tanh(u)
+    q = critic(args, state.params["critic"], batch.observations, actions)
+    weighted = jnp.exp(state.params["log_alpha"]) * log_prob
+    actor_loss = (weighted - q.mean(0)).mean()  # Eq. (9)
     entropy = -log_prob.mean()
     target_entropy = -0.5 * mean.shape[-1]
     alpha = jnp.exp(params["log_alpha"])
@@ -346,7 +349,8 @@ def score_loss(
     noise = jax.random.normal(noise_key, actions.shape)
     noisy = actions + jnp.exp(log_sigma)[:, None] * noise
     predicted = predict_noise(args, params["score"], batch.observations, noisy, log_sigma)
-    loss = ((predicted - noise) ** 2).mean()  # Eq. (15), mean over the coordinates: *chosen*
+    errors = (predicted - noise) ** 2
+    loss = errors.mean()  # Eq. (15), mean over the coordinates: *chosen*
     return loss, dict(score_loss=loss)
 
 
