@@ -62,7 +62,7 @@ class Args:
     # --- method ---
     # Inverse temperature tau of exp(tau Q); 0 is behaviour cloning.
     inv_temp: NonNegativeFloat = 1.0
-    # A target is the mean minus this many standard deviations of the critics.
+    # TD targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
 
@@ -81,7 +81,7 @@ class Args:
     tasks: tuple[TaskNumber, ...] = (1,)
     # Folder with OGBench's file or its 100M shards (default: OGBench's cache, then data/).
     dataset_dir: str = ""
-    # Makes a missing dataset with this many transitions of OGBench's scripted expert (0: off).
+    # Transitions to collect with OGBench's scripted expert if the dataset is missing (0: none).
     collect: NonNegativeInt = 0
     chunk_length: PositiveInt = 5  # Number of actions H that are chosen at once, played open loop.
     discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
@@ -95,10 +95,11 @@ class Args:
     # Environment steps after that, each followed by an update (paper: 500,000).
     online_steps: NonNegativeInt = 0
     start_training: OnlineStep = 5_000  # First environment step that is followed by an update.
-    eval_interval: PositiveInt = 50_000  # Updates between evaluations, each with a checkpoint.
+    # Steps (updates offline, environment steps online) between evaluations and checkpoints.
+    eval_interval: PositiveInt = 50_000
     eval_episodes: PositiveInt = 50  # Episodes per evaluation and agent.
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
-    eval_only: bool = False  # Evaluates the run's checkpoint and does nothing else.
+    eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
     precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
@@ -106,8 +107,8 @@ class Args:
     # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
-    log_interval: PositiveInt = 5_000  # Updates per row of train.csv, which has their means.
-    track: bool = False  # Logs to Weights & Biases as well.
+    log_interval: PositiveInt = 5_000  # Steps per row of train.csv, averaged over the updates.
+    track: bool = False  # Also log to Weights & Biases.
     # --- end shared ---
 
 
@@ -217,7 +218,7 @@ def sample_actions(args: Args, state: State, observations: Array, key: Array) ->
 def critic_loss(
     args: Args, params: dict, state: State, batch: Batch, key: Array
 ) -> tuple[Array, dict]:
-    """Computes the TD error of every critic against one pessimistic target."""
+    """Computes the squared TD error of every critic against one pessimistic target."""
     # ref: the deviation is the population one (1/K).
     next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
@@ -275,7 +276,7 @@ def policy_loss(
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
-    """Makes one gradient step on the sum of all losses, all at the parameters before the step."""
+    """Takes one gradient step on the sum of all losses, at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 4)
     losses = [critic_loss, value_loss, policy_loss]
 
@@ -299,6 +300,9 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
 
 
 # --- shared: many agents -------------------------------------------------------------------------
+
+# The shared blocks are the same in all offline scripts, and a tool keeps them so. They need
+# `State`, `create`, `update` and `sample_actions` from above. In a copy, edit them freely.
 
 
 def create_agents(args: Args, agents: list, observation_size: int) -> State:
@@ -327,7 +331,12 @@ def act(args: Args, state: State, observations: Array, seeds: Array, ages: Array
 def train_step(
     args: Args, data: Dataset, state: State, replay: Replay, task_row: Array
 ) -> tuple[State, dict]:
-    """Makes one update of one agent on a batch drawn from the data and its replay."""
+    """Makes one update of one agent, on chunks drawn uniformly from the data and its replay.
+
+    `sample` returns a Batch: observations (B, S), actions (B, A), rewards (B,), the discounted sums
+    over H steps, masks (B,), 0 if the task was solved on the way, next_observations (B, S) after H
+    steps, and valid (B,), 0 if the trajectory ends before that.
+    """
     key, batch_key = jax.random.split(state.key)
     sizes = args.batch_size, args.chunk_length, args.discount
     batch = sample(batch_key, data, replay, task_row, *sizes)
@@ -345,7 +354,7 @@ def train_chunk(
     task_rows: Array,
     updates: int,
 ) -> tuple[State, dict]:
-    """Makes `updates` updates of all agents without leaving the device.
+    """Performs `updates` updates of all agents without leaving the device.
 
     `state`, `metrics`, `replay` and `task_rows` (each agent's row of data.rewards) have a leading
     axis N. Adds the metrics of each update to `metrics`.
@@ -359,6 +368,7 @@ def train_chunk(
 
         return jax.lax.fori_loop(0, updates, body, (state, metrics))
 
+    # Offline, a CPU trains one agent after the other: its caches then keep one agent's networks.
     offline = replay.rewards.size == 0
     all_agents = over_agents(one_agent, agent_by_agent=offline)
     return all_agents(state, metrics, replay, task_rows)
@@ -407,10 +417,11 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint, if there is one: `saved` is its content.
+        # Continue from the last checkpoint. `saved` has its state, metrics, envs and replay, the
+        # transitions so far; without a checkpoint, what is passed here and no transitions.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
+        if run.evaluation_due:  # --eval-only, or it stopped between checkpoint and evaluation
             results = evaluate(args, state, eval_envs, agents, step)
             run.log_evaluation(step, results)
         if args.eval_only:
@@ -428,10 +439,11 @@ def main(args: Args) -> list[dict]:
                 results = evaluate(args, state, eval_envs, agents, step)
                 run.log_evaluation(step, results)
 
-        # Online phase: every agent makes one environment step, then one update.
+        # Online phase: every agent makes one environment step and, from --start-training on, one
+        # update on the dataset and its replay.
         replay = Replay.create(len(agents), args.online_steps, *sizes)
         replay = replay.refill(saved["replay"])
-        if step > args.offline_steps:  # the run was stopped in this phase
+        if step > args.offline_steps:  # it stopped in this phase: play the running episodes again
             envs.load(saved["envs"], saved["replay"]["actions"][:, None])
         elif args.online_steps:
             envs.reset(seeds_of(agents, 0))

@@ -83,10 +83,10 @@ class Args:
     # Steps between two phases of learning; only whole rollouts are made.
     rollout_steps: PositiveInt = 2048
     num_envs: PositiveInt = 1  # Environments per agent that share a rollout's steps.
-    eval_interval: PositiveInt = 10_000  # Steps between evaluations, each with a checkpoint.
+    eval_interval: PositiveInt = 10_000  # Steps between evaluations and checkpoints.
     eval_episodes: PositiveInt = 10  # Episodes per evaluation and agent.
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
-    eval_only: bool = False  # Evaluates the run's checkpoint and does nothing else.
+    eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
     precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
@@ -94,8 +94,8 @@ class Args:
     # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
-    log_interval: PositiveInt = 1_000  # Steps per row of train.csv, which has its updates' means.
-    track: bool = False  # Logs to Weights & Biases as well.
+    log_interval: PositiveInt = 1_000  # Steps per row of train.csv, averaged over the updates.
+    track: bool = False  # Also log to Weights & Biases.
     # --- end forked ---
 
     def __post_init__(self):
@@ -362,6 +362,8 @@ MODES = ("mean",)  # Ways to choose actions in evaluations.
 
 # --- forked: many agents (all epochs of a rollout at once) ---------------------------------------
 
+# A fork of the block that online scripts share. In a copy of this file, edit it freely.
+
 
 def create_agents(args: Args, agents: list, observation_size: int) -> State:
     """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
@@ -497,7 +499,7 @@ def main(args: Args) -> list[dict]:
     observation_size, action_size = env_sizes(args.env)
     args = dataclasses.replace(args, action_size=action_size)
     total_steps = args.total_steps // args.rollout_steps * args.rollout_steps
-    with Run(__file__, args, agents, {}, ends=(total_steps,)) as run:
+    with Run(__file__, args, agents, data={}, ends=(total_steps,)) as run:
         # Set up. `metrics` are sums over the updates since the last logged row.
         state = create_agents(args, agents, observation_size)
         rollout = empty_rollout(args, len(agents), observation_size)
@@ -507,17 +509,18 @@ def main(args: Args) -> list[dict]:
         envs = EnvPool(env_names, args.num_envs, args.workers)
         played = np.zeros((*envs.shape, 0, action_size), np.float32)  # in the running episodes
 
-        # Continue from the last checkpoint, if there is one: `saved` is its content.
+        # Continue from the last checkpoint. `saved` has its state, metrics, envs and played
+        # actions; without a checkpoint, it is what is passed here.
         content = dict(state=state, metrics=metrics, envs=envs.save(), played=played)
         step, saved = run.restore(content)
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
+        if run.evaluation_due:  # --eval-only, or it stopped between checkpoint and evaluation
             results = evaluate(args, state, eval_envs, agents, step)
             run.log_evaluation(step, results)
         if args.eval_only:
             return run.finish()
         played = saved["played"]
-        if step > 0:
+        if step > 0:  # play the running episodes again
             envs.load(saved["envs"], played)
         else:
             envs.reset(episode_seeds(args, agents, 0))

@@ -105,10 +105,10 @@ class Args:
     warmup_steps: StepOfRun = 10_000
     env_steps_per_update: StepOfRun = 1  # Environment steps per update.
     replay_size: PositiveInt = 1_000_000  # Transitions that are kept; the oldest are overwritten.
-    eval_interval: PositiveInt = 10_000  # Steps between evaluations, each with a checkpoint.
+    eval_interval: PositiveInt = 10_000  # Steps between evaluations and checkpoints.
     eval_episodes: PositiveInt = 10  # Episodes per evaluation and agent.
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
-    eval_only: bool = False  # Evaluates the run's checkpoint and does nothing else.
+    eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
     precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
@@ -116,8 +116,8 @@ class Args:
     # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
-    log_interval: PositiveInt = 1_000  # Steps per row of train.csv, which has its updates' means.
-    track: bool = False  # Logs to Weights & Biases as well.
+    log_interval: PositiveInt = 1_000  # Steps per row of train.csv, averaged over the updates.
+    track: bool = False  # Also log to Weights & Biases.
     # --- end shared ---
 
 
@@ -154,7 +154,7 @@ class State:
 
 
 def planned_updates(args: Args) -> int:
-    """Counts the updates of the whole run, which schedules refer to."""
+    """Returns the number of updates in the whole run, for the schedules."""
     steps = args.total_steps - args.warmup_steps
     return max(1, steps // args.env_steps_per_update)
 
@@ -274,8 +274,10 @@ def sample_actions(args: Args, state: State, observations: Array, key: Array, mo
 def critic_loss(
     args: Args, params: dict, state: State, batch: Replay, next_actions: Array
 ) -> tuple[Array, dict]:
-    """Computes the TD error of both critics against one target. The critics' averages choose and
-    value the best of next_actions (count, B, d)."""
+    """Computes the squared TD error of both critics against one target.
+
+    The target critics choose and evaluate the best of next_actions (count, B, d).
+    """
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
     value = next_q.min(0).max(0)
     rewards = args.reward_scale * batch.rewards
@@ -326,7 +328,7 @@ def policy_loss(
 def descend(
     args: Args, state: State, name: str, loss: Callable, *inputs: Any
 ) -> tuple[State, dict]:
-    """Makes one step of Adam on a loss of params[name]; everything else is constant."""
+    """Takes one Adam step on a loss of params[name]; everything else is constant."""
     gradient = jax.grad(partial(loss, args), has_aux=True)
     grads, metrics = gradient(state.params[name], state, *inputs)
     updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
@@ -377,6 +379,9 @@ MODES = ("best", "single")  # Ways to choose evaluation actions; the first one i
 
 # --- shared: many agents -------------------------------------------------------------------------
 
+# The shared blocks are the same in all online scripts, and a tool keeps them so. They need
+# `State`, `create`, `update`, `sample_actions` and `MODES`. In a copy, edit them freely.
+
 
 def create_agents(args: Args, agents: list, observation_size: int) -> State:
     """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
@@ -416,7 +421,7 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
 def train_chunk(
     args: Args, state: State, metrics: dict, replay: Replay, updates: int
 ) -> tuple[State, dict]:
-    """Makes `updates` updates of all agents without leaving the device.
+    """Performs `updates` updates of all agents without leaving the device.
 
     Adds the metrics of each update to `metrics`.
     """
@@ -468,7 +473,7 @@ def main(args: Args) -> list[dict]:
     sizes = env_sizes(args.env)
     observation_size, action_size = sizes
     args = dataclasses.replace(args, action_size=action_size)
-    with Run(__file__, args, agents, {}, ends=(args.total_steps,)) as run:
+    with Run(__file__, args, agents, data={}, ends=(args.total_steps,)) as run:
         # Set up. `metrics` are sums over the updates since the last logged row.
         state = create_agents(args, agents, observation_size)
         capacity = min(args.replay_size, args.total_steps)
@@ -478,16 +483,17 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint, if there is one: `saved` is its content.
+        # Continue from the last checkpoint. `saved` has its state, metrics, envs and replay, the
+        # transitions so far; without a checkpoint, what is passed here and no transitions.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
+        if run.evaluation_due:  # --eval-only, or it stopped between checkpoint and evaluation
             results = evaluate(args, state, eval_envs, agents, step)
             run.log_evaluation(step, results)
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:
+        if step > 0:  # play the running episodes again, with their actions (N, 1, steps, d)
             envs.load(saved["envs"], saved["replay"]["actions"][:, None])
         else:
             envs.reset(seeds_of(agents, 0))
@@ -502,7 +508,8 @@ def main(args: Args) -> list[dict]:
             step = step + 1
             learning_steps = step - args.warmup_steps
             if learning_steps > 0 and learning_steps % args.env_steps_per_update == 0:
-                # The device works on the update while the environments make their step.
+                # The update is dispatched before the environments step, so the two overlap; it
+                # does not see this step's transition.
                 state, metrics = train_chunk(args, state, metrics, replay, 1)
             transitions = envs.step()
             replay = replay.append(transitions)

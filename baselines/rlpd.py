@@ -61,7 +61,7 @@ class Args:
     # --- method ---
     # Weight alpha of behaviour cloning; the original RLPD has none (0).
     rlpd_alpha: NonNegativeFloat = 0.0
-    # A target is the mean minus this many standard deviations of the critics.
+    # TD targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
 
     # --- networks and optimiser ---
@@ -79,7 +79,7 @@ class Args:
     tasks: tuple[TaskNumber, ...] = (1,)
     # Folder with OGBench's file or its 100M shards (default: OGBench's cache, then data/).
     dataset_dir: str = ""
-    # Makes a missing dataset with this many transitions of OGBench's scripted expert (0: off).
+    # Transitions to collect with OGBench's scripted expert if the dataset is missing (0: none).
     collect: NonNegativeInt = 0
     chunk_length: PositiveInt = 5  # Number of actions H that are chosen at once, played open loop.
     discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
@@ -91,10 +91,11 @@ class Args:
     num_seeds: PositiveInt = 1  # Seeds per task: seed, seed + 1, ...
     online_steps: NonNegativeInt = 500_000  # Environment steps, each followed by an update.
     start_training: OnlineStep = 5_000  # First environment step that is followed by an update.
-    eval_interval: PositiveInt = 50_000  # Updates between evaluations, each with a checkpoint.
+    # Steps (updates offline, environment steps online) between evaluations and checkpoints.
+    eval_interval: PositiveInt = 50_000
     eval_episodes: PositiveInt = 50  # Episodes per evaluation and agent.
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
-    eval_only: bool = False  # Evaluates the run's checkpoint and does nothing else.
+    eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
     precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
@@ -102,8 +103,8 @@ class Args:
     # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
-    log_interval: PositiveInt = 5_000  # Updates per row of train.csv, which has their means.
-    track: bool = False  # Logs to Weights & Biases as well.
+    log_interval: PositiveInt = 5_000  # Steps per row of train.csv, averaged over the updates.
+    track: bool = False  # Also log to Weights & Biases.
     # --- end forked ---
 
     def __post_init__(self) -> None:
@@ -221,7 +222,7 @@ def pessimistic(args: Args, q: Array) -> Array:
 def critic_loss(
     args: Args, params: dict, state: State, batch: Batch, key: Array
 ) -> tuple[Array, dict]:
-    """Computes the TD error of every critic against one pessimistic target."""
+    """Computes the squared TD error of every critic against one pessimistic target."""
     # ref: no entropy in the target; all critics in it, not two at random as in the original RLPD.
     next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
@@ -278,7 +279,7 @@ def cloning_loss(
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
-    """Makes one gradient step on the sum of all losses, all at the parameters before the step."""
+    """Takes one gradient step on the sum of all losses, at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 4)
     losses = [critic_loss, actor_loss, cloning_loss]
 
@@ -302,6 +303,8 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
 
 
 # --- forked: many agents (batches from two sources) -----------------------------------------------
+
+# A fork of the block that offline scripts share. In a copy of this file, edit it freely.
 
 
 def create_agents(args: Args, agents: list, observation_size: int) -> State:
@@ -367,7 +370,7 @@ def train_chunk(
     task_rows: Array,
     updates: int,
 ) -> tuple[State, dict]:
-    """Makes `updates` updates of all agents without leaving the device.
+    """Performs `updates` updates of all agents without leaving the device.
 
     `state`, `metrics`, `replay` and `task_rows` (each agent's row of data.rewards) have a leading
     axis N. Adds the metrics of each update to `metrics`.
@@ -426,21 +429,22 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint, if there is one: `saved` is its content.
+        # Continue from the last checkpoint. `saved` has its state, metrics, envs and replay, the
+        # transitions so far; without a checkpoint, what is passed here and no transitions.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
+        if run.evaluation_due:  # --eval-only, or it stopped between checkpoint and evaluation
             results = evaluate(args, state, eval_envs, agents, step)
             run.log_evaluation(step, results)
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:
+        if step > 0:  # play the running episodes again, with their actions (N, 1, steps, d)
             envs.load(saved["envs"], saved["replay"]["actions"][:, None])
         else:
             envs.reset(seeds_of(agents, 0))
 
-        # Every agent makes one environment step, then one update.
+        # Every agent makes one environment step and, from --start-training on, one update.
         while step < args.online_steps:
             env_step = step + 1
             training = env_step >= args.start_training
