@@ -4,8 +4,8 @@
 Online, off-policy. The policy is a flow in an unbounded latent space, squashed by tanh. It improves
 by mirror descent: M actions are drawn from the current policy, weighted by softmax(Q / eta), and
 the flow is refitted to them; no gradient passes through the ODE. The divergence of the velocity
-gives the entropy of the actions, which a multiplier lambda holds at a target; eta is adapted to keep
-the effective sample size (ESS) of the weights at a target.
+gives the entropy of the actions, which a multiplier lambda holds at a target; eta is adapted to
+keep the effective sample size (ESS) of the weights at a target.
 
     a = tanh(z_1),  dz/dt = v_theta(z, t, s),  z_0 ~ N(0, I)                            Eq. (1)
     w_i = softmax_i(Q(s, a_i) / eta),  ESS = 1 / sum_i w_i^2                      Eq. (13), (14)
