@@ -44,10 +44,16 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if named else min(8, os.cpu_count() or 1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m quick` selects
 def pytest_collection_modifyitems(items):
+    from tests.helpers.quick import is_quick
+
     def rank(item):
         return next((i for i, word in enumerate(SLOW) if word in file(item.nodeid)), len(SLOW))
 
+    for item in items:
+        if is_quick(item.nodeid):
+            item.add_marker("quick")
     items.sort(key=rank)
 
 
