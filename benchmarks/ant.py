@@ -17,15 +17,15 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import tyro
 
+from analysis.agents import load_agents
+from analysis.command_line import run_program
+from analysis.runs import ROOT, read_flags
 from benchmarks import as_table, write_rows
-from benchmarks.learning import ROOT
 from common import ant
 from common.collect import heading, search_of
 from common.envs import make_env, seed_of
-from plot import flags_of
-from video import restored
+from common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Options:
 
 def keep(folder: Path, path: Path) -> None:
     """The policy's layers, the last one without its half for the deviation."""
-    if (env := flags_of(folder)["env"]) != "online-ant-xy":
-        raise SystemExit(f"{folder} is a run on {env}: the expert learns on online-ant-xy")
-    script, args, state, _ = restored(folder, 29)
+    if (env := read_flags(folder)["env"]) != "online-ant-xy":
+        raise UserError(f"{folder} is a run on {env}: the expert learns on online-ant-xy")
+    script, args, state, *_ = load_agents(folder, 29)
     if script.__name__ != "baselines.sac":
-        raise SystemExit(f"{folder} is a run of {script.__name__}: the expert is one of SAC")
+        raise UserError(f"{folder} is a run of {script.__name__}: the expert is one of SAC")
     layers = state.params["policy"]["params"]
     arrays = {}
     for i in range(len(layers)):
@@ -112,4 +112,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

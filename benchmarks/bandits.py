@@ -23,8 +23,8 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from analysis.command_line import run_program
 from common.data import Batch
 
 GRID = np.linspace(-3, 3, 6001)  # of the closed forms, far beyond the box
@@ -333,4 +333,4 @@ def main(options: Options) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -22,12 +22,13 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
-import tyro
 
-from benchmarks import script_of
+from analysis.agents import script_of
+from analysis.command_line import run_program
 from benchmarks.throughput import describe
 from common.data import Replay, spread
 from common.envs import ONLINE, make_env
+from common.errors import UserError
 from common.run import CHECKPOINT, PART, Run, read_checkpoint, sealed
 
 OUT = Path(__file__).resolve().parent / "results/checkpoints.json"
@@ -55,7 +56,7 @@ def measured(call) -> tuple[float, object]:
 def main(options: Options) -> dict:
     script = script_of(options.script)
     if hasattr(script.Args, "tasks") or options.env not in ONLINE:
-        raise SystemExit(f"expected an online method and its environment, not {options.env}")
+        raise UserError(f"expected an online method and its environment, not {options.env}")
     env, rng, n = make_env(options.env), np.random.default_rng(0), options.seeds
     S, d = env.observation_space.shape[0], env.action_space.shape[0]
     sizes = SimpleNamespace(observations=env.observation_space, actions=env.action_space)
@@ -109,4 +110,4 @@ def main(options: Options) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 
+from analysis.command_line import run_program
 from benchmarks.throughput import Loop, Size, Trained
+from common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ def main(options: Options) -> dict:
         transitions = options.transitions
         measured = [Trained(name, size, transitions=transitions) for name in options.scripts]
         if options.loop and not measured[0].offline:
-            raise SystemExit(f"--loop needs an offline script first, not {options.scripts[0]}")
+            raise UserError(f"--loop needs an offline script first, not {options.scripts[0]}")
         names = [*options.scripts, *["plain loop"] * options.loop]
         measured += [Loop(measured[0])] * options.loop
         for one in measured:
@@ -68,4 +69,4 @@ def main(options: Options) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -15,8 +15,10 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from analysis.command_line import run_program
 from common.data import read
 from common.envs import make_env, resolve
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def steps_between(maze, start, goal):
 def main(options: Options) -> None:
     path = options.dataset
     if not (path.name.startswith("pointmaze-medium-") and path.is_file()):
-        raise SystemExit(f"{path} is no file pointmaze-medium-*.npz: that maze's tasks are counted")
+        raise UserError(f"{path} is no file pointmaze-medium-*.npz: that maze's tasks are counted")
     states = read(path, resolve("pointmaze-medium"), (1,), False).observations
     env = make_env("pointmaze-medium-singletask-task1-v0").unwrapped
     maze, rows = np.array(env.maze_map), []
@@ -62,4 +64,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import tyro
 
+from analysis.command_line import run_program
 from benchmarks import as_table, write_rows
 from common.envs import ONLINE, make_env, resolve
 
@@ -74,4 +74,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

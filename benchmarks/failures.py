@@ -15,9 +15,11 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from analysis.command_line import run_program
+from analysis.runs import read_csv, read_flags
 from benchmarks import write_rows
 from common.envs import make_env, resolve
-from plot import flags_of, read_csv
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,12 @@ def rows_of(folder: Path, cell_of) -> list[dict]:
 
 def main(options: Options) -> None:
     if not options.folders:
-        raise SystemExit("name the folders of complete runs")
+        raise UserError("name the folders of complete runs")
     rows = []
     for folder in options.folders:
-        env = resolve(flags_of(folder)["env"]).env
+        env = resolve(read_flags(folder)["env"]).env
         if not env.startswith("pointmaze") or not (folder / "rollouts.npz").exists():
-            raise SystemExit(f"{folder} is no complete run of a point maze")
+            raise UserError(f"{folder} is no complete run of a point maze")
         env = make_env(f"{env}-singletask-task1-v0").unwrapped
         rows += rows_of(folder, env.xy_to_ij)
     write_rows(options.out, rows)
@@ -66,4 +68,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

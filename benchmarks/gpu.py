@@ -22,12 +22,14 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import tyro
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from analysis.command_line import run_program
+from analysis.runs import read_rows
+from analysis.tables import markdown
 from benchmarks.throughput import EVERY, OFFLINE, Trained, describe, hours, measure_chunk, put_row
-from plot import markdown, read_rows
+from common.errors import UserError
 
 COLUMNS = "script agents variant device kernels gb ms_update ms_agent_update jax".split()
 KEY = tuple(COLUMNS[:4])
@@ -201,9 +203,9 @@ def estimates(rows: list[dict]) -> str:
 def main(options: Options) -> None:
     variants = VARIANTS if options.variants == ("all",) else options.variants
     if unknown := set(variants) - set(VARIANTS):
-        raise SystemExit(f"no variant {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
+        raise UserError(f"no variant {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
     if min(options.agents, default=1) < 1:
-        raise SystemExit("--agents must be at least 1")
+        raise UserError("--agents must be at least 1")
     groups = dict(all=EVERY, offline=[x for x in EVERY if x.split(".")[-1] in OFFLINE])
     if options.without_gpu:  # what the scripts ask
         jax.default_backend = lambda: "gpu"
@@ -218,4 +220,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

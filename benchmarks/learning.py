@@ -34,11 +34,16 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from analysis.command_line import run_program
+from analysis.evaluations import organise
+from analysis.panels import panels
+from analysis.runs import ROOT, read_rows
+from analysis.statistics import interval
+from analysis.tables import cell, markdown, summaries
 from benchmarks import write_rows
 from common.envs import ONLINE
-from plot import cell, interval, markdown, organise, panels, read_rows, summaries
+from common.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 METHODS = """meam qam qam_edit qam_fql baselines.bam baselines.fbrac baselines.fql baselines.fawac
     baselines.dac baselines.qsm baselines.dsrl baselines.fedit baselines.ifql baselines.rebrac"""
 GUIDANCE = ("plain", "mse", "linex")
@@ -251,10 +256,10 @@ def keep(out, suite, label, run, new, order=()):
 
 def main(options):
     if options.suite not in SUITES:
-        raise SystemExit(f"there is no suite {options.suite}; choose one of {', '.join(SUITES)}")
+        raise UserError(f"there is no suite {options.suite}; choose one of {', '.join(SUITES)}")
     commands, flags, tasks = SUITES[options.suite]
     if unknown := set(options.only) - set(commands):
-        raise SystemExit(f"no label {', '.join(unknown)}; choose from {', '.join(commands)}")
+        raise UserError(f"no label {', '.join(unknown)}; choose from {', '.join(commands)}")
     rows, _ = kept(options.out, options.suite)
     for label in () if options.table else options.only or commands:
         found = run(label, commands[label], options, flags, tasks)
@@ -263,4 +268,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

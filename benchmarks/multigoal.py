@@ -22,12 +22,15 @@ from pathlib import Path
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import tyro
 
-from benchmarks.learning import ROOT, configuration, launch
+from analysis.agents import load_agents
+from analysis.command_line import run_program
+from analysis.runs import ROOT
+from analysis.statistics import interval
+from analysis.style import GOAL_COLOURS
+from benchmarks.learning import configuration, launch
 from common.envs import GOALS, MULTIGOAL_STEPS, multigoal
-from plot import COLOURS, interval  # COLOURS: of the goals
-from video import restored
+from common.errors import UserError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -55,7 +58,7 @@ def train(command, options):
     line = [module, *flags, "--num-seeds", str(options.seeds), "--run-dir", options.run_dir]
     launch(line)
     folder = Path(options.run_dir, module.split(".")[-1], "multigoal/default")
-    (script, args, state, saved), config = restored(folder, 2), configuration(folder)
+    (script, args, state, saved), config = load_agents(folder, 2), configuration(folder)
     command = shlex.join(["python", "-m", *line[:-2]])
     note = dict(command=command, seconds=saved["seconds"])
     note |= {name: config["made_with"][name] for name in ("device", "python", "packages")}
@@ -132,14 +135,14 @@ def draw(shown, picture):
         names = ("action", "sample", "path")
         action, sample, path = (np.array(drawn[name], float) for name in names)
         right = cosine(action, GOALS[nearest] - positions) > np.cos(np.pi / 6)
-        color = np.where(right, np.array(COLOURS)[nearest], "0.6")
+        color = np.where(right, np.array(GOAL_COLOURS)[nearest], "0.6")
         row[0].quiver(*positions.T, *action.T, color=color, angles="xy", width=4e-3)
         row[1].scatter(*sample.T, s=5, alpha=0.5, color="0.3")
         row[1].plot(np.cos(circle), np.sin(circle), lw=0.5, color="0.7")
         for one, end in zip(path, drawn["goal"]):
-            row[2].plot(*one.T, lw=0.7, alpha=0.6, color=COLOURS[int(end)] if end >= 0 else "0.5")
+            row[2].plot(*one.T, lw=0.7, alpha=0.6, color=GOAL_COLOURS[int(end)] if end >= 0 else "0.5")
         for axis in (row[0], row[2]):
-            axis.scatter(*GOALS.T, marker="*", s=90, color=COLOURS, edgecolor="black", zorder=3)
+            axis.scatter(*GOALS.T, marker="*", s=90, color=GOAL_COLOURS, edgecolor="black", zorder=3)
             axis.set(xlim=(-7, 7), ylim=(-7, 7))
         row[1].set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
         row[0].set_ylabel(label, fontsize=12)
@@ -161,7 +164,7 @@ def kept(shown) -> str:
 
 def main(options: Options) -> None:
     if unknown := set(options.only) - set(METHODS):
-        raise SystemExit(f"no method {', '.join(unknown)}; choose from {', '.join(METHODS)}")
+        raise UserError(f"no method {', '.join(unknown)}; choose from {', '.join(METHODS)}")
     path, shown = Path(options.out, "multigoal.json"), {}
     results = json.loads(path.read_text()) if path.exists() else {}
     print("| | goals used | coverage | reached | agreement | largest direction at the origin |")
@@ -181,4 +184,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -22,14 +22,16 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from benchmarks import as_table, script_of
+from analysis.agents import script_of
+from analysis.command_line import run_program
+from analysis.runs import read_rows
+from benchmarks import as_table
 from benchmarks.throughput import put_row
 from common.data import Replay, spread
 from common.envs import EnvPool, make_env, seed_of
+from common.errors import UserError
 from common.run import configure
-from plot import read_rows
 
 KEY = ("script", "env", "agents", "hidden_dims", "batch_size", "device")
 COLUMNS = (
@@ -59,9 +61,9 @@ class Options:
 def measure(options: Options) -> dict:
     script, agents = script_of(options.script), options.agents
     if agents < 1:
-        raise SystemExit("--agents must be at least 1")
+        raise UserError("--agents must be at least 1")
     if hasattr(script.Args, "tasks"):
-        raise SystemExit(f"{options.script} is no online method")
+        raise UserError(f"{options.script} is no online method")
     own = dict(hidden_dims=options.hidden_dims, batch_size=options.batch_size)
     own = {name: x for name, x in own.items() if x}
     args = configure(script.Args, script.ENV_DEFAULTS, options.env, **own)
@@ -122,4 +124,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

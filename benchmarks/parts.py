@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import tyro
 
+from analysis.command_line import run_program
 from benchmarks.throughput import Size, Trained, describe, products, put_row, timed
 from common.data import sample
+from common.errors import UserError
 
 COLUMNS = ("script", "size", "part", "device", "ms", "gflop", "gflop_per_s", "jax")
 OUT = Path(__file__).resolve().parent / "results/parts.csv"
@@ -53,7 +54,7 @@ def measure(name, size, options):
     """Rows of a script."""
     trained = Trained(name, size, transitions=options.transitions)
     if not trained.offline:
-        raise SystemExit(f"{name} is no offline method: its updates have other parts")
+        raise UserError(f"{name} is no offline method: its updates have other parts")
     name = trained.script.__name__  # of fql and of baselines.fql
     for part, (function, arguments) in parts(trained).items():
         compiled = jax.jit(function).lower(*arguments).compile()
@@ -74,4 +75,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

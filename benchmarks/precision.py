@@ -15,12 +15,12 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import tyro
 
-from benchmarks import script_of
+from analysis.agents import script_of
+from analysis.command_line import run_program
+from analysis.runs import read_rows
 from benchmarks.learning import keep, portable, table
 from common.run import configure
-from plot import read_rows
 
 BITS = dict(float32=23, tf32=10, bfloat16=7)  # of the operands' mantissas
 
@@ -70,4 +70,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -25,11 +25,14 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from analysis.command_line import run_program  # noqa: E402
+from analysis.panels import DOMAINS  # noqa: E402
+from analysis.runs import read_csv  # noqa: E402
 from benchmarks.learning import EIGHT_TASKS, METHODS, NINE, labelled  # noqa: E402 (run as a script)
 from common.data import LARGE  # noqa: E402
 from common.envs import ONLINE  # noqa: E402
+from common.errors import UserError  # noqa: E402
 from common.run import configure  # noqa: E402
-from plot import DOMAINS, read_csv  # noqa: E402
 
 OTHER_DATA = """antmaze-large-stitch humanoidmaze-medium-stitch scene-noisy puzzle-3x3-noisy
     cube-double-noisy cube-triple-noisy""".split()
@@ -222,7 +225,7 @@ def listing(runs):
 def main(options):
     if unknown := set(options.only) - set(EXPERIMENTS):
         known = ", ".join(EXPERIMENTS)
-        raise SystemExit(f"no experiment {', '.join(sorted(unknown))}; choose from {known}")
+        raise UserError(f"no experiment {', '.join(sorted(unknown))}; choose from {known}")
     chosen = options.only or tuple(EXPERIMENTS)
     runs = [run for name in chosen for run in EXPERIMENTS[name]()]
     if options.list:
@@ -241,4 +244,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -34,9 +34,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import qam
+from analysis.command_line import run_program
 from benchmarks.learning import VERSIONS
 from benchmarks.throughput import describe
 from common.collect import collect
@@ -211,4 +211,4 @@ def main(options: Options) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

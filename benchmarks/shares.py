@@ -13,7 +13,9 @@ from typing import Annotated
 
 import tyro
 
-from plot import read_csv
+from analysis.command_line import run_program
+from analysis.runs import read_csv
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ def shares(folder: Path) -> dict[str, float]:
     """Seconds in all, seconds of evaluation and their share, of a run folder."""
     train, evaluation = (read_csv(folder / f"{name}.csv") for name in ("train", "eval"))
     if not (train and evaluation):
-        raise SystemExit(f"{folder} holds no train.csv and eval.csv with rows")
+        raise UserError(f"{folder} holds no train.csv and eval.csv with rows")
     trained = dict(zip(train["step"], train["seconds"]))
     ended = dict(zip(evaluation["step"], evaluation["seconds"]))
     spent = sum(end - trained[step] for step, end in ended.items() if step in trained)
@@ -35,7 +37,7 @@ def shares(folder: Path) -> dict[str, float]:
 
 def main(options: Options) -> None:
     if not options.folders:
-        raise SystemExit("name the folders of runs")
+        raise UserError("name the folders of runs")
     print("| run | seconds | evaluation | share |")
     print("|---" * 4 + "|")
     for folder in options.folders:
@@ -46,4 +48,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

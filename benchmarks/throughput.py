@@ -24,12 +24,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from benchmarks import script_of, write_rows
+from analysis.agents import script_of
+from analysis.command_line import run_program
+from analysis.runs import read_rows
+from analysis.tables import markdown
+from benchmarks import write_rows
 from common.data import Batch, Dataset, Replay, spread
-from plot import markdown, read_rows
+from common.errors import UserError
 from tests.shared_blocks import named
 
 # name -> flags, observation and action size; flags that a script does not have are left out
@@ -86,7 +89,7 @@ class Trained:
 
     def __init__(self, name, size, agents=1, transitions=200_000, **flags):
         if agents < 1:
-            raise SystemExit("--agents must be at least 1")
+            raise UserError("--agents must be at least 1")
         self.script, rng = script_of(name), np.random.default_rng(0)
         self.offline = hasattr(self.script.Args, "tasks")
         more, S, d = (OFFLINE_SIZES if self.offline else ONLINE_SIZES)[size]
@@ -310,4 +313,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

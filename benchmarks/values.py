@@ -15,14 +15,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 
+from analysis.agents import load_agents
+from analysis.command_line import run_program
+from analysis.runs import ROOT, read_flags
 from benchmarks import as_table, write_rows
-from benchmarks.learning import ROOT
 from common.data import locate
 from common.envs import make_env, resolve
-from plot import flags_of
-from video import restored
+from common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +54,12 @@ def by_table(states, ends, goal, radius, H, discount):
 
 def measure(options: Options) -> list[dict]:
     """A row per free cell."""
-    flags = flags_of(Path(options.folder))
+    flags = read_flags(Path(options.folder))
     if not flags["env"].startswith("pointmaze"):
-        raise SystemExit(f"{options.folder} is a run on {flags['env']}, which is no point maze")
+        raise UserError(f"{options.folder} is a run on {flags['env']}, which is no point maze")
     if options.task not in flags["tasks"]:
-        raise SystemExit(f"{options.folder} has no task {options.task}: it has {flags['tasks']}")
-    script, args, state, _ = restored(Path(options.folder), 2)
+        raise UserError(f"{options.folder} has no task {options.task}: it has {flags['tasks']}")
+    script, args, state, *_ = load_agents(Path(options.folder), 2)
     state = jax.tree.map(lambda x: x[args.tasks.index(options.task) * args.num_seeds], state)
     source = resolve(args.env)
     with np.load(locate(source, options.dataset_dir)[0]) as file:
@@ -105,4 +105,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -19,7 +19,9 @@ import numpy as np
 import psutil
 import tyro
 
-from plot import read_csv
+from analysis.command_line import run_program
+from analysis.runs import read_csv
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,11 @@ def main(options: Options) -> None:
             print(f"{name}: {slope:+.2f} per hour")
         return
     if Path(options.out).exists():
-        raise SystemExit(f"{options.out} is there already: choose another --out")
+        raise UserError(f"{options.out} is there already: choose another --out")
     try:
         process = psutil.Process(options.pid)
     except psutil.NoSuchProcess:
-        raise SystemExit(f"there is no process {options.pid}") from None
+        raise UserError(f"there is no process {options.pid}") from None
     start = time.time()
     with open(options.out, "x", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -75,4 +77,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -15,14 +15,18 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import plot
+from analysis.evaluations import organise, read_results
+from analysis.panels import ALL, DOMAINS, panels
+from analysis.published import plain, read_published
+from analysis.runs import read_rows
+from analysis.tables import cell, markdown, summaries
 from common.envs import resolve
 from tests.shared_blocks import ROOT, named
 
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end generated -->\n)", re.DOTALL)
 ROW = re.compile(r"^(\| \[`([\w/]+)\.py`\].*\(docs/\w+\.md\) \|).*$", re.MULTILINE)  # a method's
 OURS = dict(offline=("methods.csv", "success", 2), online=("plane.csv", "return", 1))
-SHOWN = dict(offline=plot.ALL, online="halfcheetah")  # of what is published, in the README
+SHOWN = dict(offline=ALL, online="halfcheetah")  # of what is published, in the README
 RESULTS = dict(  # (file, what it is about)
     offline=[
         ("methods.csv", "pointmaze-medium, task 1"),
@@ -85,16 +89,16 @@ def table(script: str) -> str:
         assert number in what, f"docs/equations.md has no Eq. ({number}) of {script}.py"
         links = ", ".join(f"[{i}](../{script}.py#L{i})" for i in places)
         lines.append([f"({number})", what[number], f"`{name}`" if name else "header", links])
-    return plot.markdown(lines) + "\n"
+    return markdown(lines) + "\n"
 
 
 @cache
 def ours(file: str, metric: str, digits: int) -> dict[str, tuple[str, int]]:
     """label -> result at the end of its runs, in words; and the end's step."""
-    found = plot.organise(plot.read_results(ROOT / "benchmarks/results" / file), metric)
-    rows = plot.summaries(found, plot.panels(found, plot.ALL, metric))
-    show = lambda x, seeds: f"{plot.cell(x, digits, seeds)}, {seeds} seed" + "s" * (seeds > 1)
-    ends = {label: row[plot.ALL] for label, row in rows.items()}
+    found = organise(read_results(ROOT / "benchmarks/results" / file), metric)
+    rows = summaries(found, panels(found, ALL, metric))
+    show = lambda x, seeds: f"{cell(x, digits, seeds)}, {seeds} seed" + "s" * (seeds > 1)
+    ends = {label: row[ALL] for label, row in rows.items()}
     return {label: (show(x, seeds), step) for label, (step, x, seeds) in ends.items()}
 
 
@@ -103,27 +107,27 @@ def published(kind: str) -> dict[str, dict[str, str]]:
     """Domain -> `plain` name -> success after at most 1M steps, or FMER's table 2."""
     found = {}
     if kind == "offline":
-        theirs = plot.read_published("success")
-        for domain in [*plot.DOMAINS, plot.ALL]:
-            own = theirs[domain if domain == plot.ALL else resolve(domain).dataset, plot.ALL]
+        theirs = read_published("success")
+        for domain in [*DOMAINS, ALL]:
+            own = theirs[domain if domain == ALL else resolve(domain).dataset, ALL]
             ends = {x: y[at <= 1_000_000][-1] for x, (at, y) in own.items()}
-            found[domain] = {plot.plain(x): plot.cell(y, 3) for x, y in ends.items()}
+            found[domain] = {plain(x): cell(y, 3) for x, y in ends.items()}
         return found
-    rows = plot.read_rows(ROOT / "benchmarks/published/fmer_published.csv")
+    rows = read_rows(ROOT / "benchmarks/published/fmer_published.csv")
     for row in (row for row in rows if row["table"] == "table2"):
         domain = row["env"].lower().removesuffix("-v5").replace("-n", "-")
         numbers = row["mean"], row["std"]
         if "kitchen" not in domain:
             numbers = (int(float(x) + 0.5) for x in numbers)
         text = "{} ({})".format(*numbers) + " %" * ("kitchen" in domain)
-        found.setdefault(domain, {})[plot.plain(row["method"])] = text
+        found.setdefault(domain, {})[plain(row["method"])] = text
     return found
 
 
 def labels_of(script: str, labels) -> list[str]:
     """Those of a script, as in "ME-AM" or "cgql plain"."""
     name = Path(script).name
-    return [x for x in labels if name == x.split(" ")[0] or plot.plain(x) == plot.plain(name)]
+    return [x for x in labels if name == x.split(" ")[0] or plain(x) == plain(name)]
 
 
 def beside(script: str) -> str:
@@ -140,12 +144,12 @@ def beside(script: str) -> str:
             above = [rows[where][0]] if where in rows else []
             rows[where] = ["<br>".join([*above, *texts]) + f" {link}", "-"]
     for domain, theirs in published(kind).items():
-        known = [x for x in labels if plot.plain(x) in theirs]
-        if texts := [variant(x) + theirs[plot.plain(x)] for x in known]:
-            where = "all 50 tasks" if domain == plot.ALL else domain
+        known = [x for x in labels if plain(x) in theirs]
+        if texts := [variant(x) + theirs[plain(x)] for x in known]:
+            where = "all 50 tasks" if domain == ALL else domain
             rows.setdefault(where, ["-", "-"])[1] = "<br>".join(texts)
     lines = [["", "ours", "published"], *([where, *row] for where, row in rows.items())]
-    return f"{EXPLAINED[kind]}\n\n{plot.markdown(lines)}\n"
+    return f"{EXPLAINED[kind]}\n\n{markdown(lines)}\n"
 
 
 def results(kind: str, text: str) -> str:
@@ -154,7 +158,7 @@ def results(kind: str, text: str) -> str:
 
     def write(row):
         labels = labels_of(row[2], mine)
-        cells = [mine[x][0] for x in labels], [theirs.get(plot.plain(x), "-") for x in labels]
+        cells = [mine[x][0] for x in labels], [theirs.get(plain(x), "-") for x in labels]
         return row[1] + "".join(f" {'<br>'.join(texts) or '-'} |" for texts in cells)
 
     return ROW.sub(write, text)

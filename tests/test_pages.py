@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from analysis import published
 from tests import pages
 from tests.pages import BLOCK, ROOT, ROW, named
 
@@ -48,7 +49,7 @@ def test_lines(script):
 def copy(tmp_path, monkeypatch):
     """A copy of what the pages are made from."""
     monkeypatch.setattr(pages, "ROOT", tmp_path)
-    monkeypatch.setattr(pages.plot, "ROOT", tmp_path)
+    monkeypatch.setattr(published, "ROOT", tmp_path)
     for name in ("docs", "baselines", "benchmarks/results", "benchmarks/published"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for path in [ROOT / "README.md", *ROOT.glob("*.py")]:

@@ -27,6 +27,7 @@ import fmer
 import qam
 from common.data import Replay
 from common.envs import ONLINE
+from common.errors import UserError
 from common.run import FREE, Precision, Run, configure, parse, read_checkpoint
 from tests import shared_blocks
 
@@ -58,8 +59,8 @@ ENV_DEFAULTS = {"cube-triple": dict(lr=0.125, discount=0.75), "pointmaze-medium"
 
 
 def stops(*words, call, lines=1):
-    """`call` ends in SystemExit with a message of one line that says all of `words`."""
-    with pytest.raises(SystemExit) as error:
+    """`call` ends in SystemExit or UserError, a message of one line that says all of `words`."""
+    with pytest.raises((SystemExit, UserError)) as error:
         call()
     message = str(error.value)
     assert message.count("\n") < lines, message
@@ -436,7 +437,7 @@ def test_signals_are_given_back(run):
     assert [signal.getsignal(x) for x in (2, 15)] == before
 
 
-@pytest.mark.parametrize("text, calls", [("def draw_rollouts(folder):", 1), ("# of one's own", 0)])
+@pytest.mark.parametrize("text, calls", [("from analysis import runs", 1), ("# of one's own", 0)])
 def test_the_picture_is_drawn_where_it_is_missing(run, monkeypatch, tmp_path, text, calls):
     """By our plot.py, not by another one beside a copied script; once."""
     first, drawn = run(), []
