@@ -47,6 +47,7 @@ TITLES = {  # of metrics
 MARKERS = "os^DvPX*"
 # Line styles of the first eight methods, of the next eight, and of those after them.
 LINES = "-", (0, (1, 1)), (0, (6, 1, 1, 1))
+OPEN_AXES = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 DASHED = (0, (4, 2))  # of what was published
 
 
