@@ -15,8 +15,9 @@ def names_of(rows: list[dict]) -> list[str]:
 def write_rows(path: Path | str, rows: list[dict], columns: Iterable[str] = ()) -> None:
     """Writes a CSV file of `columns`, or of all that the rows have, for `runs.read_rows`."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    columns = columns or names_of(rows)
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns or names_of(rows), lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -26,5 +27,6 @@ def as_table(rows: list[dict], columns: Iterable[str] = ()) -> str:
     names = list(columns or names_of(rows))
     lines = [names]
     for row in rows:
-        lines.append([str(row.get(name, "")) for name in names])
+        cells = [str(row.get(name, "")) for name in names]
+        lines.append(cells)
     return markdown(lines)

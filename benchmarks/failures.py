@@ -29,24 +29,36 @@ class Options:
 
 
 def cells(path: np.ndarray, cell_of) -> int:
-    """Number of the maze's cells on a path (steps, 2)."""
+    """Returns the number of the maze's cells on a path (steps, 2)."""
     return len({tuple(cell_of(state)) for state in path})
 
 
 def rows_of(folder: Path, cell_of) -> list[dict]:
-    """A row per task."""
-    train, rows = read_csv(folder / "train.csv"), []
+    """Returns a row per task."""
+    train = read_csv(folder / "train.csv")
     with np.load(folder / "rollouts.npz") as file:
-        task, success = file["task"], file["success"]  # (agents,), (agents, episodes)
+        task = file["task"]  # (agents,)
+        success = file["success"]  # (agents, episodes)
         visited = [cells(file[f"path{i}"], cell_of) for i in range(success.size)]
-    visited, last = np.reshape(visited, success.shape), train["step"] == train["step"].max()
+    visited = np.reshape(visited, success.shape)
+    last = train["step"] == train["step"].max()
+    rows = []
     for one in np.unique(task):
-        failed = visited[task == one][success[task == one] == 0]
-        row = dict(run=folder.name, task=one, success=f"{success[task == one].mean():.3f}")
-        row |= dict(failed=len(failed), never_left="", cells="", tilt_norm="")
+        own = task == one
+        failed = visited[own][success[own] == 0]
+        row = dict(
+            run=folder.name,
+            task=one,
+            success=f"{success[own].mean():.3f}",
+            failed=len(failed),
+            never_left="",
+            cells="",
+            tilt_norm="",
+        )
         if len(failed):
-            row |= dict(never_left=f"{(failed == 1).mean():.3f}", cells=f"{failed.mean():.2f}")
-        if "tilt_norm" in train:  # not of every method
+            row["never_left"] = f"{(failed == 1).mean():.3f}"
+            row["cells"] = f"{failed.mean():.2f}"
+        if "tilt_norm" in train:  # Not every method has it.
             tilt = train["tilt_norm"][last & (train["task"] == one)]
             row["tilt_norm"] = f"{tilt.mean():.3f}"
         rows.append(row)
