@@ -24,8 +24,10 @@ from common.errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]  # of complete runs
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of complete runs."""
     out: str = str(Path(__file__).resolve().parent / "results/pointmaze-failures.csv")
+    """File of the results."""
 
 
 def cells(path: np.ndarray, cell_of) -> int:
@@ -66,6 +68,7 @@ def rows_of(folder: Path, cell_of) -> list[dict]:
 
 
 def main(options: Options) -> None:
+    """Prints and writes the rows of all runs."""
     if not options.folders:
         raise UserError("name the folders of complete runs")
     rows = []

@@ -588,11 +588,36 @@ def test_folders_alone(tmp_path, capsys):
     assert {path.name for path in b.iterdir()} == {"config.json", "eval.csv", "curve.png"}
 
 
+def test_only_pictures_that_exist_are_named(tmp_path, capsys):
+    """A run that has just begun has none; the maze's and the curve are named in turn."""
+    run = run_folder(tmp_path, env="pointmaze-medium", tasks=(1,), seeds=(0,))
+    rows = (run / "eval.csv").read_text()
+    (run / "eval.csv").unlink()
+    main(Options(paths=(str(run),)))
+    assert capsys.readouterr().out == f"{run} has nothing to draw yet\n"
+    assert not any(run.glob("*.png"))
+    (run / "eval.csv").write_text(rows)
+    np.savez(run / "rollouts.npz", task=[1], success=[[1]], path0=np.ones((3, 2)))
+    main(Options(paths=(str(run),)))
+    drawn = [f"{run}/{name}.png" for name in ("curve", "rollouts")]
+    assert capsys.readouterr().out.splitlines() == [f"drew {name}" for name in drawn]
+    assert sorted(map(str, run.glob("*.png"))) == drawn
+
+
+def test_importing_changes_no_settings():
+    """Of matplotlib: its backend is chosen only where plot.py is the program."""
+    code = "import matplotlib\nbefore = matplotlib.rcParams.copy()\n"
+    code += "import plot, video, benchmarks.bandits, benchmarks.multigoal\n"
+    code += "assert dict.__eq__(before, matplotlib.rcParams.copy())\n"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_what_cannot_be_done(tmp_path):
     """One line each, and nothing is written."""
     run = run_folder(tmp_path / "runs")
     table = tmp_path / "a.csv"
     table.write_text("task,seed,step,success\n1,0,x,1\n")
+    other = run_folder(tmp_path / "other", "fql", "scene")
     damaged = run_folder(tmp_path / "other")
     (damaged / "config.json").write_text("{")
     (tmp_path / "file").write_text("")
@@ -601,6 +626,7 @@ def test_what_cannot_be_done(tmp_path):
     for words, flags in [
         ("is not a run folder", dict(paths=(str(tmp_path / "nothing"),))),
         ("is not a run folder", dict(paths=(str(tmp_path),), out=out)),
+        ("no method has all tasks of a panel", dict(paths=(str(run), str(other)), out=out, by="all")),
         ("Put them before the flags", dict()),
         ("is not a CSV file that can be read", dict(paths=(str(picture),), out=out)),
         ("--out or --table", dict(paths=(str(table),))),
