@@ -617,7 +617,7 @@ def test_what_cannot_be_done(tmp_path):
     run = run_folder(tmp_path / "runs")
     table = tmp_path / "a.csv"
     table.write_text("task,seed,step,success\n1,0,x,1\n")
-    other = run_folder(tmp_path / "other", "fql", "scene")
+    both = str(run), str(run_folder(tmp_path / "runs", "fql", "scene"))
     damaged = run_folder(tmp_path / "other")
     (damaged / "config.json").write_text("{")
     (tmp_path / "file").write_text("")
@@ -626,7 +626,7 @@ def test_what_cannot_be_done(tmp_path):
     for words, flags in [
         ("is not a run folder", dict(paths=(str(tmp_path / "nothing"),))),
         ("is not a run folder", dict(paths=(str(tmp_path),), out=out)),
-        ("no method has all tasks of a panel", dict(paths=(str(run), str(other)), out=out, by="all")),
+        ("no method has all tasks of a panel", dict(paths=both, out=out, by="all")),
         ("Put them before the flags", dict()),
         ("is not a CSV file that can be read", dict(paths=(str(picture),), out=out)),
         ("--out or --table", dict(paths=(str(table),))),
