@@ -176,7 +176,7 @@ def _count(bodies: dict[str, list[Instruction]], name: str) -> tuple[int, int]:
     """Returns the kernels and bytes of a computation."""
     kernels = 0
     moved = 0
-    shapes = {one.result: one.shape for one in bodies[name]}
+    shape_of = {one.result: one.shape for one in bodies[name]}
     for one in bodies[name]:
         if one.operation in FREE:
             continue
@@ -193,7 +193,7 @@ def _count(bodies: dict[str, list[Instruction]], name: str) -> tuple[int, int]:
             moved += Fusion(bodies[inner[1]]).traffic()
             continue
         moved += size(one.shape)
-        moved += sum(size(shapes.get(operand, "")) for operand in one.operands())
+        moved += sum(size(shape_of.get(operand, "")) for operand in one.operands())
     return kernels, moved
 
 

@@ -160,9 +160,10 @@ SUITES |= {
     "hopper": (SHORT, FEW.format("hopper", 30_000), ()),
     "kitchen": (SHORT, FEW.format("kitchen-7", 30_000), ()),
 }
-for env in EIGHT_TASKS:
-    suite = env if "kitchen" in env else f"mujoco-{env}"
-    SUITES[suite] = (labelled(NINE), f"--env {env}", ())
+KITCHENS = [env for env in EIGHT_TASKS if "kitchen" in env]
+ROBOTS = [env for env in EIGHT_TASKS if "kitchen" not in env]
+SUITES |= {env: (labelled(NINE), f"--env {env}", ()) for env in KITCHENS}
+SUITES |= {f"mujoco-{env}": (labelled(NINE), f"--env {env}", ()) for env in ROBOTS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,11 +292,11 @@ def keep(
     out: str,
     suite: str,
     label: str,
-    run: dict,
+    note: dict,
     new: list[dict],
     order: Sequence[str] = (),
 ) -> list[dict]:
-    """Writes a label's rows and run in addition to those of other labels, and returns all rows.
+    """Writes a label's rows and note in addition to those of other labels, and returns all rows.
 
     They are in the order of the labels, if it is given.
     """
@@ -304,7 +305,7 @@ def keep(
     if order:
         rows = sorted(rows, key=lambda row: order.index(row["label"]))
     write_rows(Path(out, f"{suite}.csv"), rows)
-    Path(out, f"{suite}.json").write_text(json.dumps(runs | {label: run}, indent=1) + "\n")
+    Path(out, f"{suite}.json").write_text(json.dumps(runs | {label: note}, indent=1) + "\n")
     return rows
 
 

@@ -81,7 +81,7 @@ def qam_sensitivity():
     """Li and Levine, sensitivity of QAM-EDIT: one task per domain, offline and online."""
     tuned = importlib.import_module("qam_edit").ENV_DEFAULTS
     variants = {"default": "", "no-clipping": "--grad-clip 1e9", "K2": "--num-critics 2"}
-    variants |= {f"T{steps}": f"--flow-steps {steps}" for steps in (1, 3, 20, 30)}
+    variants |= {f"T{T}": f"--flow-steps {T}" for T in (1, 3, 20, 30)}
     for env in DOMAINS:
         tau = tuned[env]["inv_temp"]
         taus = {f"tau-x{x:g}": f"--inv-temp {x * tau:g}" for x in (0.1, 0.3, 3, 10)}
