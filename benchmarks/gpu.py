@@ -322,7 +322,7 @@ def main(options: Options) -> None:
     if min(options.agents, default=1) < 1:
         raise UserError("--agents must be at least 1")
     if options.without_gpu:  # The scripts ask for it.
-        jax.default_backend = lambda: "gpu"
+        jax.default_backend = partial(str, "gpu")
     for name in scripts_of(options):
         for agents in options.agents:
             for variant in variants:
