@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from analysis.agents import load_agents, script_of
+from analysis.runs import read_rows
 from baselines import sac
 from benchmarks import (
     ant,
@@ -23,7 +25,6 @@ from benchmarks import (
     online_throughput,
     parts,
     precision,
-    script_of,
     throughput,
     values,
 )
@@ -35,10 +36,9 @@ from benchmarks.shares import shares
 from benchmarks.values import by_table
 from common.collect import ant as common_ant
 from common.envs import GOALS, make_env
+from common.errors import UserError
 from common.run import parse
-from plot import read_rows
 from tests.helpers.messages import stops
-from video import restored
 
 AGENTS = 2
 
@@ -321,7 +321,7 @@ def test_share_of_evaluation(tmp_path):
     (tmp_path / "train.csv").write_text(head + "1,0,5,20,0\n1,0,10,45,0\n1,0,20,85,0\n")
     (tmp_path / "eval.csv").write_text(head + "1,0,10,50,0\n1,0,20,100,0\n")
     assert shares(tmp_path) == dict(seconds=100, evaluation=20, share=0.2)
-    with pytest.raises(SystemExit, match="holds no train.csv and eval.csv"):
+    with pytest.raises(UserError, match="holds no train.csv and eval.csv"):
         shares(tmp_path / "nothing")
 
 
@@ -450,7 +450,7 @@ def test_where_failed_episodes_go(tmp_path):
     failures.main(failures.Options((tmp_path,), out=str(out)))
     assert [row["tilt_norm"] for row in read_rows(out)] == ["", ""]
     before = out.read_bytes()
-    with pytest.raises(SystemExit, match="folders"):
+    with pytest.raises(UserError, match="folders"):
         failures.main(failures.Options((), out=str(out)))
     for name, env in (("cube", "cube-single"), ("unfinished", "pointmaze-medium")):
         folder = tmp_path / name
@@ -500,7 +500,7 @@ def test_the_ants_expert_is_a_runs_policy(tmp_path, monkeypatch):
     sac.main(parse(sac.Args, sac.ENV_DEFAULTS, [*flags.split(), "--run-dir", str(tmp_path)]))
     folder = tmp_path / "sac/online-ant-xy/default"
     ant.keep(folder, common_ant.WEIGHTS)
-    _, args, state, _ = restored(folder, 29)
+    _, args, state, *_ = load_agents(folder, 29)
     states = np.random.default_rng(0).normal(size=(5, 31))  # with x and y, and a direction
     one = jax.tree.map(lambda x: x[0], state)
     expected = sac.sample_actions(args, one, np.float32(states[:, 2:]), None, "eval")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import reproduce
+from common.errors import UserError
 from tools.shared_blocks import ROOT
 
 ALL = [run for maker in reproduce.MAKERS for run in maker()]
@@ -120,5 +121,5 @@ def test_list_and_bad_names(capsys):
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 2 + len(reproduce.EXPERIMENTS)
     assert rows[2].startswith("| qam-table1 | 160 | 9,600 | 9,600 |")
-    with pytest.raises(SystemExit, match="no experiment qam-table9; choose from qam-table1"):
+    with pytest.raises(UserError, match="no experiment qam-table9; choose from qam-table1"):
         reproduce.main(reproduce.Options(only=("qam-table9",)))
