@@ -16,8 +16,8 @@ effective sample size (ESS) of the weights.
     python fmer.py --env halfcheetah --num-seeds 5   five agents in one program
 
 Shapes: B batch, S observation, d action, M candidates per state (the paper's N), T solver steps,
-E environments. Equation numbers: the paper's third version. docs/fmer.md says what the paper leaves
-open, and what we chose.
+E environments. Equation numbers: the paper's third version. docs/methods/fmer.md says what the
+paper leaves open, and what we chose.
 """
 
 import dataclasses
@@ -130,8 +130,8 @@ class Args:
             raise UserError(f"{problem}; leave out --policy-ema or --actor-states")
 
 
-# The class holds the paper's values and, where the paper states none, those of docs/fmer.md. The
-# values for the plane are tuned here, for a CPU.
+# The class holds the paper's values and, where the paper states none, those of
+# docs/methods/fmer.md. The values for the plane are tuned here, for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,

@@ -3,7 +3,7 @@
     python -m benchmarks.multigoal                 trains (runs/multigoal/), measures, draws
     python -m benchmarks.multigoal --only FMER     one method
 
-Measures of docs/fmer.md, each with its mean over seeds and 95 % bootstrap interval:
+Measures of docs/methods/fmer.md, each with its mean over seeds and 95 % bootstrap interval:
 (a) coverage: entropy of the reached goals over 400 episodes, in units of log 4, and the share of
     episodes that reach one; actions are selected as in evaluations;
 (b) agreement: share of a grid of 21 x 21 positions whose selected action points within 30 degrees

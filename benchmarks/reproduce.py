@@ -6,10 +6,11 @@
     python benchmarks/reproduce.py --only fmer-table2 --slurm > jobs.sh && sbatch jobs.sh
     python benchmarks/reproduce.py --only meam-table1 --run   runs them here, one after the other
 
-A run is an environment with all its tasks and seeds, in one process (docs/scale.md: on several GPUs
-or hosts). Commands continue a run that was interrupted; one that is complete is not listed again,
-but with --all. The runs of qam-online begin with those of qam-table1. Domains of 100M transitions
-(puzzle-4x4, cube-quadruple) take their shards from --shards, or else the ordinary dataset.
+A run is an environment with all its tasks and seeds, in one process (docs/guides/scale.md: on
+several GPUs or hosts). Commands continue a run that was interrupted; one that is complete is not
+listed again, but with --all. The runs of qam-online begin with those of qam-table1. Domains of 100M
+transitions (puzzle-4x4, cube-quadruple) take their shards from --shards, or else the ordinary
+dataset.
 """
 
 import dataclasses

@@ -144,7 +144,8 @@ def test_families():
 
 
 def test_sizes():
-    """A script has at most 480 lines, common/ 1,025, without what collects (docs/design.md)."""
+    """A script has at most 480 lines, common/ 1,025, without what collects
+    (docs/internals/design.md)."""
     sizes = {path.name: len(path.read_text().splitlines()) for path in SCRIPTS}
     assert max(sizes.values()) <= 480, sizes
     common = {p.name: len(p.read_text().splitlines()) for p in (ROOT / "common").glob("*.py")}
