@@ -73,6 +73,13 @@ def test_result_files(page):
         assert (ROOT / "benchmarks/results" / name).exists(), name
 
 
+def test_pages_that_code_names():
+    """A comment, docstring or message that names a page of the docs names one that exists."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.py")]:
+        for name in re.findall(r"docs/[\w/-]+\.md", path.read_text()):
+            assert (ROOT / name).exists(), f"{path.relative_to(ROOT)}: {name}"
+
+
 def test_every_result_file_is_explained():
     """It or the file of rows that it lies beside is named."""
     text = "".join(page.read_text() for page in PAGES)
