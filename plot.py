@@ -27,7 +27,7 @@ from analysis.command_line import run_program
 from analysis.comparison import compare
 from analysis.figures import write_figure
 from analysis.run_figures import draw_run
-from analysis.runs import ROOT, find_runs
+from analysis.runs import ROOT, check_run
 from analysis.tables import table_of, write_table
 from common.errors import UserError
 
@@ -68,9 +68,9 @@ def main(options: Options) -> None:
         return
     if not options.paths:
         raise UserError("There are no run folders. Put them before the flags; see --help.")
-    paths = []
-    for name in options.paths:
-        paths += find_runs(Path(name))
+    paths = [Path(name) for name in options.paths]
+    for path in paths:
+        check_run(path)
     if options.out or options.table:
         compare_runs(options, paths)
     else:

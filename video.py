@@ -33,8 +33,9 @@ from PIL import Image
 from analysis.agents import TrainedAgents, agents_of, load_agents
 from analysis.command_line import run_program
 from analysis.runs import read_flags
-from common.envs import ONLINE, Slot, resolve, seed_of
+from common.environments import ONLINE, resolve, seed_of, single_task
 from common.errors import UserError
+from common.workers import Slot
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,13 @@ def main(options: Options) -> Path:
     if flags["env"] == "multigoal":
         raise UserError("the plane is not a MuJoCo scene: its episodes are in rollouts.png")
     source = resolve(flags["env"])
-    agents = agents_of(folder, flags, source.task)
+    agents = agents_of(flags, source.task)
     task, seed = choose_agent(options, agents)
     path = Path(options.out or folder / f"video-task{task}-seed{seed}.gif")
     check_writable(path)
     name = flags["env"]
     if name not in ONLINE:
-        name = f"{source.env}-singletask-task{task}-v0"
+        name = single_task(name, task)
     slot = Slot(name, render_mode="rgb_array", width=options.size, height=options.size)
     trained = load_agents(folder, slot.env.observation_space.shape[0])
     index = agents.index((task, seed))
@@ -125,7 +126,7 @@ def film_episode(slot: Slot, trained: TrainedAgents, seed: int, every: int) -> t
     There is a frame of the start, of every `every`-th step, and of the end.
     """
     act = policy_of(trained, seed)
-    observation = slot.start(seed)
+    (observation,) = slot.start(seed)
     frames = [render(slot)]
     age = 0
     total = 0.0

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import flax.serialization
 import jax
 
-from analysis.runs import ROOT, is_share, read_flags, script_name
+from analysis.runs import ROOT, read_flags, script_name
+from common.checkpoints import CHECKPOINT, read_checkpoint
 from common.errors import UserError
-from common.run import CHECKPOINT, read_checkpoint
 
 
 class TrainedAgents(NamedTuple):
@@ -46,7 +46,7 @@ def load_agents(folder: Path, observation_size: int) -> TrainedAgents:
         saved = read_checkpoint(folder / CHECKPOINT)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no checkpoint that can be read: {error}") from None
-    tree = saved["tree"]["state"]
+    tree = saved["state"]
     keys = jax.random.split(jax.random.PRNGKey(0), len(tree["key"]))
     create = partial(script.create, args, observation_size)
     shapes = jax.eval_shape(jax.vmap(create), keys)
@@ -54,15 +54,11 @@ def load_agents(folder: Path, observation_size: int) -> TrainedAgents:
     return TrainedAgents(script, args, state, saved["step"], saved["seconds"])
 
 
-def agents_of(folder: Path, flags: dict, default_task: int) -> list[tuple[int, int]]:
-    """Returns (task, seed) of each agent of a run or, if its folder is a share, of those in it."""
+def agents_of(flags: dict, default_task: int) -> list[tuple[int, int]]:
+    """Returns (task, seed) of each agent of a run."""
     tasks = flags.get("tasks", [default_task])
     seeds = range(flags["seed"], flags["seed"] + flags["num_seeds"])
-    agents = [(task, seed) for task in tasks for seed in seeds]
-    if is_share(folder):  # share-<i>-of-<n> has every n-th agent from the i-th on.
-        _, first, _, step = folder.name.split("-")
-        agents = agents[int(first) :: int(step)]
-    return agents
+    return [(task, seed) for task in tasks for seed in seeds]
 
 
 def _arguments(script: ModuleType, flags: dict) -> Any:

@@ -8,7 +8,7 @@ from analysis.command_line import say
 from analysis.evaluations import organise, read_runs
 from analysis.panels import Found, Pair, panels
 from analysis.published import Published, choose_published, read_published
-from common.envs import ONLINE
+from common.environments import ONLINE
 from common.errors import UserError
 
 

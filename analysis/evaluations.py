@@ -13,8 +13,8 @@ from analysis.runs import domain_of, read_flags, read_rows, script_name
 from common.errors import UserError
 
 # Flags of config.json that do not make another method.
-IGNORED = """env name seed num_seeds tasks run_dir dataset_dir collect workers eval_slots eval_only
-    track compile_cache""".split()
+IGNORED = """env name seed num_seeds tasks run_dir dataset_dir collect workers track compile_cache
+    eval_only eval_slots eval_episodes eval_interval log_interval offline_steps online_steps""".split()
 
 
 class Scores(NamedTuple):
@@ -57,8 +57,14 @@ def _method_of(script: str, flags: dict) -> str:
 
 
 def _own_flags(flags: dict) -> dict[str, str]:
-    """Returns the flags that can make another method, their values as JSON."""
-    return {key: json.dumps(value) for key, value in flags.items() if key not in IGNORED}
+    """Returns the flags that can make another method, their values as JSON.
+
+    The length of the offline phase is one of them only if an online phase follows.
+    """
+    own = {key: json.dumps(value) for key, value in flags.items() if key not in IGNORED}
+    if flags.get("online_steps") and "offline_steps" in flags:
+        own["offline_steps"] = json.dumps(flags["offline_steps"])
+    return own
 
 
 def _rare_flags(own: dict, configurations: list[dict]) -> list[str]:

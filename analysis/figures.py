@@ -15,7 +15,7 @@ from analysis.files import open_to_write
 from analysis.published import plain, published_curve
 from analysis.statistics import curve, shared_scores
 from analysis.style import TITLES, look, settings, thousands
-from common.envs import ONLINE
+from common.environments import ONLINE
 from common.errors import UserError
 
 GAP = 0.062  # between names at the ends of lines, in heights of the panel

@@ -1,7 +1,7 @@
 """Decide what the panels of a figure, or the columns of a table, are about."""
 
 from analysis.evaluations import Scores
-from common.envs import ONLINE
+from common.environments import ONLINE
 
 # The domains in the QAM paper's order.
 DOMAINS = """antmaze-large antmaze-giant humanoidmaze-medium humanoidmaze-large scene puzzle-3x3

@@ -7,7 +7,7 @@ import numpy as np
 from analysis.panels import ALL, Pair
 from analysis.runs import ROOT, read_rows
 from analysis.statistics import Curve
-from common.envs import ONLINE
+from common.environments import ONLINE
 from common.errors import UserError
 
 Published = dict[tuple, dict[str, Curve]]  # (domain, task or "all") -> method -> numbers

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from analysis.runs import read_csv, read_flags
 from analysis.style import GOAL_COLOURS, TITLES
-from common.envs import GOALS, ONLINE, make_env, resolve
+from common.environments import GOALS, ONLINE, make_env, resolve
 
 # Metric -> the CSV file that holds it.
 TABLES = {

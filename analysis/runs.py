@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.command_line import say
-from common.envs import resolve
+from common.environments import resolve
 from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,33 +46,18 @@ def read_flags(folder: Path) -> dict:
         raise UserError(f"{path} is damaged, so this run cannot be read: {error!r}") from None
 
 
-def is_share(folder: Path) -> bool:
-    """Says whether the folder is share-<i>-of-<n>, the agents of one of several hosts."""
-    return folder.name.startswith("share-")
-
-
-def find_runs(path: Path) -> list[Path]:
-    """Returns the run folder or CSV file itself, or a folder's shares if several hosts made it."""
-    if path.is_file() or (path / "config.json").exists():
-        return [path]
-    shares = sorted(path.glob("share-*-of-*"))
-    if not shares:
+def check_run(path: Path) -> None:
+    """Raises UserError if a path is neither a run folder nor a CSV file."""
+    if not path.is_file() and not (path / "config.json").exists():
         raise UserError(
             f"{path} is not a run folder (no config.json) and not a CSV file: "
             "give runs/<script>/<env>/<name> or benchmarks/results/<suite>.csv"
         )
-    num_shares = int(shares[0].name.split("-")[-1])
-    if len(shares) < num_shares:
-        say(f"{path} holds {len(shares)} of {num_shares} shares")
-    return shares
 
 
 def script_name(folder: Path) -> str:
-    """Returns the script's name from runs/<script>/<env>/<name>, the folder of a run or a share."""
-    folder = folder.resolve()
-    if is_share(folder):
-        folder = folder.parent
-    return folder.parent.parent.name
+    """Returns the script's name from a run folder, runs/<script>/<env>/<name>."""
+    return folder.resolve().parent.parent.name
 
 
 def domain_of(env: str) -> str:

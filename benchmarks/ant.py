@@ -24,7 +24,7 @@ from analysis.runs import ROOT, read_flags
 from benchmarks import as_table, write_rows
 from common.collect import ant
 from common.collect.experts import heading, subgoal_search
-from common.envs import make_env, seed_of
+from common.environments import make_env, seed_of
 from common.errors import UserError
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from analysis.command_line import run_program
 from analysis.style import OPEN_AXES
-from common.data import Batch
+from common.sampling import Batch
 
 GRID = np.linspace(-3, 3, 6001)  # of the closed forms, far beyond the box
 STEP = GRID[1] - GRID[0]

@@ -2,24 +2,21 @@
 
     python -m benchmarks.checkpoints                five seeds on Humanoid after 100,000 steps
 
-A run with a full-sized network is at --steps and makes --interval more. Measured are its `Run.save`
-then (the agents, and what is new of the replay), the same with all of the replay in one file (the
-agents, and every transition), and `Run.restore` of either; seconds, bytes written, and the ratio.
-Medians over rounds, in turn. Writes benchmarks/results/checkpoints.json.
+A run with a full-sized network is at --steps and makes --interval more. Measured are its
+`Checkpoints.save` then (the agents, and what is new in the replay), the same with all of the replay
+in one file (the agents, and every transition), and restoring from either; seconds, bytes written,
+and the ratio. Medians over rounds, in turn. Writes benchmarks/results/checkpoints.json.
 """
 
-import contextlib
 import dataclasses
 import gc
 import importlib.metadata
-import io
 import json
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,10 +24,12 @@ import numpy as np
 from analysis.agents import script_of
 from analysis.command_line import run_program
 from benchmarks.throughput import describe
-from common.data import Replay, spread
-from common.envs import ONLINE, make_env
+from common.checkpoints import CHECKPOINT, PART, Checkpoints, pack, read_checkpoint
+from common.devices import shard_over_agents
+from common.environments import ONLINE, env_sizes
 from common.errors import UserError
-from common.run import CHECKPOINT, PART, Run, read_checkpoint, sealed
+from common.files import write_file
+from common.sampling import Replay
 
 OUT = Path(__file__).resolve().parent / "results/checkpoints.json"
 
@@ -71,34 +70,43 @@ def random_transitions(rng, empty: Replay, steps: int) -> dict[str, np.ndarray]:
     return rows
 
 
-def measure_round(run: Run, state, sizes, rng, options: Options) -> tuple[dict, dict]:
+def measure_round(
+    folder: Path, state: Any, sizes: tuple[int, int], rng, options: Options
+) -> tuple[dict, dict]:
     """Returns the seconds and the megabytes of saving and restoring a run in both ways."""
-    empty = Replay.create(options.seeds, 0, sizes)
     total = options.steps + options.interval
-    before = options.steps, random_transitions(rng, empty, options.steps)
-    new = total, random_transitions(rng, empty, options.interval)
-    first = spread(empty.refilled(total, [before]))
-    run.save(1, dict(state=state, replay=first))
-    replay = spread(empty.refilled(total, [before, new]))
+    content = dict(state=state, metrics={})
+    checkpoints = Checkpoints(folder, "benchmark")
+    replay = shard_over_agents(Replay.create(options.seeds, total, *sizes))
+    first = random_transitions(rng, replay, options.steps)
+    second = random_transitions(rng, replay, options.interval)
+    replay = replay.append(first)
+    checkpoints.save(content, replay)
+    replay = replay.append(second)
+
+    def save_parts():
+        checkpoints.save(content, replay)
 
     def save_whole():
-        run.write("whole", *sealed(dict(state=state, replay=vars(replay))))
+        write_file(folder / "whole", pack(dict(state=state, replay=vars(replay))))
 
     def restore_parts():
-        _, tree = run.restore(dict(state=state, replay=empty))
-        return spread(tree["replay"])
+        found = checkpoints.restore(content)
+        empty = shard_over_agents(Replay.create(options.seeds, total, *sizes))
+        return empty.refill(found["replay"])
 
     def restore_whole():
-        rows = read_checkpoint(run.folder / "whole")["replay"]
-        return spread(Replay.create(options.seeds, total, sizes)).append(rows)
+        rows = read_checkpoint(folder / "whole")["replay"]
+        empty = shard_over_agents(Replay.create(options.seeds, total, *sizes))
+        return empty.append(rows)
 
     seconds = {}
-    seconds["parts_save"], _ = measured(lambda: run.save(2, dict(state=state, replay=replay)))
+    seconds["parts_save"], _ = measured(save_parts)
     seconds["whole_save"], _ = measured(save_whole)
-    parts = [run.folder / CHECKPOINT, run.folder / PART.format(total)]
+    parts = [folder / CHECKPOINT, folder / PART.format(total)]
     megabytes = dict(
         parts=sum(path.stat().st_size for path in parts) / 2**20,
-        whole=(run.folder / "whole").stat().st_size / 2**20,
+        whole=(folder / "whole").stat().st_size / 2**20,
     )
     seconds["parts_restore"], _ = measured(restore_parts)
     seconds["whole_restore"], _ = measured(restore_whole)
@@ -110,23 +118,17 @@ def main(options: Options) -> dict:
     script = script_of(options.script)
     if hasattr(script.Args, "tasks") or options.env not in ONLINE:
         raise UserError(f"expected an online method and its environment, not {options.env}")
-    env = make_env(options.env)
-    sizes = SimpleNamespace(observations=env.observation_space, actions=env.action_space)
-    keys = jax.random.split(jax.random.PRNGKey(0), options.seeds)
-    args = script.Args(env=options.env, action_size=env.action_space.shape[0])
-    create = partial(script.create, args, env.observation_space.shape[0])
-    state = spread(jax.jit(jax.vmap(create))(keys))
+    sizes = env_sizes(options.env)
+    observation_size, action_size = sizes
+    args = script.Args(env=options.env, action_size=action_size)
     agents = [(1, seed) for seed in range(options.seeds)]
+    state = script.create_agents(args, agents, observation_size)
     rng = np.random.default_rng(0)
     times = []
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        for i in range(options.rounds):
-            own = dataclasses.replace(args, run_dir=folder, name=f"round-{i}")
-            run = Run("checkpoints", own, agents, {})
-            seconds, megabytes = measure_round(run, state, sizes, rng, options)
-            times.append(seconds)
-            for path in run.folder.iterdir():
-                path.unlink()
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            seconds, megabytes = measure_round(Path(folder), state, sizes, rng, options)
+        times.append(seconds)
     result = results(options, times, megabytes)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     Path(options.out).write_text(json.dumps(result, indent=1) + "\n")

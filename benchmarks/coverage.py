@@ -16,8 +16,8 @@ import numpy as np
 import tyro
 
 from analysis.command_line import run_program
-from common.data import read
-from common.envs import make_env, resolve
+from common.dataset_files import read
+from common.environments import make_env, resolve
 from common.errors import UserError
 
 

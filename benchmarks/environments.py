@@ -21,7 +21,7 @@ import psutil
 
 from analysis.command_line import run_program
 from benchmarks import as_table, write_rows
-from common.envs import ONLINE, make_env, resolve
+from common.environments import ONLINE, make_env, resolve
 
 OFFLINE = """pointmaze-medium pointmaze-giant antmaze-large antmaze-giant humanoidmaze-medium
     humanoidmaze-large antsoccer-arena cube-single cube-double cube-triple cube-quadruple scene

@@ -18,7 +18,7 @@ import tyro
 from analysis.command_line import run_program
 from analysis.runs import read_csv, read_flags
 from benchmarks import write_rows
-from common.envs import make_env, resolve
+from common.environments import make_env, resolve
 from common.errors import UserError
 
 

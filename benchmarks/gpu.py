@@ -263,7 +263,7 @@ def measure(name: str, agents: int, variant: str, options: Options) -> dict:
         return train(*inputs)
 
     flags = FLAGS.get(variant)
-    trained.train = jax.jit(own, static_argnums=0, donate_argnums=1, compiler_options=flags)
+    trained.train = jax.jit(own, static_argnums=0, donate_argnums=(1, 2), compiler_options=flags)
     inputs = trained.call(1)
     if options.without_gpu:
         target = dict(platform="cuda", topology="1x1x1", target_config=H200)

@@ -42,7 +42,7 @@ from analysis.runs import ROOT, read_rows
 from analysis.statistics import interval
 from analysis.tables import cell, markdown, summaries
 from benchmarks import write_rows
-from common.envs import ONLINE
+from common.environments import ONLINE
 from common.errors import UserError
 
 METHODS = """meam qam qam_edit qam_fql baselines.bam baselines.fbrac baselines.fql baselines.fawac

@@ -30,7 +30,7 @@ from analysis.statistics import interval
 from analysis.style import GOAL_COLOURS, OPEN_AXES
 from analysis.tables import cell
 from benchmarks.learning import configuration, launch
-from common.envs import GOALS, MULTIGOAL_STEPS, multigoal
+from common.environments import GOALS, MULTIGOAL_STEPS, MultiGoal
 from common.errors import UserError
 
 METHODS = {  # label -> module, flags: trained until the return no longer rises
@@ -66,7 +66,7 @@ def train(command: str, options: Options) -> tuple[TrainedAgents, dict]:
     """Trains agents, or finds them trained; also returns a note of how they were made."""
     module, *flags = shlex.split(command)
     line = [module, *flags, "--num-seeds", str(options.seeds)]
-    launch([*line, "--run-dir", options.run_dir])
+    launch([*line, "--name", "default", "--run-dir", options.run_dir])
     folder = Path(options.run_dir, module.split(".")[-1], "multigoal/default")
     trained = load_agents(folder, 2)
     made_with = configuration(folder)["made_with"]
@@ -98,12 +98,19 @@ def play(script, args, state, episodes: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     num_agents = len(state.key)
     noise = rng.standard_normal((num_agents, episodes, 2), np.float32)
-    position = 0.1 * noise
+    position = np.float32(0.1) * noise
     path = [position]
+    planes = {}
+    for episode in np.ndindex(num_agents, episodes):
+        planes[episode] = MultiGoal()
+        planes[episode].position = position[episode]
+    over = np.zeros((num_agents, episodes), bool)
     goal = np.full((num_agents, episodes), -1)
     for age in range(MULTIGOAL_STEPS):
         action = choose(script, args, state, position, 1000, age)
-        position, _, over = multigoal(position, action)
+        position = np.zeros_like(position)
+        for episode, plane in planes.items():
+            position[episode], _, over[episode], *_ = plane.step(action[episode])
         way = position[..., None, :] - GOALS
         nearest = (way**2).sum(-1).argmin(-1)
         running = goal < 0

@@ -17,10 +17,8 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from analysis.agents import script_of
@@ -28,10 +26,12 @@ from analysis.command_line import run_program
 from analysis.runs import read_rows
 from benchmarks import as_table
 from benchmarks.throughput import put_row
-from common.data import Replay, spread
-from common.envs import EnvPool, make_env, seed_of
+from common.devices import shard_over_agents, zero_metrics
+from common.env_pool import EnvPool
+from common.environments import TRAINING, env_sizes, seeds_of
 from common.errors import UserError
-from common.run import configure
+from common.flags import configure
+from common.sampling import Replay
 
 KEY = ("script", "env", "agents", "hidden_dims", "batch_size", "device")
 COLUMNS = (
@@ -73,37 +73,26 @@ class Training:
     """Agents of an online script in their environments, trained as the script's main does it."""
 
     def __init__(self, script, args, agents: int):
-        env = make_env(args.env)
+        sizes = env_sizes(args.env)
+        observation_size, action_size = sizes
         self.script = script
-        self.args = dataclasses.replace(args, action_size=env.action_space.shape[0])
-        self.everyone = list(range(agents))
+        self.args = dataclasses.replace(args, action_size=action_size)
+        self.agents = [(1, seed) for seed in range(agents)]
         self.clock = 0
-        keys = jax.random.split(jax.random.PRNGKey(0), agents)
-        create = partial(script.create, self.args, env.observation_space.shape[0])
-        self.state = spread(jax.jit(jax.vmap(create))(keys))
-        self.pool = EnvPool([args.env] * agents)
-        self.pool.start(self.everyone, self.everyone)
-        self.taken = self.env_step(np.zeros((agents, 1, self.args.action_size), np.float32))
-        sizes = SimpleNamespace(observations=env.observation_space, actions=env.action_space)
-        self.replay = spread(Replay.create(agents, 100_000, sizes))
-        self.append()
-        learn = partial(script.learn, self.args)
-        shapes = jax.eval_shape(learn, self.state, None, self.replay)[1]
-        self.sums = spread(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes))
-
-    def env_step(self, plan: np.ndarray) -> dict:
-        """Makes an environment step of each agent with actions (agents, 1, d)."""
-        return self.pool.step(lambda *_: plan, self.everyone)
-
-    def append(self) -> None:
-        """Appends the last transitions to the replay."""
-        new = {name: x[:, None] for name, x in self.taken.items()}
-        self.replay = self.replay.append(new)
+        self.state = script.create_agents(self.args, self.agents, observation_size)
+        self.replay = shard_over_agents(Replay.create(agents, 100_000, *sizes))
+        step = partial(script.train_step, self.args)
+        self.metrics = zero_metrics(step, self.state, self.replay)
+        self.envs = EnvPool([args.env] * agents)
+        self.envs.reset(seeds_of(self.agents, 0))
+        self.envs.set_actions(np.zeros((agents, 1, 1, action_size), np.float32))
+        self.transitions = self.envs.step()
+        self.replay = self.replay.append(self.transitions)
 
     def update(self, count: int) -> None:
         """Makes updates in one program."""
-        self.state, self.sums = self.script.train_chunk(
-            self.args, self.state, self.sums, self.replay, count
+        self.state, self.metrics = self.script.train_chunk(
+            self.args, self.state, self.metrics, self.replay, count
         )
 
     def step(self, with_env: bool) -> None:
@@ -111,19 +100,18 @@ class Training:
 
         Without environments the last transitions are appended again.
         """
-        observations = np.stack(self.pool.states)[:, None]
-        seeds = self.pool.seeds[:, None]
-        ages = self.pool.ages[:, None]
-        plan = self.script.act(self.args, self.state, observations, seeds, ages, "explore")
-        plan = np.concatenate(plan)
+        inputs = self.envs.observations, self.envs.seeds, self.envs.ages
+        self.envs.set_actions(self.script.act(self.args, self.state, *inputs, "explore"))
         self.update(1)
         if with_env:
-            self.taken = self.env_step(plan)
-        self.append()
+            self.transitions = self.envs.step()
+        self.replay = self.replay.append(self.transitions)
         if with_env:
-            over = np.flatnonzero(self.taken["terminals"]).tolist()
             self.clock += 1
-            self.pool.start(over, [seed_of(i, self.clock) for i in over])
+            ended = self.transitions["terminals"] > 0
+            if ended.any():
+                seeds = seeds_of(self.agents, self.clock, TRAINING)
+                self.envs.reset(seeds, where=ended)
 
     def block(self, way: str, steps: int) -> float:
         """Returns the milliseconds of a step of the loop, or of an update."""

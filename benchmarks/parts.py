@@ -18,8 +18,8 @@ import jax
 
 from analysis.command_line import run_program
 from benchmarks.throughput import Size, Trained, describe, products, put_row, timed
-from common.data import sample
 from common.errors import UserError
+from common.sampling import sample
 
 COLUMNS = ("script", "size", "part", "device", "ms", "gflop", "gflop_per_s", "jax")
 OUT = Path(__file__).resolve().parent / "results/parts.csv"

@@ -20,7 +20,7 @@ from analysis.agents import script_of
 from analysis.command_line import run_program
 from analysis.runs import read_rows
 from benchmarks.learning import keep, portable, table
-from common.run import configure
+from common.flags import configure
 
 BITS = dict(float32=23, tf32=10, bfloat16=7)  # of the operands' mantissas
 

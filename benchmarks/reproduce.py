@@ -6,23 +6,23 @@
     python benchmarks/reproduce.py --only fmer-table2 --slurm > jobs.sh && sbatch jobs.sh
     python benchmarks/reproduce.py --only meam-table1 --run   runs them here, one after the other
 
-A run is an environment with all its tasks and seeds, in one process (docs/guides/scale.md: on
-several GPUs or hosts). Commands continue a run that was interrupted; one that is complete is not
-listed again, but with --all. The runs of qam-online begin with those of qam-table1. Domains of 100M
-transitions (puzzle-4x4, cube-quadruple) take their shards from --shards, or else the ordinary
-dataset.
+A run is an environment with all its tasks and seeds, in one process. With --slurm its seeds are
+divided: each job of the array trains a few of them, in a run folder of its own, and plot.py joins
+the folders (docs/guides/scale.md). Commands continue a run that was interrupted; one that is
+complete is not listed again, except with --all. The runs of qam-online begin with those of
+qam-table1. Domains of 100M transitions (puzzle-4x4, cube-quadruple) take their shards from
+--shards, or else the ordinary dataset.
 """
 
 import dataclasses
 import importlib
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
-
-import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,10 +31,10 @@ from analysis.command_line import run_program  # noqa: E402
 from analysis.panels import DOMAINS  # noqa: E402
 from analysis.runs import read_csv  # noqa: E402
 from benchmarks.learning import EIGHT_TASKS, METHODS, NINE, labelled  # noqa: E402 (run as a script)
-from common.data import LARGE  # noqa: E402
-from common.envs import ONLINE  # noqa: E402
+from common.datasets import LARGE  # noqa: E402
+from common.environments import ONLINE  # noqa: E402
 from common.errors import UserError  # noqa: E402
-from common.run import configure  # noqa: E402
+from common.flags import configure, read_command_line  # noqa: E402
 
 OTHER_DATA = """antmaze-large-stitch humanoidmaze-medium-stitch scene-noisy puzzle-3x3-noisy
     cube-double-noisy cube-triple-noisy""".split()
@@ -196,6 +196,8 @@ class Options:
     """Run the commands here, one after the other."""
     slurm: bool = False
     """Print a Slurm array job instead of the commands."""
+    seeds_per_job: int = 4
+    """Seeds of a run that one job of the array trains together."""
     all: bool = False
     """List complete runs as well."""
     run_dir: str = "runs"
@@ -234,7 +236,7 @@ def arguments(run: Run):
     script = importlib.import_module(run.module)
     words = ["--env", run.env, *shlex.split(run.flags)]
     defaults = configure(script.Args, script.ENV_DEFAULTS, run.env)
-    return tyro.cli(script.Args, args=words, default=defaults)
+    return read_command_line(script.Args, defaults, words)
 
 
 def steps(args) -> int:
@@ -257,8 +259,20 @@ def complete(run: Run, options: Options) -> bool:
     return max(table["step"]) >= last
 
 
+def split_seeds(run: Run, seeds_per_job: int) -> list[Run]:
+    """Returns runs of a few seeds each, which together are the run."""
+    num_seeds = int(re.search(r"--num-seeds (\d+)", run.flags)[1])
+    parts = []
+    for first in range(0, num_seeds, seeds_per_job):
+        count = min(seeds_per_job, num_seeds - first)
+        seeds = f"--seed {first} --num-seeds {count}"
+        flags = re.sub(r"--num-seeds \d+", seeds, run.flags)
+        parts.append(run._replace(name=f"{run.name}-seeds-{first}", flags=flags))
+    return parts
+
+
 def slurm(commands: list[str]) -> str:
-    """Returns an array job with an element per command."""
+    """Returns an array job that runs each command in a job of its own."""
     quoted = [f"    {shlex.quote(command)}" for command in commands]
     return "\n".join(
         [
@@ -300,7 +314,11 @@ def main(options: Options) -> None:
     if options.list:
         print(listing(runs_of(EXPERIMENTS)))
         return
+    if options.seeds_per_job < 1:
+        raise UserError("--seeds-per-job must be at least 1")
     runs = runs_of(options.only or EXPERIMENTS)
+    if options.slurm:
+        runs = [part for run in runs for part in split_seeds(run, options.seeds_per_job)]
     todo = [run for run in runs if options.all or not complete(run, options)]
     commands = [line(run, options) for run in todo]
     if len(todo) < len(runs):

@@ -12,10 +12,10 @@ and files are as hard to inflate as real ones. Then, in one process:
 - resident: peak of the process's resident memory while small networks are trained on a single file
   and on shards, above that before the data were read (Linux; 0 elsewhere). On a CPU this has the
   device's copies as well: of shards the one that is trained on and the next one;
-- train: rounds of an interval of qam.train_chunk on the next shard, begun by `Shards.at` as in a
-  script, and of as many updates on a single file, in turn. A round of shards ends when the load
-  that it began is done, so that it has one. Medians over the rounds; ratio and excess (what the
-  swap adds to its interval) are those of a round; `wait` is the time in `Shards.at`.
+- train: rounds of an interval of qam.train_chunk on the next shard, begun by `OfflineDataset.at` as
+  in a script, and of as many updates on a single file, in turn. A round of shards ends when the
+  load that it began is done, so that it has one. Medians over the rounds; ratio and excess (what
+  the swap adds to its interval) are those of a round; `wait` is the time in `OfflineDataset.at`.
 
 On a CPU reading takes the time of its threads from the training; seconds of the processor do not
 depend on what else the machine does. Another device waits only where reading (one thread) takes
@@ -39,13 +39,18 @@ import qam
 from analysis.command_line import run_program
 from benchmarks.learning import VERSIONS
 from benchmarks.throughput import describe
+from common import datasets
 from common.collect import collect
-from common.data import Replay, Shards, read, spread
-from common.envs import resolve
+from common.dataset_files import read
+from common.datasets import OfflineDataset
+from common.devices import shard_over_agents, zero_metrics
+from common.environments import resolve
+from common.sampling import Replay
 
 USED = ("observations", "actions", "terminals", "qpos", "button_states")
 OUT = Path(__file__).resolve().parent / "results/shards.json"
-
+SET = "set"  # folders of all shards, and of the first one alone
+SINGLE = "single"
 
 SIZES = {  # networks and batches of QAM; `medium` has those of a larger run, for a CPU
     "small": dict(hidden_dims=(128, 128), num_critics=2, flow_steps=5, batch_size=128),
@@ -76,12 +81,25 @@ class Options:
 
 
 def make(options: Options, source) -> list[Path]:
-    """Returns the files of the set, and makes those that are missing."""
+    """Returns the files of the set, and makes those that are missing.
+
+    A folder next to it has the first one alone.
+    """
     folder = Path(options.folder)
-    paths = [folder / f"{source.dataset}-v0-{i:03d}.npz" for i in range(options.shards)]
+    (folder / SET).mkdir(parents=True, exist_ok=True)
+    paths = [folder / SET / f"{source.dataset}-v0-{i:03d}.npz" for i in range(options.shards)]
     missing = [path for path in paths if not path.exists()]
-    if not missing:
-        return paths
+    if missing:
+        collect_shards(folder, paths, missing, options, source)
+    single = folder / SINGLE / paths[0].name
+    single.parent.mkdir(exist_ok=True)
+    single.unlink(missing_ok=True)
+    single.hardlink_to(paths[0])
+    return paths
+
+
+def collect_shards(folder: Path, paths: list, missing: list, options: Options, source) -> None:
+    """Makes missing files of the set from a small collection."""
     steps = 1000 * options.trajectories
     trajectories = {}
     with np.load(collect(source.dataset, steps, str(folder / "collected"))) as file:
@@ -92,7 +110,6 @@ def make(options: Options, source) -> list[Path]:
         rng = np.random.default_rng(paths.index(path))
         write_shard(path, trajectories, rng, options.transitions)
         print(f"made {path}", flush=True)
-    return paths
 
 
 def write_shard(path: Path, trajectories: dict, rng, transitions: int) -> None:
@@ -133,18 +150,19 @@ def reset_peak() -> None:
 class Training:
     """An agent of QAM, trained as main() of qam.py does it."""
 
-    def __init__(self, size, data):
-        self.args = qam.Args(**SIZES[size], action_size=data.actions.shape[-1])
-        create = partial(qam.create, self.args, data.observations.shape[-1])
-        keys = jax.random.split(jax.random.PRNGKey(0), 1)
-        self.state = spread(jax.jit(jax.vmap(create))(keys))
-        self.replay = spread(Replay.create(1, 0, data))
+    def __init__(self, size: str, dataset: OfflineDataset):
+        sizes = dataset.observation_size, dataset.action_size
+        self.args = qam.Args(**SIZES[size], action_size=dataset.action_size)
+        self.state = qam.create_agents(self.args, [(1, 0)], dataset.observation_size)
+        self.replay = shard_over_agents(Replay.create(1, 0, *sizes))
         self.task = jnp.zeros(1, jnp.int32)
+        step = partial(qam.train_step, self.args, dataset.at(0))
+        self.metrics = zero_metrics(step, self.state, self.replay, self.task)
 
-    def updates(self, shards, done, count):
+    def updates(self, dataset: OfflineDataset, done: int, count: int) -> tuple:
         """Makes `count` updates after `done`.
 
-        Returns seconds in all, seconds in `Shards.at`, and seconds of the processor, by all
+        Returns seconds in all, seconds in `OfflineDataset.at`, and seconds of the processor, by all
         threads.
         """
         start = time.perf_counter()
@@ -153,15 +171,21 @@ class Training:
         end = done + count
         while done < end:
             called = time.perf_counter()
-            data, stays = shards.at(done + 1)
+            data = dataset.at(done)
             waited += time.perf_counter() - called
-            steps = min(stays, end - done)
-            out = qam.train_chunk(self.args, self.state, data, self.replay, self.task, steps)
-            self.state, _ = jax.block_until_ready(out)
+            steps = min(dataset.updates_until_swap(done), end - done)
+            inputs = self.state, self.metrics, data, self.replay, self.task, steps
+            self.state, self.metrics = qam.train_chunk(self.args, *inputs)
+            jax.block_until_ready(self.state)
             done += steps
-        if shards._next[1]:
-            shards._next[1].result()
+        wait_for_load(dataset)
         return time.perf_counter() - start, waited, time.process_time() - used
+
+
+def wait_for_load(dataset: OfflineDataset) -> None:
+    """Waits until the shard that is being loaded is there."""
+    for load in dataset._loading.values():
+        load.result()
 
 
 def reading(path, source, unit, tasks) -> dict:
@@ -181,17 +205,17 @@ def reading(path, source, unit, tasks) -> dict:
     return row | dict(tasks=len(tasks), peak_shards=peak / unit, dataset_shards=kept / unit)
 
 
-def memory(training, load, sets, unit, options) -> dict:
-    """Returns for each of `sets` of files the peak of resident memory above what it was before.
+def memory(training, load, unit, options) -> dict:
+    """Returns for a single file and for shards the peak of resident memory above that before.
 
     The unit is a shard.
     """
     peaks = {}
-    for name, paths in sets.items():
+    for name, folder in dict(single=SINGLE, shards=SET).items():
         gc.collect()
         before = resident()
         reset_peak()
-        training.updates(load(paths), 0, 2 * options.interval)
+        training.updates(load(folder), 0, 2 * options.interval)
         peaks[name] = (resident(peak=True) - before) / unit
     return peaks
 
@@ -224,6 +248,7 @@ def train(training, single, many, options, first) -> dict:
 def main(options: Options) -> dict:
     """Makes the set, measures it, prints and writes the results."""
     source = resolve(options.env)
+    datasets.SWAP_INTERVAL = options.interval
     paths = make(options, source)
     with np.load(paths[0]) as file:
         unit = sum(file[key].nbytes for key in USED if key in file.files)
@@ -241,21 +266,22 @@ def main(options: Options) -> dict:
         results["read"].append(reading(paths[0], source, unit, tasks))
     print(results["read"], flush=True)
 
-    def load(paths):
-        return Shards(paths, source, (1,), True, 1, interval=options.interval)
+    def load(folder):
+        path = Path(options.folder, folder)
+        args = qam.Args(env=options.env, dataset_dir=str(path), tasks=(1,), sparse=True)
+        return OfflineDataset(args, 1)
 
-    single = load(paths[:1])
-    trained = {size: Training(size, single.at(1)[0]) for size in options.sizes}
+    single = load(SINGLE)
+    trained = {size: Training(size, single) for size in options.sizes}
     for training in trained.values():
         training.updates(single, 0, 1)  # compiles
     del single
-    sets = dict(single=paths[:1], shards=paths)
-    results["resident_peak_shards"] = memory(trained[options.sizes[0]], load, sets, unit, options)
+    results["resident_peak_shards"] = memory(trained[options.sizes[0]], load, unit, options)
     print(results["resident_peak_shards"], flush=True)
-    single = load(paths[:1])
-    many = load(paths)
-    many.at(1)
-    many._next[1].result()
+    single = load(SINGLE)
+    many = load(SET)
+    many.at(0)
+    wait_for_load(many)
     for i, (size, training) in enumerate(trained.items()):
         first = 1 + i * options.rounds
         results["train"][size] = train(training, single, many, options, first)

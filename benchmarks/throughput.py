@@ -32,8 +32,9 @@ from analysis.command_line import run_program
 from analysis.runs import read_rows
 from analysis.tables import markdown
 from benchmarks import write_rows
-from common.data import Batch, Dataset, Replay, spread
+from common.devices import replicate, shard_over_agents, zero_metrics
 from common.errors import UserError
+from common.sampling import Batch, Dataset, Replay
 from tools.shared_blocks import named
 
 
@@ -146,36 +147,44 @@ class Trained:
         self.args = self.script.Args(**known)
         keys = jax.random.split(jax.random.PRNGKey(0), agents)
         create = partial(self.script.create, self.args, S)  # one by one, as baselines/ppo.py says
-        self.state = spread(jax.jit(partial(jax.lax.map, create))(keys))
+        self.state = shard_over_agents(jax.jit(partial(jax.lax.map, create))(keys))
         rng = np.random.default_rng(0)
         self.data = random_dataset(rng, transitions if self.offline else 1000, S, d)
         self.rounds = 1  # updates of a call that cannot make fewer
         self.inputs = self._inputs(rng, transitions, S, d)
+        self.metrics = self._zero_metrics()
 
     def _inputs(self, rng, transitions: int, S: int, d: int) -> tuple:
-        """Returns the arrays that `train_chunk` takes after the state."""
+        """Returns the arrays that `train_chunk` takes after state and metrics."""
         agents = self.agents
         if self.offline:
-            self.data = spread(self.data, agents)
+            self.data = replicate(self.data, agents)
             task = jnp.zeros(agents, jnp.int32)
         if hasattr(self.args, "offline_steps"):  # Their replay is empty then.
-            return self.data, spread(Replay.create(agents, 0, self.data)), task
+            return self.data, shard_over_agents(Replay.create(agents, 0, S, d)), task
         if hasattr(self.args, "rollout_steps"):  # PPO learns from rollouts alone.
             steps = self.args.rollout_steps
             self.rounds = self.args.epochs * (steps // self.args.batch_size)
-            return (spread(random_transitions(rng, (agents, 1, steps), S, d)),)
+            return (shard_over_agents(random_transitions(rng, (agents, 1, steps), S, d)),)
         rows = random_transitions(rng, (agents, transitions), S, d)
-        replay = spread(Replay(**rows, size=np.full(agents, transitions, np.int32)))
+        sizes = np.full(agents, transitions, np.int32)
+        replay = shard_over_agents(Replay(**rows, size=sizes))
         if self.offline:  # RLPD learns from its own transitions as well.
             return self.data, replay, task
-        learn = partial(self.script.learn, self.args)
-        shapes = jax.eval_shape(learn, self.state, None, replay)[1]
-        sums = spread(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes))
-        return sums, replay
+        return (replay,)
+
+    def _zero_metrics(self) -> dict:
+        """Returns the sums of metrics before the first update."""
+        step = partial(self.script.train_step, self.args)
+        inputs = self.inputs
+        if self.offline:
+            step = partial(step, self.data)
+            inputs = inputs[1:]  # without the data, which has no axis of agents
+        return zero_metrics(step, self.state, *inputs)
 
     def call(self, updates: int) -> tuple:
         """Returns what `train_chunk` is called with."""
-        inputs = (self.args, self.state, *self.inputs)
+        inputs = (self.args, self.state, self.metrics, *self.inputs)
         if self.rounds > 1:
             return inputs
         return (*inputs, updates)
@@ -187,8 +196,8 @@ class Trained:
             calls = max(1, round(updates / self.rounds))
         start = time.perf_counter()
         for _ in range(calls):
-            self.state, metrics = self.train(*self.call(updates))
-        jax.block_until_ready((self.state, metrics))
+            self.state, self.metrics = self.train(*self.call(updates))
+        jax.block_until_ready((self.state, self.metrics))
         return time.perf_counter() - start
 
     def flops(self) -> float:

@@ -20,8 +20,8 @@ from analysis.agents import load_agents
 from analysis.command_line import run_program
 from analysis.runs import ROOT, read_flags
 from benchmarks import as_table, write_rows
-from common.data import locate
-from common.envs import make_env, resolve
+from common.dataset_files import locate
+from common.environments import make_env, resolve
 from common.errors import UserError
 
 

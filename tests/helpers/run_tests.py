@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-
 from common.data import Shards, read
 from common.envs import TRAINING, make_env, resolve, seed_of
+
 from common.run import Run
 from tests.helpers.flags import ENV, TINY
 from tests.helpers.runs import (

@@ -35,9 +35,9 @@ from benchmarks.shares import main as shares_main
 from benchmarks.shares import shares
 from benchmarks.values import by_table
 from common.collect import ant as common_ant
-from common.envs import GOALS, make_env
+from common.environments import GOALS, make_env
 from common.errors import UserError
-from common.run import parse
+from common.flags import parse
 from tests.helpers.messages import stops
 
 AGENTS = 2

@@ -9,7 +9,7 @@ import pytest
 import tyro
 from matplotlib.mathtext import MathTextParser
 
-from common.run import parse
+from common.flags import parse
 from tools.shared_blocks import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]

@@ -19,8 +19,8 @@ from analysis.evaluations import IGNORED, method_names, organise, read_results, 
 from analysis.runs import find_runs
 from analysis.statistics import centre, interval
 from benchmarks import multigoal
-from common.envs import make_env
-from common.run import FREE
+from common.environments import make_env
+from common.flags import FREE
 from plot import Options, main
 from tests.helpers.messages import stops
 from tools.shared_blocks import ROOT

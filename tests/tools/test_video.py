@@ -15,7 +15,7 @@ from analysis.agents import load_agents
 from baselines import sac
 from common import envs
 from common.errors import UserError
-from common.run import parse
+from common.flags import parse
 from tests.helpers.flags import tiny_args
 from tools.shared_blocks import ROOT
 
