@@ -289,11 +289,12 @@ def test_variants_of_a_program():
 def test_shapes_of_many_agents():
     """What `train_chunk` takes for three agents, from one: the data and the count have no axis."""
     trained = throughput.Trained("baselines.rebrac", "small", 1, 100)
-    state, data, replay, task, updates = gpu.shapes(trained, 3, jax.devices()[0])
-    assert {x.shape[0] for x in jax.tree.leaves((state, replay, task))} == {3}
+    inputs = gpu.shapes(trained, 3, jax.devices()[0])
+    state, metrics, data, replay, task, updates = inputs
+    assert {x.shape[0] for x in jax.tree.leaves((state, metrics, replay, task))} == {3}
     assert data.actions.shape == trained.data.actions.shape and updates.shape == ()
-    kept = jax.eval_shape(trained.train, trained.args, state, data, replay, task, updates)[0]
-    assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, state)
+    kept = jax.eval_shape(trained.train, trained.args, *inputs)
+    assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, (state, metrics))
 
 
 def test_estimated_times():
@@ -496,7 +497,7 @@ def test_the_ants_expert_is_a_runs_policy(tmp_path, monkeypatch):
     """`walk` with what is kept of a run of sac.py gives the mode of its policy."""
     monkeypatch.setattr(common_ant, "WEIGHTS", tmp_path / "ant.npz")
     flags = "--env online-ant-xy --total-steps 30 --warmup-steps 20 --hidden-dims 16 8 --workers 1"
-    flags += " --eval-interval 30 --eval-episodes 1 --batch-size 4 --replay-size 30"
+    flags += " --eval-interval 30 --eval-episodes 1 --batch-size 4 --replay-size 30 --name default"
     sac.main(parse(sac.Args, sac.ENV_DEFAULTS, [*flags.split(), "--run-dir", str(tmp_path)]))
     folder = tmp_path / "sac/online-ant-xy/default"
     ant.keep(folder, common_ant.WEIGHTS)

@@ -16,7 +16,6 @@ from matplotlib.colors import to_rgb
 import plot
 from analysis import published, run_figures, style
 from analysis.evaluations import IGNORED, method_names, organise, read_results, read_runs
-from analysis.runs import find_runs
 from analysis.statistics import centre, interval
 from benchmarks import multigoal
 from common.environments import make_env
@@ -129,6 +128,16 @@ def test_names_of_methods():
     assert set(FREE) <= set(IGNORED)
 
 
+def test_lengths_of_runs():
+    """A longer run is the same method. A longer offline phase before an online one is another."""
+    run = lambda **steps: ("qam", dict(env="scene", **steps))
+    longer = [run(offline_steps=5, online_steps=0), run(offline_steps=9, online_steps=0)]
+    assert method_names(longer) == ["qam", "qam"]
+    both = [run(offline_steps=5, online_steps=5), run(offline_steps=9, online_steps=5)]
+    assert method_names(both) == ["qam, offline_steps 5", "qam, offline_steps 9"]
+    assert method_names([both[0], run(offline_steps=5, online_steps=9)]) == ["qam", "qam"]
+
+
 def test_offline_and_online_runs_together(tmp_path, capsys):
     """Success, whichever comes first, and a line on those that have none."""
     offline = run_folder(tmp_path, name="z")
@@ -195,17 +204,6 @@ def test_files_that_have_the_same_agents(tmp_path, capsys):
     np.testing.assert_allclose(numbers, [[score(1, 0, step) for step in STEPS]])
     said = capsys.readouterr().err.splitlines()
     assert said == [f"Skipping agents of {c} that {folder} holds as well: qam, task 1, seed 0"]
-
-
-def test_shares_of_several_hosts(tmp_path, capsys):
-    """The folder above them stands for all; a missing share is said."""
-    for i in (0, 1):
-        folder = run_folder(tmp_path, name=f"run/share-{i}-of-3", seeds=(i,))
-    (single,) = found(*find_runs(folder.parent)).values()
-    assert single["cube-double-play"][1][1].shape == (2, 2)
-    assert capsys.readouterr().err == f"{folder.parent} holds 2 of 3 shares\n"
-    main(Options(paths=(str(folder.parent),)))
-    assert all((folder.parent / f"share-{i}-of-3/curve.png").exists() for i in (0, 1))
 
 
 def test_a_run_that_has_just_begun(tmp_path, capsys):

@@ -4,25 +4,23 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import qam
 import video
-from analysis.agents import load_agents
 from baselines import sac
-from common import envs
 from common.errors import UserError
 from common.flags import parse
+from common.workers import Slot
 from tests.helpers.flags import tiny_args
 from tools.shared_blocks import ROOT
 
 SIZE = 16
 
 
-class Pictured(envs.Slot):
+class Pictured(Slot):
     """An environment whose pictures need no OpenGL: a bar that grows by a row with every one."""
 
     count, visited = 0, []  # of all
@@ -76,28 +74,10 @@ def test_offline(offline, pictured, capsys):
     assert "episode 1: success 0, return -1000.0, 1000 steps" in capsys.readouterr().out
 
 
-def test_a_share(offline, tmp_path, pictured, monkeypatch):
-    """Of two hosts, the second has every other agent: those of seed 4."""
-    share = tmp_path / "qam/pointmaze-medium/default/share-1-of-2"
-    shutil.copytree(offline, share)
-    saved = load_agents(offline, 2)
-    half = saved._replace(state=jax.tree.map(lambda x: x[1::2], saved.state))
-    monkeypatch.setattr(video, "load_agents", lambda *_: half)
-    for task, i in ((2, 1), (1, 3)):
-        Pictured.visited.clear()
-        video.main(video.Options(str(share), task=task, every=1000, size=SIZE))
-        expected = np.load(offline / "rollouts.npz")[f"path{2 * i}"]
-        np.testing.assert_allclose(Pictured.visited[:50], expected[:50], atol=1e-3)
-    with pytest.raises(UserError, match=r"it has \[\(2, 4\), \(1, 4\)\]"):
-        video.main(video.Options(str(share), seed=3))
-    monkeypatch.undo()
-    assert load_agents(share, 2).script.__name__ == "qam"
-
-
 def test_online(tmp_path, pictured, capsys):
     """The first agent, acting as in evaluations; the last picture is of the last step; --out."""
     flags = "--env hopper --total-steps 8 --warmup-steps 4 --hidden-dims 8 --workers 1 --seed 2"
-    flags += " --eval-interval 8 --eval-episodes 1 --batch-size 4 --run-dir"
+    flags += " --eval-interval 8 --eval-episodes 1 --batch-size 4 --name default --run-dir"
     sac.main(parse(sac.Args, sac.ENV_DEFAULTS, [*flags.split(), str(tmp_path)]))
     folder, out = tmp_path / "sac/hopper/default", tmp_path / "film.gif"
     video.main(video.Options(str(folder), every=1000, size=SIZE, out=str(out)))
