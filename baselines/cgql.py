@@ -25,7 +25,7 @@ import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
@@ -46,10 +46,11 @@ from common.errors import UserError
 from common.flags import (
     NonNegativeFloat,
     NonNegativeInt,
+    OnlineStep,
     PositiveFloat,
     PositiveInt,
     Precision,
-    Range,
+    TaskNumber,
     UnitInterval,
     launch,
 )
@@ -85,7 +86,7 @@ class Args:
     # --- environment and data ---
     env: str = "pointmaze-medium"  # Short name (puzzle-4x4), dataset or full OGBench name.
     # Tasks 1 to 5, trained at once on one copy of the data.
-    tasks: tuple[Annotated[int, Range(1, 5)], ...] = (1,)
+    tasks: tuple[TaskNumber, ...] = (1,)
     # Folder with OGBench's file or its 100M shards (default: OGBench's cache, then data/).
     dataset_dir: str = ""
     # Makes a missing dataset with this many transitions of OGBench's scripted expert (0: off).
@@ -101,8 +102,7 @@ class Args:
     offline_steps: NonNegativeInt = 1_000_000  # Gradient updates on the dataset.
     # Environment steps after that, each followed by an update (paper: 500,000).
     online_steps: NonNegativeInt = 0
-    # First environment step that is followed by an update.
-    start_training: Annotated[int, Range(1, "online_steps")] = 5_000
+    start_training: OnlineStep = 5_000  # First environment step that is followed by an update.
     eval_interval: PositiveInt = 50_000  # Updates between evaluations, each with a checkpoint.
     eval_episodes: PositiveInt = 50  # Episodes per evaluation and agent.
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
@@ -391,11 +391,11 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
 # --- shared: many agents -------------------------------------------------------------------------
 
 
-def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
-    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+def create_agents(args: Args, agents: list, observation_size: int) -> State:
+    """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
-    return shard_over_agents(create_all(jnp.stack(keys)))
+    return create_all(jnp.stack(keys))
 
 
 @partial(jax.jit, static_argnames="args")
@@ -477,28 +477,32 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 def main(args: Args) -> list[dict]:
     """Trains all agents, first on the dataset, then in their environments.
 
-    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
+    --eval-interval steps, and where a phase ends, it saves a checkpoint, and the agents are then
+    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    # An agent is a task and a seed. All arrays have a leading axis of agents.
     agents = [(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)]
     dataset = OfflineDataset(args, len(agents))
     sizes = dataset.observation_size, dataset.action_size
     args = dataclasses.replace(args, action_size=dataset.action_size)
     total_steps = args.offline_steps + args.online_steps
     with Run(__file__, args, agents, dataset.identity, (args.offline_steps, total_steps)) as run:
-        # Set up. All arrays have a leading axis of agents. The replay is empty while offline.
+        # Set up. The replay is empty while offline; `metrics` are sums since the last logged row.
         state = create_agents(args, agents, dataset.observation_size)
-        replay = shard_over_agents(Replay.create(len(agents), 0, *sizes))
+        replay = Replay.create(len(agents), 0, *sizes)
         task_rows = jnp.array([args.tasks.index(task) for task, _ in agents])
         metrics = zero_metrics(partial(train_step, args, dataset.at(0)), state, replay, task_rows)
         env_names = [single_task(args.env, task) for task, _ in agents]
-        eval_envs = EnvPool(env_names, min(args.eval_slots, args.eval_episodes), args.workers)
-        envs = EnvPool(env_names if args.online_steps else [], 1, args.workers)
+        eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
+        envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint, if there is one.
+        # Continue from the last checkpoint, if there is one: `saved` is its content.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
-            run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+            results = evaluate(args, state, eval_envs, agents, step)
+            run.log_evaluation(step, results)
         if args.eval_only:
             return run.finish()
 
@@ -508,12 +512,14 @@ def main(args: Args) -> list[dict]:
             updates = min(run.updates_until_due(step), dataset.updates_until_swap(step))
             state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, updates)
             step = step + updates
-            metrics = run.log_and_save(step, metrics, dict(state=state, envs=envs.save()), replay)
+            content = dict(state=state, envs=envs.save())
+            metrics = run.log_and_save(step, metrics, content, replay)
             if run.evaluation_due:
-                run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+                results = evaluate(args, state, eval_envs, agents, step)
+                run.log_evaluation(step, results)
 
         # Online phase: every agent makes one environment step, then one update.
-        replay = shard_over_agents(Replay.create(len(agents), args.online_steps, *sizes))
+        replay = Replay.create(len(agents), args.online_steps, *sizes)
         replay = replay.refill(saved["replay"])
         if step > args.offline_steps:  # the run was stopped in this phase
             envs.load(saved["envs"], saved["replay"]["actions"][:, None])
@@ -532,9 +538,11 @@ def main(args: Args) -> list[dict]:
                 data = dataset.at(step)
                 state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, 1)
             step = step + 1
-            metrics = run.log_and_save(step, metrics, dict(state=state, envs=envs.save()), replay)
+            content = dict(state=state, envs=envs.save())
+            metrics = run.log_and_save(step, metrics, content, replay)
             if run.evaluation_due:
-                run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+                results = evaluate(args, state, eval_envs, agents, step)
+                run.log_evaluation(step, results)
         return run.finish()
 
 

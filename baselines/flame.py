@@ -29,7 +29,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 if __name__ == "__main__":  # `python baselines/flame.py` finds common/ next to baselines/
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
@@ -52,7 +52,7 @@ from common.flags import (
     PositiveFloat,
     PositiveInt,
     Precision,
-    Range,
+    StepOfRun,
     UnitInterval,
     launch,
 )
@@ -101,9 +101,8 @@ class Args:
     num_seeds: PositiveInt = 1  # Agents trained at once: seed, seed + 1, ...
     total_steps: PositiveInt = 1_000_000  # Environment steps of every agent.
     # Initial steps with uniformly random actions and no updates.
-    warmup_steps: Annotated[int, Range(1, "total_steps")] = 10_000
-    # Environment steps per update.
-    env_steps_per_update: Annotated[int, Range(1, "total_steps")] = 1
+    warmup_steps: StepOfRun = 10_000
+    env_steps_per_update: StepOfRun = 1  # Environment steps per update.
     replay_size: PositiveInt = 1_000_000  # Transitions that are kept; the oldest are overwritten.
     eval_interval: PositiveInt = 10_000  # Steps between evaluations, each with a checkpoint.
     eval_episodes: PositiveInt = 10  # Episodes per evaluation and agent.
@@ -453,11 +452,11 @@ MODES = ("best", "single")  # Ways to choose evaluation actions; the first one i
 # --- shared: many agents -------------------------------------------------------------------------
 
 
-def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
-    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+def create_agents(args: Args, agents: list, observation_size: int) -> State:
+    """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
-    return shard_over_agents(create_all(jnp.stack(keys)))
+    return create_all(jnp.stack(keys))
 
 
 @partial(jax.jit, static_argnames=("args", "mode"))
@@ -533,28 +532,32 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
-    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
+    --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
+    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]
     sizes = env_sizes(args.env)
     observation_size, action_size = sizes
     args = dataclasses.replace(args, action_size=action_size)
     with Run(__file__, args, agents, {}, ends=(args.total_steps,)) as run:
-        # Set up. All arrays have a leading axis of agents.
+        # Set up. `metrics` are sums over the updates since the last logged row.
         state = create_agents(args, agents, observation_size)
         capacity = min(args.replay_size, args.total_steps)
-        replay = shard_over_agents(Replay.create(len(agents), capacity, *sizes))
+        replay = Replay.create(len(agents), capacity, *sizes)
         metrics = zero_metrics(partial(train_step, args), state, replay)
         env_names = [args.env] * len(agents)
-        eval_envs = EnvPool(env_names, min(args.eval_slots, args.eval_episodes), args.workers)
+        eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint, if there is one.
+        # Continue from the last checkpoint, if there is one: `saved` is its content.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
-            run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+            results = evaluate(args, state, eval_envs, agents, step)
+            run.log_evaluation(step, results)
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
@@ -580,9 +583,11 @@ def main(args: Args) -> list[dict]:
             ended = transitions["terminals"] > 0
             if ended.any():
                 envs.reset(seeds_of(agents, step, TRAINING), where=ended)
-            metrics = run.log_and_save(step, metrics, dict(state=state, envs=envs.save()), replay)
+            content = dict(state=state, envs=envs.save())
+            metrics = run.log_and_save(step, metrics, content, replay)
             if run.evaluation_due:
-                run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+                results = evaluate(args, state, eval_envs, agents, step)
+                run.log_evaluation(step, results)
         return run.finish()
 
 

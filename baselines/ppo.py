@@ -363,13 +363,13 @@ MODES = ("mean",)  # Ways to choose actions in evaluations.
 # --- forked: many agents (all epochs of a rollout at once) ---------------------------------------
 
 
-def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
-    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+def create_agents(args: Args, agents: list, observation_size: int) -> State:
+    """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     # One agent after the other: on a CPU with few cores the orthogonal matrices of several agents
     # wait for one another forever (jaxlib 0.10: blocked threads of one pool).
     create_all = jax.jit(partial(jax.lax.map, partial(create, args, observation_size)))
-    return shard_over_agents(create_all(jnp.stack(keys)))
+    return create_all(jnp.stack(keys))
 
 
 @partial(jax.jit, static_argnames=("args", "mode"))
@@ -487,29 +487,33 @@ def collect_rollout(
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
-    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
+    --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
+    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]
     observation_size, action_size = env_sizes(args.env)
     args = dataclasses.replace(args, action_size=action_size)
     total_steps = args.total_steps // args.rollout_steps * args.rollout_steps
     with Run(__file__, args, agents, {}, ends=(total_steps,)) as run:
-        # Set up. All arrays have a leading axis of agents.
+        # Set up. `metrics` are sums over the updates since the last logged row.
         state = create_agents(args, agents, observation_size)
         rollout = empty_rollout(args, len(agents), observation_size)
         metrics = zero_metrics(partial(train_step, args), state, rollout)
         env_names = [args.env] * len(agents)
-        eval_envs = EnvPool(env_names, min(args.eval_slots, args.eval_episodes), args.workers)
+        eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, args.num_envs, args.workers)
         played = np.zeros((*envs.shape, 0, action_size), np.float32)  # in the running episodes
 
-        # Continue from the last checkpoint, if there is one.
+        # Continue from the last checkpoint, if there is one: `saved` is its content.
         content = dict(state=state, metrics=metrics, envs=envs.save(), played=played)
         step, saved = run.restore(content)
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
-            run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+            results = evaluate(args, state, eval_envs, agents, step)
+            run.log_evaluation(step, results)
         if args.eval_only:
             return run.finish()
         played = saved["played"]
@@ -528,7 +532,8 @@ def main(args: Args) -> list[dict]:
             content = dict(state=state, envs=envs.save(), played=played)
             metrics = run.log_and_save(step, metrics, content)
             if run.evaluation_due:
-                run.log_evaluation(step, evaluate(args, state, eval_envs, agents, step))
+                results = evaluate(args, state, eval_envs, agents, step)
+                run.log_evaluation(step, results)
         return run.finish()
 
 

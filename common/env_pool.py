@@ -7,6 +7,7 @@ whichever process plays it.
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from common.errors import UserError
 from common.workers import Slots, Workers, cores
@@ -35,31 +36,35 @@ class EnvPool:
         self.observations = np.zeros((*shape, 0), np.float32)
         self.plans = np.zeros((*shape, 0, 0), np.float32)  # the actions that were set last
         self.played = np.zeros(shape, np.int32)  # how many actions of each plan were played
-        slot_names = [name for name in names for _ in range(slots)]
-        if set(names) <= set(IN_PROCESS):
-            self._slots = Slots(slot_names)
-        else:
-            count = min(workers or cores(), len(slot_names))
-            self._slots = Workers(slot_names, count)
+        self._names = [name for name in names for _ in range(slots)]
+        self._num_workers = min(workers or cores(), len(self._names))
+        self._slots = None  # they are made when they are first used
 
-    def _call(self, method: str, where: np.ndarray, *arguments: np.ndarray) -> list[tuple]:
+    def _call(self, method: str, where: ndarray, *arguments: ndarray) -> list[tuple]:
         """Calls a method of the slots in the mask `where`, each with its rows of the arguments."""
         jobs = []
         for agent, slot in np.argwhere(where):
             index = int(agent * self.shape[1] + slot)
             rows = tuple(values[agent, slot] for values in arguments)
             jobs.append((index, method, rows))
-        results = self._slots.run(jobs)
+        results = self._make_slots().run(jobs)
         self._observe(where, [observation for observation, *_ in results])
         return results
 
-    def _observe(self, where: np.ndarray, observations: list[np.ndarray]) -> None:
+    def _make_slots(self) -> Slots | Workers:
+        if self._slots is None and set(self._names) <= set(IN_PROCESS):
+            self._slots = Slots(self._names)
+        elif self._slots is None:
+            self._slots = Workers(self._names, self._num_workers)
+        return self._slots
+
+    def _observe(self, where: ndarray, observations: list[ndarray]) -> None:
         if self.observations.shape[-1] == 0:  # the first time
             size = observations[0].size
             self.observations = np.zeros((*self.shape, size), np.float32)
         self.observations[where] = observations
 
-    def reset(self, seeds: np.ndarray, where: np.ndarray | None = None) -> None:
+    def reset(self, seeds: ndarray, where: ndarray | None = None) -> None:
         """Begins an episode with each seed (agents, slots), only in the mask `where` if given."""
         if where is None:
             where = np.ones(self.shape, bool)
@@ -69,7 +74,7 @@ class EnvPool:
         self.played[where] = self.plans.shape[2]
 
     @property
-    def _used_up(self) -> np.ndarray:
+    def _used_up(self) -> ndarray:
         """The mask of slots that have played all of their actions."""
         return self.played >= self.plans.shape[2]
 
@@ -87,7 +92,7 @@ class EnvPool:
         self.plans[used_up] = plans[used_up]
         self.played[used_up] = 0
 
-    def random_actions(self, action_size: int) -> np.ndarray:
+    def random_actions(self, action_size: int) -> ndarray:
         """Returns uniform actions (agents, slots, 1, d), drawn from each episode's seed and age."""
         actions = np.zeros((*self.shape, 1, action_size), np.float32)
         for slot in np.ndindex(self.shape):
@@ -96,30 +101,42 @@ class EnvPool:
             actions[slot] = generator.uniform(-1, 1, (1, action_size))
         return actions
 
-    def step(self) -> dict[str, np.ndarray]:
+    def step(self) -> dict[str, ndarray]:
         """Plays the next action of each active slot.
 
         Returns float32 arrays (agents, slots, ...): observations, actions, next_observations,
         rewards, masks (0 where the task, not the clock, ended the episode), terminals (1 where the
         episode ended) and success.
         """
-        next_action = np.minimum(self.played, self.plans.shape[2] - 1)[..., None, None]
-        actions = np.take_along_axis(self.plans, next_action, axis=2).squeeze(2)
-        transitions = dict(observations=self.observations.copy(), actions=actions)
-        results = self._call("step", self.active, actions)
+        active = self.active
+        last = self.plans.shape[2] - 1
+        index = np.minimum(self.played, last)
+        actions = np.take_along_axis(self.plans, index[..., None, None], axis=2)
+        actions = actions.squeeze(2)
+        transitions = dict(
+            observations=self.observations.copy(),
+            actions=actions,
+        )
+        results = self._call("step", active, actions)
         for i, name in enumerate(RESULTS):
             rows = np.array([result[i] for result in results], np.float32)
-            transitions[name] = np.zeros((*self.shape, *rows.shape[1:]), np.float32)
-            transitions[name][self.active] = rows
-        self.ages[self.active] += 1
-        self.played[self.active] += 1
+            column = np.zeros((*self.shape, *rows.shape[1:]), np.float32)
+            column[active] = rows
+            transitions[name] = column
+        self.ages[active] += 1
+        self.played[active] += 1
         return transitions
 
-    def save(self) -> dict[str, np.ndarray]:
+    def save(self) -> dict[str, ndarray]:
         """Returns everything `load` needs except the actions that were played."""
-        return dict(seeds=self.seeds, ages=self.ages, plans=self.plans, played=self.played)
+        return dict(
+            seeds=self.seeds,
+            ages=self.ages,
+            plans=self.plans,
+            played=self.played,
+        )
 
-    def load(self, saved: dict[str, np.ndarray], actions: np.ndarray) -> None:
+    def load(self, saved: dict[str, ndarray], actions: ndarray) -> None:
         """Plays the running episodes again; `actions` (agents, slots, steps, d) are the latest."""
         self.seeds = np.array(saved["seeds"])
         self.ages = np.array(saved["ages"])
@@ -137,17 +154,23 @@ class Episodes:
     with the visited states.
     """
 
-    def __init__(self, pool: EnvPool, seeds: np.ndarray):
-        self.pool, self.seeds = pool, seeds
-        self.results = {name: np.zeros(seeds.shape) for name in ("success", "return", "length")}
-        self.results["path"] = np.empty(seeds.shape, object)
+    def __init__(self, pool: EnvPool, seeds: ndarray):
+        self.pool = pool
+        self.seeds = seeds
+        paths = np.empty(seeds.shape, object)
         for episode in np.ndindex(seeds.shape):
-            self.results["path"][episode] = []
+            paths[episode] = []
+        self.results = {
+            "success": np.zeros(seeds.shape),
+            "return": np.zeros(seeds.shape),
+            "length": np.zeros(seeds.shape),
+            "path": paths,
+        }
         agents, slots = pool.shape
         self.numbers = np.tile(np.arange(slots), (agents, 1))  # of the episode in each slot
         self._begin(np.ones(pool.shape, bool))
 
-    def _begin(self, where: np.ndarray) -> None:
+    def _begin(self, where: ndarray) -> None:
         """Begins the next episodes in the slots `where`, if their agents have any left."""
         num_episodes = self.seeds.shape[1]
         self.pool.active = self.numbers < num_episodes
@@ -165,14 +188,16 @@ class Episodes:
     def step(self) -> None:
         """Plays a step in every active slot, and begins the next episodes."""
         transitions = self.pool.step()
-        results = self.results
-        for agent, slot in np.argwhere(self.pool.active):
-            episode = agent, self.numbers[agent, slot]
-            results["success"][episode] = transitions["success"][agent, slot]
-            results["return"][episode] += transitions["rewards"][agent, slot]
-            results["length"][episode] += 1
-            results["path"][episode].append(transitions["next_observations"][agent, slot])
-        ended = self.pool.active & (transitions["terminals"] > 0)
+        active = self.pool.active
+        for agent, slot in np.argwhere(active):
+            number = self.numbers[agent, slot]
+            row = {name: values[agent, slot] for name, values in transitions.items()}
+            self.results["success"][agent, number] = row["success"]
+            self.results["return"][agent, number] += row["rewards"]
+            self.results["length"][agent, number] += 1
+            path = self.results["path"][agent, number]
+            path.append(row["next_observations"])
+        ended = active & (transitions["terminals"] > 0)
         if ended.any():
             self.numbers[ended] += self.pool.shape[1]
             self._begin(ended)

@@ -37,6 +37,9 @@ PositiveFloat = Annotated[float, Range(0, exclusive=True)]
 NonNegativeInt = Annotated[int, Range(0)]
 NonNegativeFloat = Annotated[float, Range(0)]
 UnitInterval = Annotated[float, Range(0, 1)]
+TaskNumber = Annotated[int, Range(1, 5)]
+OnlineStep = Annotated[int, Range(1, "online_steps")]
+StepOfRun = Annotated[int, Range(1, "total_steps")]
 Precision = Literal["default", "float32", "bfloat16"]
 
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from common.devices import shard_over_agents
+
 
 @flax.struct.dataclass
 class Dataset:
@@ -43,10 +45,12 @@ class Replay:
     size: Array  # (agents,) int32, number of transitions ever appended
 
     @classmethod
-    def create(cls, num_agents: int, capacity: int, observation_size: int, action_size: int):
+    def create(
+        cls, num_agents: int, capacity: int, observation_size: int, action_size: int
+    ) -> "Replay":
         """Returns an empty replay, spread over the devices of the agents."""
         shape = num_agents, capacity
-        return cls(
+        replay = cls(
             observations=jnp.zeros((*shape, observation_size)),
             next_observations=jnp.zeros((*shape, observation_size)),
             actions=jnp.zeros((*shape, action_size)),
@@ -55,6 +59,7 @@ class Replay:
             terminals=jnp.zeros(shape),
             size=jnp.zeros(num_agents, jnp.int32),
         )
+        return shard_over_agents(replay)
 
     @partial(jax.jit, donate_argnums=0)
     def append(self, transitions: dict[str, Array]) -> "Replay":

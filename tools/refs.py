@@ -76,10 +76,11 @@ def table(paths: list[Path]) -> str:
         for function, remark in remarks(path):
             places.setdefault((remark, function), {})[path] = None
     lines = ["| remark | in | of |", "|---|---|---|"]
-    for (remark, function), found in sorted(places.items(), key=lambda item: -len(item[1])):
-        links = [f"[{path.stem}](../../{path.relative_to(ROOT)})" for path in found]
+    most_common_first = sorted(places.items(), key=lambda place: -len(place[1]))
+    for (remark, function), found in most_common_first:
+        links = ", ".join(f"[{path.stem}](../../{path.relative_to(ROOT)})" for path in found)
         text = remark.replace("|", r"\|").replace("*", r"\*")
-        lines.append(f"| {text} | `{function}` | {', '.join(links)} |")
+        lines.append(f"| {text} | `{function}` | {links} |")
     return "\n".join(lines) + "\n"
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from baselines import cgql
 from common.errors import UserError
-from common.run import parse
+from common.flags import parse
 from tests.helpers import reference
 from tests.helpers.reference import (
     check_loss,

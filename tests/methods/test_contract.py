@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from common.envs import ONLINE, resolve
+from common.environments import ONLINE, resolve
 from common.networks import Critic, Field, TanhGaussian
 from tools import diffs, pages, shared_blocks
 
@@ -49,9 +49,10 @@ DIFFERENT = dict(
 OWN_VALUES = """reward_scale critic_lr alpha_lr act_candidates flow_steps diffusion_steps
 schedule beta_scale start_scale noise_scale alpha_init alpha_period""".split()
 ORDER = dict(
-    offline="Args ENV_DEFAULTS State create update act train_chunk evaluate main".split(),
-    online="Args ENV_DEFAULTS State create sample_actions update MODES act learn train_chunk "
-    "train_on_plane evaluate main".split(),
+    offline="Args ENV_DEFAULTS State create update create_agents act train_step train_chunk "
+    "evaluate main".split(),
+    online="Args ENV_DEFAULTS State create sample_actions update MODES create_agents act "
+    "train_step train_chunk evaluate main".split(),
 )
 APART = ["baselines.ppo"]  # on-policy: no replay, and a loop of its own
 

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from baselines import dipo
-from common.data import Replay
+from common.sampling import Replay
 from tests.helpers import online_reference as online
 from tests.helpers.diffusion import (
     KEY,

@@ -16,7 +16,7 @@ import scipy.stats
 
 from baselines import flame
 from common.errors import UserError
-from common.run import parse
+from common.flags import parse
 from tests.helpers import online_reference
 from tests.helpers.online_reference import (
     S,

@@ -15,9 +15,10 @@ import pytest
 import scipy.stats
 
 import fmer
+from common.checkpoints import read_checkpoint
 from common.errors import UserError
+from common.flags import parse
 from common.networks import TimedMLP, mish
-from common.run import parse, read_checkpoint
 from tests.helpers import online_reference as ref
 from tests.helpers.online_reference import (
     S,
@@ -863,7 +864,7 @@ def test_refusals():
         parse(fmer.Args, fmer.ENV_DEFAULTS, [*flags, "--policy-ema", "0.005"])
     assert parse(fmer.Args, fmer.ENV_DEFAULTS, flags).actor_states == "next"
     for flag, value in (("--flow-steps", "0"), ("--num-candidates", "0"), ("--eta-init", "0")):
-        with pytest.raises(SystemExit, match="out of range"):
+        with pytest.raises(UserError, match=f"{flag} must be greater than 0"):
             parse(fmer.Args, fmer.ENV_DEFAULTS, [flag, value])
 
 
@@ -885,7 +886,7 @@ def test_nan_stops_the_run(monkeypatch, tmp_path):
         return new.replace(params=new.params | dict(critic=critic)), metrics
 
     monkeypatch.setattr(fmer, "update", spoilt)
-    with pytest.raises(SystemExit, match="not finite at step 30"):
+    with pytest.raises(UserError, match="not finite at step 30"):
         fmer.main(args)
     folder = tmp_path / "fmer" / "multigoal" / "default"
     rows = (folder / "train.csv").read_text().splitlines()

@@ -17,7 +17,8 @@ from jax.tree_util import DictKey
 
 import meam
 import qam
-from common.run import configure
+from common.errors import UserError
+from common.flags import configure
 from tests.helpers import reference
 from tests.helpers.reference import (
     S,
@@ -418,5 +419,5 @@ def test_values_on_the_default_environment():
 def test_sigma_limits():
     """A noise floor above the largest noise is refused."""
     arguments(sigma_min=0.5, sigma_max=0.5)
-    with pytest.raises(SystemExit, match="sigma-min"):
+    with pytest.raises(UserError, match="sigma-min"):
         arguments(sigma_min=0.6, sigma_max=0.5)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.data import Batch, Replay
-from common.envs import resolve
-from common.run import configure
+from common.environments import resolve
+from common.flags import configure
+from common.sampling import Batch, Replay
 from tests.helpers import reference
 from tools import shared_blocks
 
@@ -318,7 +318,11 @@ def test_training(monkeypatch, name, slots):
     keys, task = jax.random.split(jax.random.PRNGKey(3), 2), jnp.array([2, 0])
     replay = Replay(*[jnp.zeros((2, slots))] * 6, size=jnp.array([7, 9]))
     state = script.State(jnp.array([0.0, 10.0]), (), (), keys)
-    new, sums = script.train_chunk.__wrapped__(args, state, "data", replay, task, 3)
+    shapes = dict(
+        key=(2, 2, 2), batch_key=(2, 2, 2), replay=(2,), task=(2,), one=(2,), updates=(2,)
+    )
+    zeros = {word: jnp.zeros(shape) for word, shape in shapes.items()}
+    new, sums = script.train_chunk.__wrapped__(args, state, zeros, "data", replay, task, 3)
     words = lambda key: np.float64([np.asarray(key) >> 16, np.asarray(key) & 0xFFFF])
     for n in range(2):
         key, expected = keys[n], dict(key=0, batch_key=0)
@@ -327,7 +331,7 @@ def test_training(monkeypatch, name, slots):
             expected["key"] += words(key)
             expected["batch_key"] += words(batch_key)
             key = key ^ 5
-        expected |= dict(replay=3 * replay.size[n], task=3 * task[n], one=3)
+        expected |= dict(replay=3 * replay.size[n], task=3 * task[n], one=3, updates=3)
         for word, x in expected.items():
             np.testing.assert_array_equal(sums[word][n], x, err_msg=word)
         assert np.array_equal(new.key[n], key) and new.params[n] == 3 + 10 * n

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import qam
-from common.data import Batch, Dataset, Replay, sample
+from common.devices import zero_metrics
+from common.sampling import Batch, Dataset, Replay, sample
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 S, B = 3, 6
@@ -508,6 +509,11 @@ def make_data(tasks=2, n=60):
     return Dataset(states, jnp.asarray(rows, jnp.int32), *others)
 
 
+def no_metrics(args, state, data, replay, task):
+    """Sums of metrics that start at zero."""
+    return zero_metrics(partial(qam.train_step, args, data), state, replay, task)
+
+
 def make_agents(args, seeds):
     agents = [make_state(args, seed, key=seed) for seed in seeds]
     return jax.tree.map(lambda *x: jnp.stack(x), *agents)
@@ -517,25 +523,29 @@ def make_agents(args, seeds):
 def test_agents_do_not_touch_each_other(float64, capacity):
     """Three agents on two tasks, trained at once, are those trained alone."""
     args, data, seeds = arguments(), make_data(), (5, 6, 5)
-    task, replay = jnp.array([0, 0, 1]), Replay.create(3, capacity, data)
+    task, replay = jnp.array([0, 0, 1]), Replay.create(3, capacity, S, 2)
     if capacity:
         rng = np.random.default_rng(1)
         slots = {name: x for name, x in vars(replay).items() if name != "size"}
         rows = {name: rng.normal(size=(3, 4, *x.shape[2:])) for name, x in slots.items()}
         replay = replay.append(rows | dict(terminals=np.zeros((3, 4))))
-    together, sums = qam.train_chunk(args, make_agents(args, seeds), data, replay, task, 5)
+    zeros = no_metrics(args, make_agents(args, seeds), data, replay, task)
+    together, sums = qam.train_chunk(args, make_agents(args, seeds), zeros, data, replay, task, 5)
     for i, seed in enumerate(seeds):
         row = lambda tree: jax.tree.map(lambda x: x[i : i + 1], tree)
-        alone = qam.train_chunk(args, make_agents(args, [seed]), data, row(replay), row(task), 5)
+        one = make_agents(args, [seed])
+        zeros = no_metrics(args, one, data, row(replay), row(task))
+        alone = qam.train_chunk(args, one, zeros, data, row(replay), row(task), 5)
         assert_close((row(together), row(sums)), alone)
     weights = together.params["critic"]["params"]["VmapMLP_0"]["Dense_0"]["kernel"]
     assert not np.allclose(weights[0], weights[1]) and not np.allclose(weights[0], weights[2])
 
 
 def test_chunks_are_a_loop(float64):
-    """Chunks of two and three are five times: split the key, sample, update; metrics are sums."""
+    """Chunks of two and three are five times: split the key, sample, update. Metrics are sums that
+    go on from call to call, so that one call of five gives the same bits."""
     args, data, task = arguments(), make_data(), jnp.ones(1, int)
-    replay, state, sums = Replay.create(1, 0, data), make_state(args, key=3), []
+    replay, state, sums = Replay.create(1, 0, S, 2), make_state(args, key=3), []
     row = lambda tree: jax.tree.map(lambda x: x[0], tree)
 
     @jax.jit
@@ -547,22 +557,29 @@ def test_chunks_are_a_loop(float64):
     for _ in range(5):
         state, metrics = step(state)
         sums.append(metrics)
-    chunks = jax.tree.map(lambda x: x[None], make_state(args, key=3))
-    chunks, first = qam.train_chunk(args, chunks, data, replay, task, 2)
-    chunks, second = qam.train_chunk(args, chunks, data, replay, task, 3)
+    found = []
+    for calls in ((2, 3), (5,)):
+        chunks = jax.tree.map(lambda x: x[None], make_state(args, key=3))
+        metrics = no_metrics(args, chunks, data, replay, task)
+        for updates in calls:
+            chunks, metrics = qam.train_chunk(args, chunks, metrics, data, replay, task, updates)
+        found.append((chunks, metrics))
     assert_close(row(chunks), state)
-    assert_close(row(first), jax.tree.map(lambda *x: sum(x), *sums[:2]), rtol=1e-7)
-    assert_close(row(second), jax.tree.map(lambda *x: sum(x), *sums[2:]), rtol=1e-7)
+    expected = jax.tree.map(lambda *x: sum(x), *sums) | dict(updates=5.0)
+    assert_close(row(metrics), expected, rtol=1e-7)
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_nothing_is_compiled_twice():
     """Chunks of any length share a program, and so do all evaluations."""
     args, data, task = arguments(hidden_dims=(9,)), make_data(), jnp.zeros(1, int)
-    replay = Replay.create(1, 0, data)
+    replay = Replay.create(1, 0, S, 2)
     state = jax.tree.map(lambda x: x[None], create(args, S, jax.random.PRNGKey(0)))
-    qam.train_chunk.clear_cache(), qam.act.clear_cache()
+    metrics = no_metrics(args, state, data, replay, task)
+    qam.train_chunk.clear_cache()
+    qam.act.clear_cache()
     for updates in (3, 7, 1, 0):
-        state, _ = qam.train_chunk(args, state, data, replay, task, updates)
+        state, metrics = qam.train_chunk(args, state, metrics, data, replay, task, updates)
         seeds, ages = np.full((1, 4), updates, np.uint32), np.full((1, 4), updates, np.int32)
         qam.act(args, state, np.ones((1, 4, S), np.float32), seeds, ages)
         assert qam.train_chunk._cache_size() == qam.act._cache_size() == 1
@@ -571,14 +588,16 @@ def test_nothing_is_compiled_twice():
 def test_a_chunk_stays_on_the_device():
     """No transfer between host and device happens inside of a chunk."""
     args, data, task = arguments(), make_data(), jnp.zeros(1, int)
-    replay, updates = Replay.create(1, 0, data), jax.device_put(np.int32(4))
+    replay, updates = Replay.create(1, 0, S, 2), jax.device_put(np.int32(4))
     state = jax.tree.map(lambda x: x[None], create(args, S, jax.random.PRNGKey(0)))
-    state, _ = qam.train_chunk(args, state, data, replay, task, updates)  # compiles
+    metrics = no_metrics(args, state, data, replay, task)
+    state, metrics = qam.train_chunk(args, state, metrics, data, replay, task, updates)  # compiles
     with jax.transfer_guard("disallow"):
-        state, _ = qam.train_chunk(args, state, data, replay, task, updates)
+        state, metrics = qam.train_chunk(args, state, metrics, data, replay, task, updates)
         jax.block_until_ready(state)
         with pytest.raises(Exception, match="[Dd]isallowed"):
-            qam.train_chunk(args, state, data, replay, np.zeros(1, np.int32), updates)
+            on_host = np.zeros(1, np.int32)
+            qam.train_chunk(args, state, metrics, data, replay, on_host, updates)
 
 
 def test_actions_depend_on_seed_and_age_alone():

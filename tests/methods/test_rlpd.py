@@ -14,9 +14,9 @@ import pytest
 import scipy.stats
 
 from baselines import rlpd
-from common.data import Dataset, Replay
 from common.errors import UserError
-from common.run import parse
+from common.flags import parse
+from common.sampling import Dataset, Replay
 from tests.helpers import reference
 from tests.helpers.reference import (
     S,
@@ -285,7 +285,8 @@ def test_training_sees_both_halves(monkeypatch):
 
     monkeypatch.setattr(rlpd, "update", spy)
     train = rlpd.train_chunk.__wrapped__
-    train(args, state, data, replay, jnp.array([0, 1]), 3)
+    zeros = dict(zero=jnp.zeros(2), updates=jnp.zeros(2))
+    train(args, state, zeros, data, replay, jnp.array([0, 1]), 3)
     jax.effects_barrier()
     assert len(seen) == 6 and all(x.shape == (6,) for x in seen)
     assert all((x[:3] < 22).all() for x in seen)

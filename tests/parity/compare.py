@@ -17,7 +17,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from common.data import Batch
+from common.sampling import Batch
 from tests.parity.cases import CASES, DISTRIBUTIONS, NOT_LOGGED
 from tests.parity.noise import Noise
 
@@ -192,7 +192,8 @@ def make_act(case, script, args):
 def distance(ours, theirs):
     """Largest difference of two arrays in units of the largest entry of the second."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == np.float64
+    assert ours.shape == theirs.shape
+    assert ours.dtype == theirs.dtype == np.float64
     difference = np.abs(ours - theirs).max()
     if difference == 0:
         return 0.0
@@ -201,10 +202,10 @@ def distance(ours, theirs):
 
 def distances(prefix, ours, theirs):
     """Distance of every array of two trees, by its path."""
-    theirs = flatten_dict(theirs, sep="/")
     ours = flatten_dict(ours, sep="/")
+    theirs = flatten_dict(theirs, sep="/")
     assert ours.keys() == theirs.keys()
-    return {f"{prefix}/{path}": distance(ours[path], theirs[path]) for path in theirs}
+    return {f"{prefix}/{path}": distance(array, theirs[path]) for path, array in ours.items()}
 
 
 def logged_distances(case, official, metrics):
@@ -217,8 +218,8 @@ def logged_distances(case, official, metrics):
             continue
         ours = 0.0
         for name in case.logged[part]:
-            sign = -1 if name.startswith("-") else 1
-            ours = ours + sign * values[name.removeprefix("-")]
+            value = values[name.removeprefix("-")]
+            ours += -value if name.startswith("-") else value
         found[part] = distance(np.float64(ours), theirs)
     assert found.keys() == case.logged.keys()
     return found
@@ -265,7 +266,8 @@ def _errors(case):
         found["targets"] |= distances(f"after{number}", state.targets, theirs)
     for number in range(1, ACTIONS + 1):
         arrays = official.noise(f"action{number}")
-        action = act(state, arrays["observation"], {name: arrays[name] for name in case.acting})
+        noise = {name: arrays[name] for name in case.acting}
+        action = act(state, arrays["observation"], noise)
         found["actions"][f"action{number}"] = distance(action, arrays["action"])
     return found
 

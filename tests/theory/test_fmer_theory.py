@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fmer
-from common.data import Replay
+from common.sampling import Replay
 from tests.helpers.online_reference import make_args
 
 CENTRES = np.array([(0.6, 0), (-0.6, 0), (0, 0.6), (0, -0.6)])

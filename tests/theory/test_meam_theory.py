@@ -15,7 +15,7 @@ import pytest
 
 import meam
 from benchmarks.bandits import GAUSSIAN, OUTSIDE, RARE, discrete_gaussian, settings, train
-from common.data import Batch
+from common.sampling import Batch
 
 SEED = 0
 

@@ -3,6 +3,7 @@ and acting together, on what a fixed replay (PPO: its own rollouts) says about i
 optimisers are those of the specification."""
 
 import importlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from baselines import ppo
-from common.data import Replay
+from common.devices import zero_metrics
+from common.sampling import Replay
 from tests.helpers.online_reference import adam_steps, close, make_args
 from tools.shared_blocks import named
 
@@ -51,11 +53,8 @@ def test_off_policy(name):
     state = jax.vmap(lambda key: script.create(args, 1, key))(jax.random.PRNGKey(0)[None])
     error = lambda state: abs(played(script, args, state, script.MODES[0], 200) - 0.5).mean()
     before = error(state)
-    sums = jax.tree.map(
-        lambda x: jnp.zeros(x.shape),
-        jax.eval_shape(lambda *x: script.learn(args, x[0], None, x[1]), state, replay)[1],
-    )
-    state, _ = script.train_chunk(args, state, sums, replay, steps)
+    metrics = zero_metrics(partial(script.train_step, args), state, replay)
+    state, _ = script.train_chunk(args, state, metrics, replay, steps)
     assert error(state) < min(0.15, before / 2)
 
 
@@ -68,7 +67,8 @@ def test_ppo():
         ones, s = jnp.ones((1, 2, 32)), jnp.zeros((1, 2, 32, 1))
         rollout = dict(observations=s, next_observations=s, actions=jnp.asarray(actions))
         rollout |= dict(rewards=reward(np.clip(actions, -1, 1)), masks=0 * ones, terminals=ones)
-        state, _ = ppo.train_chunk(args, state, rollout | dict(success=ones))
+        metrics = zero_metrics(partial(ppo.train_step, args), state, rollout)
+        state, _ = ppo.train_chunk(args, state, metrics, rollout)
     after = played(ppo, args, state, "mean", 1)
     assert abs(before - 0.5) > 0.3 and abs(after - 0.5) < 0.15
 

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import qam
-from common.data import Batch
+from common.sampling import Batch
 
 CASES = [(10, 256, 4000, 0.249, 0.290), (50, 64, 2500, 0.244, 0.341)]
 
