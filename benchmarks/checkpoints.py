@@ -25,7 +25,6 @@ from analysis.agents import script_of
 from analysis.command_line import run_program
 from benchmarks.throughput import describe
 from common.checkpoints import CHECKPOINT, PART, Checkpoints, pack, read_checkpoint
-from common.devices import shard_over_agents
 from common.environments import ONLINE, env_sizes
 from common.errors import UserError
 from common.files import write_file
@@ -77,7 +76,7 @@ def measure_round(
     total = options.steps + options.interval
     content = dict(state=state, metrics={})
     checkpoints = Checkpoints(folder, "benchmark")
-    replay = shard_over_agents(Replay.create(options.seeds, total, *sizes))
+    replay = Replay.create(options.seeds, total, *sizes)
     first = random_transitions(rng, replay, options.steps)
     second = random_transitions(rng, replay, options.interval)
     replay = replay.append(first)
@@ -92,12 +91,12 @@ def measure_round(
 
     def restore_parts():
         found = checkpoints.restore(content)
-        empty = shard_over_agents(Replay.create(options.seeds, total, *sizes))
+        empty = Replay.create(options.seeds, total, *sizes)
         return empty.refill(found["replay"])
 
     def restore_whole():
         rows = read_checkpoint(folder / "whole")["replay"]
-        empty = shard_over_agents(Replay.create(options.seeds, total, *sizes))
+        empty = Replay.create(options.seeds, total, *sizes)
         return empty.append(rows)
 
     seconds = {}

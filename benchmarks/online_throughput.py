@@ -26,7 +26,7 @@ from analysis.command_line import run_program
 from analysis.runs import read_rows
 from benchmarks import as_table
 from benchmarks.throughput import put_row
-from common.devices import shard_over_agents, zero_metrics
+from common.devices import zero_metrics
 from common.env_pool import EnvPool
 from common.environments import TRAINING, env_sizes, seeds_of
 from common.errors import UserError
@@ -80,7 +80,7 @@ class Training:
         self.agents = [(1, seed) for seed in range(agents)]
         self.clock = 0
         self.state = script.create_agents(self.args, self.agents, observation_size)
-        self.replay = shard_over_agents(Replay.create(agents, 100_000, *sizes))
+        self.replay = Replay.create(agents, 100_000, *sizes)
         step = partial(script.train_step, self.args)
         self.metrics = zero_metrics(step, self.state, self.replay)
         self.envs = EnvPool([args.env] * agents)

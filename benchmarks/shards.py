@@ -43,7 +43,7 @@ from common import datasets
 from common.collect import collect
 from common.dataset_files import read
 from common.datasets import OfflineDataset
-from common.devices import shard_over_agents, zero_metrics
+from common.devices import zero_metrics
 from common.environments import resolve
 from common.sampling import Replay
 
@@ -154,7 +154,7 @@ class Training:
         sizes = dataset.observation_size, dataset.action_size
         self.args = qam.Args(**SIZES[size], action_size=dataset.action_size)
         self.state = qam.create_agents(self.args, [(1, 0)], dataset.observation_size)
-        self.replay = shard_over_agents(Replay.create(1, 0, *sizes))
+        self.replay = Replay.create(1, 0, *sizes)
         self.task = jnp.zeros(1, jnp.int32)
         step = partial(qam.train_step, self.args, dataset.at(0))
         self.metrics = zero_metrics(step, self.state, self.replay, self.task)

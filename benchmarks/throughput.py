@@ -161,7 +161,7 @@ class Trained:
             self.data = replicate(self.data, agents)
             task = jnp.zeros(agents, jnp.int32)
         if hasattr(self.args, "offline_steps"):  # Their replay is empty then.
-            return self.data, shard_over_agents(Replay.create(agents, 0, S, d)), task
+            return self.data, Replay.create(agents, 0, S, d), task
         if hasattr(self.args, "rollout_steps"):  # PPO learns from rollouts alone.
             steps = self.args.rollout_steps
             self.rounds = self.args.epochs * (steps // self.args.batch_size)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = {  # (parent, child) -> most lines that may be added and removed
-    ("qam", "meam"): 170,
+    ("qam", "meam"): 180,
     ("qam", "qam_edit"): 60,
     ("qam", "qam_fql"): 45,
     ("qam", "baselines/bam"): 70,
