@@ -17,7 +17,7 @@ keep the effective sample size (ESS) of the weights at a target.
 
 Shapes: B batch, S observation, d action, M candidates per state (the paper's N), T solver steps;
 agents (seeds) trained at once are the leading axis. Equation numbers: the paper's third version.
-docs/fmer.md says what the paper leaves open, and what we chose.
+docs/methods/fmer.md says what the paper leaves open, and what we chose.
 """
 
 import dataclasses
@@ -129,8 +129,8 @@ class Args:
             raise UserError(f"{problem}; leave out --policy-ema or --actor-states")
 
 
-# The class holds the paper's values and, where the paper states none, those of docs/fmer.md. The
-# values for the plane are tuned here, for a CPU.
+# The class holds the paper's values and, where the paper states none, those of
+# docs/methods/fmer.md. The values for the plane are tuned here, for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,

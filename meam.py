@@ -10,8 +10,8 @@ converges to
     g(1) = -tau grad_a Q(s, a) + lambda grad_a log pi_k(a|s)                              Eq. (14)
     v_ref = w v_beta + (1 - w) v_k                                                        Eq. (13)
 
-lambda = 0, w = 1, rho = 0 is QAM. Equation numbers are the paper's; docs/meam.md says where paper,
-QAM's official code and this file differ (`# ref:`), and what no source states (*chosen*).
+lambda = 0, w = 1, rho = 0 is QAM. Equation numbers are the paper's; docs/methods/meam.md says where
+paper, QAM's official code and this file differ (`# ref:`), and what no source states (*chosen*).
 
     python meam.py                               the point maze, a few minutes on a CPU
     python meam.py --env puzzle-4x4 --rho 0.5
@@ -123,8 +123,9 @@ class Args:
             raise UserError("--sigma-min is larger than --sigma-max; lower it or raise --sigma-max")
 
 
-# *Chosen* (docs/meam.md): tau is QAM's and lambda is tau / 100; the paper states rho for puzzle-4x4
-# only. The point maze is not in the paper: its values were tuned here, for small networks.
+# *Chosen* (docs/methods/meam.md): tau is QAM's and lambda is tau / 100; the paper states rho for
+# puzzle-4x4 only. The point maze is not in the paper: its values were tuned here, for small
+# networks.
 ENV_DEFAULTS = {
     "antmaze-large": dict(inv_temp=10.0, entropy_scale=0.1),
     "antmaze-giant": dict(inv_temp=3.0, entropy_scale=0.03),

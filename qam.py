@@ -10,8 +10,9 @@ onto the velocity that this adjoint asks for. Nothing is back-propagated through
     dg = -g^T grad_x [2 f_beta(s, x, t) - x / t] dt,    g(1) = -tau grad_a Q(s, a)        Eq. (22)
     L(theta) = E int |2 (f_theta - f_beta) / sigma_t + sigma_t g|^2 dt                    Eq. (21)
 
-Equation numbers are the paper's; docs/qam.md lists every difference between the paper, the official
-code and this file, which follows the official code (marked `# ref:` where the paper differs).
+Equation numbers are the paper's; docs/methods/qam.md lists every difference between the paper, the
+official code and this file, which follows the official code (marked `# ref:` where the paper
+differs).
 
     python qam.py                                    the point maze, a few minutes on a CPU
     python qam.py --env cube-double --tasks 1 2 3 4 5 --num-seeds 4        20 agents in one program

@@ -11,7 +11,7 @@ soft actor-critic with a tuned temperature (after EXPO, Dong et al. 2025, arXiv:
         a~ = ODE(f_theta; s, z),  e = tanh u ~ pi_omega(.|s, a~)                          Eq. (31)
 
 sigma_a = 0 is QAM. Equation numbers are the paper's; where paper and official code differ, this
-file follows the code (`# ref:`), see docs/qam.md and docs/qam_edit.md.
+file follows the code (`# ref:`), see docs/methods/qam.md and docs/methods/qam_edit.md.
 
     python qam_edit.py                               the point maze, a few minutes on a CPU
     python qam_edit.py --env cube-double --tasks 1 2 3 4 5

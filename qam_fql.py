@@ -10,7 +10,8 @@ from noise to action while it climbs the critic, as in Flow Q-Learning (Park, Li
     L(omega) = E[alpha |mu_omega(s, z) - ODE(f_theta; s, z)|^2 / A - Q(s, mu_omega(s, z))]  Eq. (30)
 
 alpha = infinity is QAM, written as 0 here. Equation numbers are the paper's; where paper and
-official code differ, this file follows the code (`# ref:`), see docs/qam.md, docs/qam_fql.md.
+official code differ, this file follows the code (`# ref:`), see docs/methods/qam.md,
+docs/methods/qam_fql.md.
 
     python qam_fql.py                                the point maze, a few minutes on a CPU
     python qam_fql.py --env cube-double --tasks 1 2 3 4 5

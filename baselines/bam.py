@@ -9,8 +9,8 @@ the end of the path, and both are differentiated through all steps of the SDE.
     L(theta) = E [int 2 / sigma_t^2 |f_theta - f_beta|^2 - tau Q(s, x_1)]                 Eq. (18)
 
 The code's sum over the steps has no dt: the optimum is pi_beta exp(tau Q / T), not exp(tau Q).
-Numbers are the paper's; docs/bam.md lists every difference between the paper, the official code and
-this file, which follows the official code (marked `# ref:` where the paper differs).
+Numbers are the paper's; docs/methods/bam.md lists every difference between the paper, the official
+code and this file, which follows the official code (marked `# ref:` where the paper differs).
 
     python baselines/bam.py                          the point maze, a few minutes on a CPU
     python baselines/bam.py --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
@@ -117,7 +117,7 @@ class Args:
 
 
 # The ten domains have the inverse temperatures of the official launch script. The values of the
-# point maze, which is not in the paper, are for small networks (docs/bam.md).
+# point maze, which is not in the paper, are for small networks (docs/methods/bam.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(inv_temp=30.0),
     "antmaze-giant": dict(inv_temp=30.0),

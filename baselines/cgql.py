@@ -10,8 +10,9 @@ time.
     v = f_beta(s, x, t) + vartheta ((1 - t) tau grad_x Q(s, x, 1) + x) / t           Eq. (61), (62)
     v = f_beta(s, x, t) + vartheta ((1 - t) tau grad_x Q(s, x, t) + x) / t                Eq. (73)
 
-Equation numbers are the paper's, see docs/equations.md. docs/cgql.md lists every difference between
-the paper, the official code and this file, which follows the official code (`# ref:`).
+Equation numbers are the paper's, see docs/methods/equations.md. docs/methods/cgql.md lists every
+difference between the paper, the official code and this file, which follows the official code
+(`# ref:`).
 
     python baselines/cgql.py                   the point maze, a few minutes on a CPU
     python baselines/cgql.py --env cube-double --guidance linex --tasks 1 2 3 4 5 --num-seeds 4
@@ -128,7 +129,7 @@ class Args:
 
 # The coefficients of the ten domains, for plain, mse and linex, come from the launch script of the
 # official repository and from the paper. The point maze is not in the paper: its networks are small
-# enough for a CPU (docs/cgql.md).
+# enough for a CPU (docs/methods/cgql.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(
         inv_temp=10.0,

@@ -11,8 +11,9 @@ the data's score and is guided at once. No gradient is back-propagated through t
 
 The best prediction is E[eps | x] - sqrt(1 - abar_i) grad_x Q(s, x) / (2 eta), which would be the
 score of pi_beta exp(Q / (2 eta)) if grad Q at noisy actions were that of the noisy value. Equation
-numbers are those of Li and Levine 2026, see docs/equations.md. docs/dac.md lists every difference
-between the papers, the official QAM code and this file, which follows that code (`# ref:`).
+numbers are those of Li and Levine 2026, see docs/methods/equations.md. docs/methods/dac.md lists
+every difference between the papers, the official QAM code and this file, which follows that code
+(`# ref:`).
 
     python baselines/dac.py                    the point maze, a few minutes on a CPU
     python baselines/dac.py --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
@@ -117,7 +118,7 @@ class Args:
 
 # The weights of the ten domains come from the launch script of the official QAM repository and from
 # its paper. The point maze is not in the paper: its networks are small enough for a CPU
-# (docs/dac.md).
+# (docs/methods/dac.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(bc_coef=0.3),
     "antmaze-giant": dict(bc_coef=0.3),

@@ -10,8 +10,8 @@ gradient passes through the chain.
     L(theta) = E |e_theta(s, x_i, i) - eps|^2 / d                                     Eq. (DDPM2)
 
 The numbers with letters are ours; (DDPM1) to (DDPM4) are the diffusion of Ho et al. 2020
-(arXiv:2006.11239), written alike in dpmd.py and qvpo.py. docs/dipo.md lists what differs from the
-public code.
+(arXiv:2006.11239), written alike in dpmd.py and qvpo.py. docs/methods/dipo.md lists what differs
+from the public code.
 
     python baselines/dipo.py                                   the plane with four goals, on a CPU
     python baselines/dipo.py --env halfcheetah --num-seeds 5   five agents in one program
@@ -111,8 +111,8 @@ class Args:
     # --- end shared ---
 
 
-# The class holds the values of docs/dipo.md. The values for the plane are tuned here, with small
-# networks for a CPU.
+# The class holds the values of docs/methods/dipo.md. The values for the plane are tuned here, with
+# small networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,

@@ -12,8 +12,8 @@ entropy of that noise meets a target: it depends on alpha alone, so this is a sc
                                                                                Eq. (DPMD1), (DPMD3)
 
 The numbers with letters are ours; (DDPM1) to (DDPM4) are the diffusion of Ho et al. 2020
-(arXiv:2006.11239), written alike in qvpo.py and dipo.py. docs/dpmd.md lists what differs from the
-public code (`# ref:`).
+(arXiv:2006.11239), written alike in qvpo.py and dipo.py. docs/methods/dpmd.md lists what differs
+from the public code (`# ref:`).
 
     python baselines/dpmd.py                                   the plane with four goals, on a CPU
     python baselines/dpmd.py --env halfcheetah --num-seeds 5   five agents in one program
@@ -118,8 +118,8 @@ class Args:
     # --- end shared ---
 
 
-# The class holds the values of docs/dpmd.md. The values for the plane are tuned here, with small
-# networks for a CPU.
+# The class holds the values of docs/methods/dpmd.md. The values for the plane are tuned here, with
+# small networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,

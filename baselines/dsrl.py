@@ -11,8 +11,8 @@ flow, because a latent critic Q^z imitates the critic of the decoded actions.
     L(omega) = E alpha log pi_omega(e|s) - Q^z(s, sigma_z e)                        Eq. (81), (82)
 
 Unlike in the original the flow continues to learn online. Equation numbers are those of Li and
-Levine 2026. docs/dsrl.md lists every difference between their paper, their code and this file,
-which follows the code (lines marked `# ref:` differ from the paper).
+Levine 2026. docs/methods/dsrl.md lists every difference between their paper, their code and this
+file, which follows the code (lines marked `# ref:` differ from the paper).
 
     python baselines/dsrl.py                   the point maze, a few minutes on a CPU
     python baselines/dsrl.py --env cube-triple --tasks 1 2 3 4 5 --num-seeds 4
@@ -113,7 +113,7 @@ class Args:
 
 # The noise scales of the ten domains come from the launch script of the official QAM repository and
 # from its paper. The point maze is not in the paper: its networks are small enough for a CPU
-# (docs/dsrl.md).
+# (docs/methods/dsrl.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(noise_scale=0.8),
     "antmaze-giant": dict(noise_scale=1.2),

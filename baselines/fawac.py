@@ -10,9 +10,9 @@ respect to the action, and never learns an action that is not in the data.
     L(theta) = E w |f(s, (1 - t) z + t a, t) - (a - z)|^2                                 Eq. (75)
     w = min(exp(tau (Q(s, a) - V(s))), 100)                                               Eq. (74)
 
-Equation numbers are those of Li and Levine 2026. docs/fawac.md lists every difference between their
-paper, their code and this file, which follows the code (lines marked `# ref:` differ from the
-paper).
+Equation numbers are those of Li and Levine 2026. docs/methods/fawac.md lists every difference
+between their paper, their code and this file, which follows the code (lines marked `# ref:` differ
+from the paper).
 
     python baselines/fawac.py                  the point maze, a few minutes on a CPU
     python baselines/fawac.py --env cube-triple --tasks 1 2 3 4 5 --num-seeds 4
@@ -114,7 +114,7 @@ class Args:
 
 # The inverse temperatures of the ten domains come from the launch script of the official QAM
 # repository. The point maze is not in the paper: its networks are small enough for a CPU
-# (docs/fawac.md).
+# (docs/methods/fawac.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(inv_temp=6.4),
     "antmaze-giant": dict(inv_temp=0.8),

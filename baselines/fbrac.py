@@ -7,9 +7,9 @@ whose gradient is back-propagated through all Euler steps of the flow.
 
     L(theta) = L_FM(theta) - Q(s, ODE(f_theta; s, z)) / alpha,  z ~ N(0, I)           Eq. (37), (38)
 
-Equation numbers are those of Li and Levine 2026, see docs/equations.md. docs/fbrac.md lists every
-difference between the papers, the official QAM code and this file, which follows that code (lines
-marked `# ref:` differ from a paper).
+Equation numbers are those of Li and Levine 2026, see docs/methods/equations.md.
+docs/methods/fbrac.md lists every difference between the papers, the official QAM code and this
+file, which follows that code (lines marked `# ref:` differ from a paper).
 
     python baselines/fbrac.py                  the point maze, a few minutes on a CPU
     python baselines/fbrac.py --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
@@ -110,7 +110,7 @@ class Args:
 
 # The weights of flow matching in the ten domains come from the launch script of the official QAM
 # repository. The point maze is not in the paper: its networks are small enough for a CPU
-# (docs/fbrac.md).
+# (docs/methods/fbrac.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(fbrac_alpha=0.1),
     "antmaze-giant": dict(fbrac_alpha=0.1),

@@ -9,9 +9,9 @@ flow.
     a = clip(a~ + sigma_a e),  a~ = ODE(f_beta; s, z),  e = tanh u ~ pi_omega(.|s, a~)
     L(omega) = E[-Q(s, a)]  subject to  entropy of e >= -A / 2                       Eq. (78), (79)
 
-Equation numbers are those of Li and Levine 2026, see docs/equations.md. docs/fedit.md lists every
-difference between the papers, the official QAM code and this file, which follows that code (lines
-marked `# ref:` differ from a paper).
+Equation numbers are those of Li and Levine 2026, see docs/methods/equations.md.
+docs/methods/fedit.md lists every difference between the papers, the official QAM code and this
+file, which follows that code (lines marked `# ref:` differ from a paper).
 
     python baselines/fedit.py                  the point maze, a few minutes on a CPU
     python baselines/fedit.py --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
@@ -112,7 +112,7 @@ class Args:
 
 # The edit scales of the ten domains come from the launch script of the official QAM repository and
 # from its paper. The point maze is not in the paper: its networks are small enough for a CPU
-# (docs/fedit.md).
+# (docs/methods/fedit.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(edit_scale=0.2),
     "antmaze-giant": dict(edit_scale=0.3),

@@ -14,7 +14,8 @@ jump. A run of n shorter jumps through the same network gives the entropy.
     y = c r + gamma (1 - terminated) (Q_bar(s', a') + alpha H(s'))                   Eq. (FLAME7)
 
 The public code holds many variants and mixes time directions; this is one consistent reading, whose
-equation numbers are ours. docs/flame.md says what was chosen, `# ref:` what differs from that code.
+equation numbers are ours. docs/methods/flame.md says what was chosen, `# ref:` what differs from
+that code.
 
     python baselines/flame.py                        the plane with four goals, 3 minutes on a CPU
     python baselines/flame.py --env halfcheetah --num-seeds 5
@@ -123,8 +124,8 @@ class Args:
             raise UserError("--time-min and --time-max must be in order, between 0 and 1")
 
 
-# The class holds the paper's values as far as they are known (docs/flame.md). The values for
-# the plane are tuned here, with small networks for a CPU.
+# The class holds the paper's values as far as they are known (docs/methods/flame.md). The values
+# for the plane are tuned here, with small networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,

@@ -9,9 +9,9 @@ the flow's steps, and acting takes a single network call.
     a = clip(mu_omega(s, z)),  z ~ N(0, I)
     L(omega) = E[alpha |mu_omega(s, z) - ODE(f_beta; s, z)|^2 / A - Q(s, mu_omega(s, z))]  Eq. (43)
 
-Equation numbers are those of Li and Levine 2026, see docs/equations.md. docs/fql.md lists every
-difference between the papers, the official QAM code and this file, which follows that code (lines
-marked `# ref:` differ from a paper).
+Equation numbers are those of Li and Levine 2026, see docs/methods/equations.md. docs/methods/fql.md
+lists every difference between the papers, the official QAM code and this file, which follows that
+code (lines marked `# ref:` differ from a paper).
 
     python baselines/fql.py                    the point maze, a few minutes on a CPU
     python baselines/fql.py --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
@@ -113,7 +113,7 @@ class Args:
 
 # The distillation weights of the ten domains come from the launch script of the official QAM
 # repository and from its paper. The point maze is not in the paper: its networks are small enough
-# for a CPU (docs/fql.md).
+# for a CPU (docs/methods/fql.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(fql_alpha=3.0),
     "antmaze-giant": dict(fql_alpha=3.0),

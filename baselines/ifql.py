@@ -11,9 +11,9 @@ actions and takes the one with the highest value.
     L(xi) = E |kappa - 1[D < 0]| D^2,  D = Q(s, a) - V(s)                                 Eq. (86)
     a = argmax_m Q(s, a_m),  a_1 .. a_M ~ ODE(f; s, z_m)                                  Eq. (87)
 
-Equation numbers are those of Li and Levine 2026. docs/ifql.md lists every difference between their
-paper, their code and this file, which follows the code (lines marked `# ref:` differ from the
-paper).
+Equation numbers are those of Li and Levine 2026. docs/methods/ifql.md lists every difference
+between their paper, their code and this file, which follows the code (lines marked `# ref:` differ
+from the paper).
 
     python baselines/ifql.py                   the point maze, a few minutes on a CPU
     python baselines/ifql.py --env cube-triple --tasks 1 2 3 4 5 --num-seeds 4
@@ -116,7 +116,7 @@ class Args:
 
 # The expectiles of the ten domains come from the launch script of the official QAM repository and
 # from its paper. The point maze is not in the paper: its networks are small enough for a CPU
-# (docs/ifql.md).
+# (docs/methods/ifql.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(expectile=0.9),
     "antmaze-giant": dict(expectile=0.8),

@@ -12,7 +12,7 @@ rewards are normalised by running statistics, which are part of the agent.
     L(V) = <max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2)> / 2                Eq. (PPO4)
 
 Equation numbers are ours. Sizes and rates that FMER's paper does not state are those of CleanRL:
-docs/ppo.md; `# ref:` marks what differs from it.
+docs/methods/ppo.md; `# ref:` marks what differs from it.
 
     python baselines/ppo.py                          the plane with four goals, 3 minutes on a CPU
     python baselines/ppo.py --env halfcheetah --num-seeds 5

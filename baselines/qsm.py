@@ -12,9 +12,9 @@ back-propagated through the denoising chain.
 
 The best prediction is the mean (eta E[eps | x] - tau grad_x Q(s, x)) / (eta + 1), so even at
 tau = 0 the predicted noise is too small. Equation numbers are those of Li and Levine 2026, see
-docs/equations.md. docs/qsm.md lists every difference between the papers, the official QAM code and
-this file, which follows that code (`# ref:`). baselines/dac.py is the same script except for the
-loss and the denoising step.
+docs/methods/equations.md. docs/methods/qsm.md lists every difference between the papers, the
+official QAM code and this file, which follows that code (`# ref:`). baselines/dac.py is the same
+script except for the loss and the denoising step.
 
     python baselines/qsm.py                    the point maze, a few minutes on a CPU
     python baselines/qsm.py --env cube-double --tasks 1 2 3 4 5 --num-seeds 4 --ancestral
@@ -122,7 +122,7 @@ class Args:
 
 # The temperatures and weights of the ten domains come from the launch script of the official QAM
 # repository and from its paper. The point maze is not in the paper: its networks are small enough
-# for a CPU (docs/qsm.md).
+# for a CPU (docs/methods/qsm.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(inv_temp=10.0, bc_coef=10.0),
     "antmaze-giant": dict(inv_temp=10.0, bc_coef=10.0),

@@ -12,8 +12,8 @@ actions.
                                                                       Eq. (QVPO3), (QVPO4), (QVPO5)
 
 The numbers with letters are ours; (DDPM1) to (DDPM4) are the diffusion of Ho et al. 2020
-(arXiv:2006.11239), written alike in dpmd.py and dipo.py. docs/qvpo.md lists what differs from the
-public code.
+(arXiv:2006.11239), written alike in dpmd.py and dipo.py. docs/methods/qvpo.md lists what differs
+from the public code.
 
     python baselines/qvpo.py                                   the plane with four goals, on a CPU
     python baselines/qvpo.py --env halfcheetah --num-seeds 5   five agents in one program
@@ -121,8 +121,8 @@ class Args:
     # --- end shared ---
 
 
-# The class holds the values of docs/qvpo.md. The values for the plane are tuned here, with small
-# networks for a CPU.
+# The class holds the values of docs/methods/qvpo.md. The values for the plane are tuned here, with
+# small networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,

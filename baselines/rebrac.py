@@ -10,7 +10,8 @@ a state, the penalty pulls towards their mean.
     L(pi) = - <Q(s, pi(s))> / <|Q(s, pi(s))|> + alpha <|pi(s) - a|^2>                 Eq. (ReBRAC2)
 
 Plain equation numbers are those of Li and Levine 2026; numbers with letters are ours, see
-docs/equations.md. docs/rebrac.md lists what differs from the original ReBRAC (`# ref:`).
+docs/methods/equations.md. docs/methods/rebrac.md lists what differs from the original ReBRAC
+(`# ref:`).
 
     python baselines/rebrac.py                 the point maze, small networks
     python baselines/rebrac.py --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
@@ -116,7 +117,7 @@ class Args:
 
 # The weights alpha and deviations sigma of the ten domains come from the launch script of the
 # official QAM repository. The point maze is not in the paper: its networks are small enough for a
-# CPU (docs/rebrac.md).
+# CPU (docs/methods/rebrac.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(rebrac_alpha=0.01, actor_noise=0.0),
     "antmaze-giant": dict(rebrac_alpha=0.01, actor_noise=0.0),

@@ -10,7 +10,8 @@ tanh-Gaussian policy at a target. QAM's authors add behaviour cloning; alpha = 0
             - alpha <log pi(a|s)>                                                       Eq. (RLPD4)
 
 Plain equation numbers are those of Li and Levine 2026; numbers with letters are ours, see
-docs/equations.md. docs/rlpd.md lists what differs from the original RLPD (`# ref:`).
+docs/methods/equations.md. docs/methods/rlpd.md lists what differs from the original RLPD
+(`# ref:`).
 
     python baselines/rlpd.py                   the point maze, small networks
     python baselines/rlpd.py --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
@@ -117,8 +118,8 @@ class Args:
 
 
 # The weights of behaviour cloning in the ten domains come from the launch script of the official
-# QAM repository, which defines them, but does not pass them on (docs/rlpd.md). The point maze is
-# not in the paper: its networks are small enough for a CPU.
+# QAM repository, which defines them, but does not pass them on (docs/methods/rlpd.md). The point
+# maze is not in the paper: its networks are small enough for a CPU.
 ENV_DEFAULTS = {
     "antmaze-large": dict(rlpd_alpha=0.0),
     "antmaze-giant": dict(rlpd_alpha=0.01),

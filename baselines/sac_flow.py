@@ -13,7 +13,8 @@ jointly, keeps them stable.
     y = c r + gamma m (min_j Q_j(s', a') - alpha log p'),  no gradient                  Eq. (SF5)
     L(Q) = E sum_j (Q_j(s, a) - y)^2,  L(pi) = E [alpha log p - min_j Q_j(s, a~)]   Eq. (SF6), (SF7)
 
-Equation numbers are ours, see docs/equations.md; `# ref:` marks what differs from public code.
+Equation numbers are ours, see docs/methods/equations.md; `# ref:` marks what differs from public
+code.
 
     python baselines/sac_flow.py                     the plane with four goals, small networks
     python baselines/sac_flow.py --env halfcheetah --num-seeds 5

@@ -11,7 +11,8 @@ and all moving averages wait for every second update.
     L(Q) = E sum_j (Q_j(s, a) - y)^2                                                    Eq. (TD3.3)
     L(mu) = -E Q_1(s, mu(s))                                                            Eq. (TD3.4)
 
-Equation numbers are ours, see docs/equations.md; docs/td3.md says what differs from public code.
+Equation numbers are ours, see docs/methods/equations.md; docs/methods/td3.md says what differs from
+public code.
 
     python baselines/td3.py                          the plane with four goals, small networks
     python baselines/td3.py --env halfcheetah --num-seeds 5

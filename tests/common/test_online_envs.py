@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-import plot
+from analysis import style
+from analysis.run_figures import draw_run
 from common.envs import GOALS, KITCHEN, MULTIGOAL_STEPS, ONLINE, make_env, multigoal, resolve
 from tests.helpers.environments import noise, same
 from tools.shared_blocks import ROOT
@@ -517,7 +518,7 @@ def fake_run(folder, env, tables, agents=1, paths=()):
 def drawn(monkeypatch):
     """The figures that are drawn, kept open."""
     figures = []
-    monkeypatch.setattr(plot.plt, "close", figures.append)
+    monkeypatch.setattr(plt, "close", figures.append)
     yield figures
     monkeypatch.undo()
     for figure in figures:
@@ -539,7 +540,7 @@ BOTH = dict(eval=("return", "success", "length"), train=("q", "critic_loss", "en
 )
 def test_curves(tmp_path, drawn, env, tables, titles):
     """A panel for each metric that was logged, over environment steps, a line for each seed."""
-    plot.draw(fake_run(tmp_path, env, tables, agents=2))
+    draw_run(fake_run(tmp_path, env, tables, agents=2))
     axes = drawn[0].axes if drawn else []
     assert len(axes) == len(titles) and (tmp_path / "curve.png").exists() == bool(titles)
     for axis, title in zip(axes, titles):
@@ -559,17 +560,17 @@ def test_the_planes_picture(tmp_path, drawn, agents, shown):
     """A panel for each of at most five agents, whose title counts the goals; the paths have the
     colours of their goals' stars, or are grey."""
     tables = dict(eval=["return"])
-    plot.draw(fake_run(tmp_path, "multigoal", tables, agents, PATHS * agents))
+    draw_run(fake_run(tmp_path, "multigoal", tables, agents, PATHS * agents))
     assert (tmp_path / "rollouts.png").stat().st_size > 5000
     axes = drawn[1].axes
     assert [axis.get_title() for axis in axes] == ["reached 2 / 0 / 1 / 0 of 4"] * shown
     for axis in axes:
         colours = [line.get_color() for line in axis.lines if len(line.get_xdata()) > 1]
-        right, left, up, down = plot.COLOURS
+        right, left, up, down = style.GOAL_COLOURS
         assert colours == [right, right, up, "0.55"]
 
 
 def test_other_online_runs_have_no_picture_of_the_plane(tmp_path):
     folder = fake_run(tmp_path, "hopper", BOTH, 1, [np.zeros((3, 11))])
-    plot.draw(folder)
+    draw_run(folder)
     assert not (folder / "rollouts.png").exists() and (folder / "curve.png").exists()
