@@ -118,9 +118,10 @@ class Checkpoints:
                 content = self._read(path.name)
                 parts = [int(part) for part in content.pop("parts")]
                 del content["run"]
-                found = flax.serialization.from_state_dict(like, content)
                 for name in ("state", "metrics"):
-                    check_same_arrays(like[name], found[name])
+                    expected = flax.serialization.to_state_dict(like[name])
+                    check_same_arrays(expected, content[name])
+                found = flax.serialization.from_state_dict(like, content)
                 rows = []
                 if with_replay:
                     rows = [(part, self._read(PART.format(part))["rows"]) for part in parts]

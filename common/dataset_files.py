@@ -63,7 +63,8 @@ def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path
 
             return [collect_dataset(source.dataset, collect or 200_000, folder)]
         if dataset_dir:
-            raise FileNotFoundError("it is not there")
+            found = sorted(path.name for path in Path(folder).expanduser().glob("*.npz"))
+            raise FileNotFoundError(f"only {', '.join(found)}" if found else "it is not there")
         ogbench.utils.download_datasets([f"{source.dataset}-v0"], CACHE)
         return [CACHE / file]
     except Exception as error:
@@ -179,6 +180,9 @@ def identify(paths: list[Path]) -> dict[str, str]:
     """Returns what identifies the content of a dataset: the checksums in its zip directories."""
     checksums = []
     for path in paths:
-        with zipfile.ZipFile(path) as archive:
-            checksums += [part.CRC for part in archive.infolist()]
+        try:
+            with zipfile.ZipFile(path) as archive:
+                checksums += [part.CRC for part in archive.infolist()]
+        except Exception as error:  # as in `read_arrays`
+            raise BadDataset(path, f"it is not readable as an .npz file ({error})") from None
     return dict(dataset=f"{zlib.crc32(repr(checksums).encode()):08x}")

@@ -59,6 +59,8 @@ class EnvPool:
         return self._slots
 
     def _observe(self, where: ndarray, observations: list[ndarray]) -> None:
+        if not observations:
+            return
         if self.observations.shape[-1] == 0:  # the first time
             size = observations[0].size
             self.observations = np.zeros((*self.shape, size), np.float32)
@@ -142,7 +144,7 @@ class EnvPool:
         self.ages = np.array(saved["ages"])
         self.plans = np.array(saved["plans"])
         self.played = np.array(saved["played"])
-        if self.ages.max() > actions.shape[2]:
+        if self.ages.max(initial=0) > actions.shape[2]:
             raise UserError("an episode is longer than the replay, so the run cannot be continued")
         self._call("replay", self.active, self.seeds, self.ages, actions)
 

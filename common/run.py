@@ -31,8 +31,8 @@ SECONDS_PER_CALL = 1.0  # so that the progress bar and signals are answered in t
 
 def environment_info() -> dict:
     """Returns commit, device and versions that a run is made with."""
-    folder = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+    here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = subprocess.run("git rev-parse HEAD", shell=True, **here)  # empty without git
     return dict(
         commit=git.stdout.strip(),
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -64,14 +64,14 @@ class Replay:
     @partial(jax.jit, donate_argnums=0)
     def append(self, transitions: dict[str, Array]) -> "Replay":
         """Adds arrays (agents, n, ...) in one piece; n divides the capacity."""
-        columns = vars(self)
         start = self.size[0] % self.rewards.shape[1]
-        new = dict(size=self.size + transitions["rewards"].shape[1])
-        for name in columns.keys() - new.keys():
-            new[name] = jax.lax.dynamic_update_slice_in_dim(
-                columns[name], transitions[name], start, axis=1
-            )
-        return Replay(**new)
+        columns = dict(size=self.size + transitions["rewards"].shape[1])
+        for name, old in vars(self).items():  # in a fixed order, or each process compiles it again
+            if name != "size":
+                columns[name] = jax.lax.dynamic_update_slice_in_dim(
+                    old, transitions[name], start, axis=1
+                )
+        return Replay(**columns)
 
     def since(self, start: int) -> dict[str, np.ndarray]:
         """Returns the transitions from number `start` on that are still there, oldest first, as
@@ -86,11 +86,12 @@ class Replay:
         if not transitions:
             return self
         size, capacity = int(transitions["size"]), self.rewards.shape[1]
-        count = min(transitions["rewards"].shape[1], capacity)
-        slots = np.arange(size - count, size) % capacity
+        found = transitions["rewards"].shape[1]
+        count = min(found, capacity)
+        slots = np.arange(size - count, size) % max(capacity, 1)
         columns = dict(size=jnp.full_like(self.size, size))
         for name in transitions.keys() - columns.keys():
-            latest = transitions[name][:, -count:]
+            latest = transitions[name][:, found - count :]
             columns[name] = getattr(self, name).at[:, slots].set(latest)
         return Replay(**columns)
 

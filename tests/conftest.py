@@ -22,7 +22,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # read when jax is imported; 
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-SLOW = ["theory/", "runs/", "envs.py"]  # in paths of files that start first: ends stay short
+SLOW = ["theory/", "runs/", "environments.py", "env_pool.py"]  # in paths of files that start first: ends stay short
 ALONE = "theory/"  # their tests share nothing: each may go to another process
 SCRIPTS = {str(x.relative_to(ROOT).with_suffix("")) for x in scripts()}
 
@@ -140,15 +140,7 @@ def module(script):
 
 @pytest.fixture
 def new_pool():
-    """EnvPool, closed in the end."""
-    from common.envs import EnvPool
+    """EnvPool; the workers end with their pool."""
+    from common.env_pool import EnvPool
 
-    pools = []
-
-    def new(*args, **kwargs):
-        pools.append(EnvPool(*args, **kwargs))
-        return pools[-1]
-
-    yield new
-    for pool in pools:
-        pool.close()
+    return EnvPool

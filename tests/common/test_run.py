@@ -1,310 +1,142 @@
-"""Tests of runs: flags and their defaults, the run folder and its lock, logs, checkpoints, and
-what is left when writing fails."""
+"""Tests of runs: the folder and its lock, what is due when, tables, signals, W&B, pictures."""
 
-import contextlib
-import csv
-import dataclasses
-import errno
 import functools
 import gc
-import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-import flax.struct
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-import fmer
-import qam
-from common.data import Replay
-from common.envs import ONLINE
-from common.run import FREE, Precision, Run, configure, parse, read_checkpoint
+from common.checkpoints import read_checkpoint
+from common.run import Run
 from tests.helpers.messages import stops
-from tests.helpers.numbers import MAY_BE_0, SIGNED, numbers
-from tools import shared_blocks
+from tests.helpers.small_run import (
+    AGENTS,
+    DATA,
+    Args,
+    begin,
+    content,
+    go,
+    logged,
+    metrics,
+    restore,
+    save,
+    sums,
+    table,
+)
 from tools.shared_blocks import ROOT
 
-
-@dataclasses.dataclass(frozen=True)
-class Args:
-    """A small script's flags."""
-
-    env: str = "pointmaze-medium"
-    tasks: tuple[int, ...] = (1,)
-    name: str = "default"
-    run_dir: str = "runs"
-    workers: int = 0
-    track: bool = False
-    eval_only: bool = False
-    compile_cache: str = ""
-    precision: Precision = "default"
-    log_interval: int = 10
-    eval_interval: int = 20
-    chunk_length: int = 3
-    discount: float = 0.5
-    lr: float = 0.25
-    hidden_dims: tuple[int, ...] = (8,)
-
-
-ENV_DEFAULTS = {"cube-triple": dict(lr=0.125, discount=0.75), "pointmaze-medium": dict(lr=0.0625)}
-
-
-# --- flags ---------------------------------------------------------------------------------------
-
-
-def test_the_precedence_of_defaults():
-    """Class, under the domain's protocol, under the script's ENV_DEFAULTS, under the flags."""
-    args = configure(Args, ENV_DEFAULTS, "antmaze-giant")
-    assert (args.lr, args.discount, args.chunk_length) == (0.25, 0.995, 1)
-    args = configure(Args, ENV_DEFAULTS, "cube-triple-noisy-singletask-task4-v0")
-    assert (args.lr, args.discount, args.chunk_length, args.tasks) == (0.125, 0.75, 5, (4,))
-    assert args.env == "cube-triple-noisy-singletask-task4-v0" and args.hidden_dims == (8,)
-    args = configure(Args, ENV_DEFAULTS, "cube-triple", lr=1.0, tasks=(5,))
-    assert (args.lr, args.discount, args.tasks) == (1.0, 0.75, (5,))
-    assert args == parse(Args, ENV_DEFAULTS, "--env cube-triple --lr 1 --tasks 5".split())
-
-
-def test_a_flag_that_equals_the_class_default_counts():
-    """It beats the protocol and ENV_DEFAULTS, wherever it stands."""
-    flags = "--lr 0.25 --discount 0.5 --chunk-length 3 --tasks 1".split()
-    for argv in (flags + ["--env", "cube-triple"], ["--env=cube-triple"] + flags):
-        args = parse(Args, ENV_DEFAULTS, argv)
-        assert args == dataclasses.replace(Args(), env="cube-triple")
-
-
-def test_both_ways_to_name_the_environment():
-    """--env x and --env=x, the last of several; without it, the class's own."""
-    both = [parse(Args, ENV_DEFAULTS, f"--env{sign}cube-triple".split()) for sign in " ="]
-    assert both[0] == both[1] and both[0].lr == 0.125
-    last = parse(Args, ENV_DEFAULTS, "--env scene --env cube-triple".split())
-    assert last == both[0]
-    none = parse(Args, ENV_DEFAULTS, [])
-    assert (none.env, none.lr, none.chunk_length) == ("pointmaze-medium", 0.0625, 5)
-    stops("'cube-tripel'", "cube-triple", call=lambda: parse(Args, {}, ["--env", "cube-tripel"]))
-    stops("''", call=lambda: parse(Args, {}, ["--env"]))
-
-
-def test_help_shows_the_environments_defaults(capsys):
-    for env, lr, discount in (("cube-triple", "0.125", "0.75"), ("scene", "0.25", "0.99")):
-        with pytest.raises(SystemExit):
-            parse(Args, ENV_DEFAULTS, ["--env", env, "--help"])
-        shown = capsys.readouterr().out
-        assert f"default: {lr})" in shown and f"default: {discount})" in shown
-
-
-def test_all_scripts_defaults_are_possible():
-    """Every environment's defaults pass the checks that flags have to pass."""
-    for env in [*qam.ENV_DEFAULTS, "cube-single", "antsoccer-arena", "puzzle-4x6", "scene-noisy"]:
-        assert parse(qam.Args, qam.ENV_DEFAULTS, ["--env", env]).env == env
-
-
-AT_MOST = dict(tasks=5, discount=1, target_rate=1, policy_ema=1, target_ess=1)
-
-
-FITTING = dict(  # values of other flags that neither 1 nor a huge number contradicts
-    total_steps=("warmup_steps", 1),
-    online_steps=("start_training", 1),
-    warmup_steps=("total_steps", 2**31 - 1),
-    env_steps_per_update=("total_steps", 2**31 - 1),
+EVALUATION = dict(
+    success=np.float64([[1, 0], [0, 0], [1, 1]]),
+    length=np.float64([[3, 5], [4, 4], [1, 2]]),
+    path=np.empty((3, 2), object),
 )
-
-
-def flag(script, name, value):
-    """The script's value of a flag, or SystemExit."""
-    flags = [(name, value)]
-    if name in FITTING and hasattr(script.Args, FITTING[name][0]):
-        flags.append(FITTING[name])
-    argv = [f"--{key.replace('_', '-')}={x}" for key, x in flags]
-    value = getattr(parse(script.Args, {}, argv), name)
-    return value[0] if isinstance(value, tuple) else value
-
-
-@pytest.mark.parametrize(
-    "script, name",
-    [(script, name) for script in (qam, fmer) for name in numbers(script)],
-    ids=lambda x: getattr(x, "__name__", x),
-)
-def test_numbers_that_a_flag_takes(script, name, capsys):
-    """Positive numbers, 0 where it means something, negative ones where they do, nothing huge,
-    nothing that is not finite: else one line that names the flag and what is possible, or tyro's
-    own message."""
-    kind, flags = type(numbers(script)[name]), f"--{name.replace('_', '-')} "
-    flag = functools.partial(globals()["flag"], script, name)
-    assert flag("1") == 1
-    if name in MAY_BE_0 or name in SIGNED:
-        assert flag("0") == 0
-    else:
-        stops(flags, "expected", "more than 0", call=lambda: flag("0"))
-    top = AT_MOST.get(name, 2**31 - 1)
-    assert flag(str(top)) == top
-    stops(flags, "expected", f"at most {top}", call=lambda: flag(str(top + 1)))
-    stops(flags, "expected", call=lambda: flag(str(10**30)))
-    if name in SIGNED:
-        assert flag("-1") == -1 and flag(str(-top)) == -top
-        stops(flags, "expected", f"{-top}, at most {top}", call=lambda: flag(str(-top - 1)))
-    else:
-        stops(flags + "-1", "expected", call=lambda: flag("-1"))
-    if kind is float:
-        for value in ("nan", "inf", "-inf", "1e400", *["-1e-300"] * (name not in SIGNED)):
-            stops(flags, "expected", call=lambda value=value: flag(f"{value}"))
-    else:
-        for value in ("nan", "inf", "0.5", "1e3", "x"):
-            with pytest.raises(SystemExit):
-                flag(value)
-            error = capsys.readouterr().err
-            assert value in error and "Traceback" not in error
-
-
-@pytest.mark.parametrize("name", shared_blocks.named("online"))
-def test_numbers_of_online_scripts(name):
-    """Of every flag: 1 and 0 are taken or refused in a line that names it; what is negative is
-    refused but for entropies, what is not finite always. All environments' defaults are possible.
-    """
-    script = importlib.import_module(name.replace("/", "."))
-    for other, number in numbers(script).items():
-        take, dashes = functools.partial(flag, script, other), f"--{other.replace('_', '-')}"
-        for value in ("1", "0"):
-            try:
-                assert take(value) == int(value)
-            except SystemExit as error:
-                assert dashes in str(error) and "\n" not in str(error)
-        if "entropy" not in other or isinstance(number, int) or number > 0:
-            stops(dashes, call=lambda take=take: take("-1"))
-        elif number < 0:
-            assert take("-1") == -1
-        if isinstance(number, float):
-            stops(dashes, call=lambda take=take: take("nan"))
-    for env in ONLINE:
-        assert parse(script.Args, script.ENV_DEFAULTS, ["--env", env]).env == env
-
-
-@pytest.mark.parametrize(
-    "script, env, words",
-    [
-        (fmer, "cube-double", "of the offline methods, this is an online one"),
-        (fmer, "cube-triple-noisy-singletask-task2-v0", "of the offline methods"),
-        (fmer, "pointmaze-medium", "of the offline methods"),
-        (qam, "multigoal", "of the online methods, this is an offline one"),
-        (qam, "kitchen-7", "of the online methods"),
-    ],
-)
-def test_environments_of_the_other_family(script, env, words):
-    """One line says whose environment it is; --help, too, has no defaults to show."""
-    for more in ([], ["--help"]):
-        call = lambda more=more: parse(script.Args, script.ENV_DEFAULTS, ["--env", env, *more])
-        stops(f"'{env}' is an environment", words, call=call)
-
-
-def test_online_scripts_know_no_tasks():
-    """And no flag of datasets; protocols of the offline environments do not reach them."""
-    args = parse(fmer.Args, fmer.ENV_DEFAULTS, ["--env", "kitchen-4"])
-    assert args == dataclasses.replace(fmer.Args(), env="kitchen-4")
-    for flag in ("--tasks", "--collect", "--sparse", "--chunk-length"):
-        with pytest.raises(SystemExit):
-            parse(fmer.Args, fmer.ENV_DEFAULTS, [flag, "1"])
-
-
-@pytest.mark.parametrize(
-    "argv", ["--seeed 1", "--seed", "--lr x", "--sparse 3", "1", "--env=scene x"]
-)
-def test_what_is_no_flag(argv, capsys):
-    """tyro says so, without a traceback."""
-    with pytest.raises(SystemExit):
-        parse(qam.Args, qam.ENV_DEFAULTS, argv.split())
-    assert "Traceback" not in capsys.readouterr().err
-
-
-def test_intervals_need_not_fit_one_another():
-    """Scripts stop at the multiples of both; a flag changes only itself."""
-    for argv in ("--log-interval 15 --eval-interval 20", "--log-interval 20 --eval-interval 15"):
-        args = parse(Args, ENV_DEFAULTS, argv.split())
-        assert f"--log-interval {args.log_interval} --eval-interval {args.eval_interval}" == argv
-
-
-@pytest.mark.parametrize("argv", [["--tasks"], ["--tasks", "1", "1"]])
-def test_tasks_that_are_none_or_twice(argv):
-    """No agent, or two whose rows cannot be told apart."""
-    stops("--tasks", call=lambda: parse(qam.Args, qam.ENV_DEFAULTS, argv))
-
-
-# --- the folder ----------------------------------------------------------------------------------
-
-AGENTS = [(1, 0), (1, 1), (4, 0)]
-DATA = dict(files=["a.npz"], transitions=100)
+EVALUATION["return"] = -EVALUATION["length"]
+for index in np.ndindex(3, 2):
+    EVALUATION["path"][index] = [np.float32(index)] * 2
 
 
 @pytest.fixture
 def run(tmp_path):
     """A function that begins or continues the run: run(flag=value, ...) -> Run."""
-
-    def begin(data=DATA, **flags):
-        gc.collect()  # gives up the lock of a run that is no more
-        return Run("script", Args(run_dir=str(tmp_path), **flags), AGENTS, data)
-
-    return begin
+    return functools.partial(begin, tmp_path)
 
 
-def table(path):
-    with open(path, newline="") as file:
-        return list(csv.reader(file))
+# --- the folder ----------------------------------------------------------------------------------
 
 
 def test_the_folder_says_what_made_it(run, tmp_path):
-    """runs/<script>/<env>/<name>/config.json: flags, dataset, commit, device, versions."""
+    """runs/<script>/<env>/<name>/config.json: flags, dataset, commit, device, versions, an id."""
     folder = run(name="mine", hidden_dims=(4, 4)).folder
     assert folder == tmp_path / "script" / "pointmaze-medium" / "mine"
     config = json.loads((folder / "config.json").read_text())
-    assert config["flags"]["hidden_dims"] == [4, 4] and config["flags"]["transitions"] == 100
+    flags = config["flags"]
+    assert flags["hidden_dims"] == [4, 4] and flags["dataset"] == DATA["dataset"]
     made = config["made_with"]
     assert {"jax", "numpy", "ogbench"} <= made["packages"].keys() and made["commit"]
     assert made["python"] == sys.version.split()[0] and "1 x" in made["device"]
+    assert len(config["id"]) == 16
 
 
-def test_the_configuration_is_shown(run, capsys):
-    """In one line, but for what changes no result."""
-    folder = run(hidden_dims=(4, 4), workers=3).folder
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{folder}: | env pointmaze-medium | tasks [1] |")
-    assert "| hidden_dims [4, 4] |" in line and "workers" not in line
+def test_without_git_there_is_no_commit(run, monkeypatch, tmp_path):
+    """Nor an error: nothing but config.json needs it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    config = json.loads((run().folder / "config.json").read_text())
+    assert config["made_with"]["commit"] == ""
 
 
-def test_an_environment_that_nothing_is_tuned_for(capsys):
-    parse(Args, ENV_DEFAULTS, ["--env", "cube-single"])
-    assert "nothing is tuned for cube-single" in capsys.readouterr().out
-    parse(Args, ENV_DEFAULTS, ["--env", "cube-triple-play-singletask-task2-v0"])
-    assert not capsys.readouterr().out
+def test_runs_without_a_name(run, tmp_path):
+    """As of a program that calls `main` without `parse`."""
+    assert run().folder == tmp_path / "script" / "pointmaze-medium" / "default"
+
+
+def test_a_run_folder_in_the_home_directory(monkeypatch, tmp_path):
+    """--run-dir=~/runs, which a shell does not expand."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert begin("~/runs").folder.is_relative_to(tmp_path / "runs")
+
+
+def test_the_start_says_what_is_trained(run, capsys):
+    """Environment, agents, size, device, folder and where it resumes, in aligned lines."""
+    first = run()
+    restore(first)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["environment", "agents", "device", "folder"]
+    assert {line[12] for line in lines} == {" "} and " " not in {line[13] for line in lines}
+    assert lines[0].endswith("pointmaze-medium")
+    assert lines[1].endswith("3 agents, 2 parameters each")
+    assert lines[2].endswith("1 x cpu") and lines[3].endswith(str(first.folder))
+    save(first, 20)
+    del first
+    restore(run())
+    assert "resuming from step 20 of 100" in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize("step, words", [(7, "not complete: 7 of 9"), (9, "is complete: 9 of 9")])
 def test_the_end_says_whether_all_is_done(run, capsys, step, words):
-    run().finish(step, 9, None)
-    assert words in capsys.readouterr().out
+    first = run(ends=(9,))
+    restore(first)
+    go(first, [step])
+    first.finish()
+    assert f"{words} updates" in capsys.readouterr().out
 
 
 def test_another_configuration_is_refused(run):
     """The message names each flag that differs with both values, and nothing is touched."""
     first = run(lr=0.5, hidden_dims=(4, 4))
-    first.log("train", 10, metrics())
+    first.tables.log("train.csv", 10, metrics())
     folder = first.folder
     del first
     before = (folder / "config.json").read_bytes()
+    other = dict(dataset="other")
     message = stops(
-        folder, "lr: 0.5 there, 0.75 now", "hidden_dims: [4, 4] there, [4] now",
-        "transitions: 100 there, 99 now", "--name", lines=9,
-        call=lambda: run(DATA | dict(transitions=99), lr=0.75, hidden_dims=(4,)),
-    )  # fmt: skip
+        folder,
+        "lr: 0.5 there, 0.75 now",
+        "hidden_dims: [4, 4] there, [4] now",
+        "dataset: 1234abcd there, other now",
+        "--name",
+        lines=9,
+        call=lambda: run(other, lr=0.75, hidden_dims=(4,)),
+    )
     assert "discount" not in message and (folder / "config.json").read_bytes() == before
     run(lr=0.5, hidden_dims=(4, 4))
     run(lr=0.75, name="other")
+
+
+def test_another_dataset_of_the_same_size_and_name_is_refused(run):
+    """Its checksum is part of what a run is."""
+    save(run(DATA), 20)
+    stops(
+        "dataset: 1234abcd there, 1234abce now", lines=4, call=lambda: run(dict(dataset="1234abce"))
+    )
+    run(DATA)
 
 
 def test_before_anything_is_logged_or_saved_flags_may_change(run):
@@ -312,7 +144,7 @@ def test_before_anything_is_logged_or_saved_flags_may_change(run):
     path = run(lr=0.5).folder / "config.json"
     first = run(lr=0.75)
     assert json.loads(path.read_text())["flags"]["lr"] == 0.75
-    first.log("train", 10, metrics())
+    first.tables.log("train.csv", 10, metrics())
     del first
     path.write_text(path.read_text().replace('"python": "', '"python": "0.'))
     before = path.read_bytes()
@@ -320,15 +152,34 @@ def test_before_anything_is_logged_or_saved_flags_may_change(run):
     assert path.read_bytes() == before
 
 
+def test_flags_that_change_no_agent_may_differ(run):
+    """config.json has those of the last start, the id and what made the run stay."""
+    first = run(workers=1, eval_interval=20)
+    save(first, 20)
+    path, id = first.folder / "config.json", first.checkpoints.run
+    del first
+    second = run(workers=2, eval_interval=30, eval_episodes=7)
+    assert second.folder == path.parent and second.checkpoints.run == id
+    config = json.loads(path.read_text())
+    assert (config["flags"]["workers"], config["flags"]["eval_interval"]) == (2, 30)
+    assert config["id"] == id
+
+
+def test_an_evaluation_changes_no_configuration(run):
+    """--eval-only of more episodes, which are not those of the run."""
+    first = run()
+    save(first, 20)
+    path = first.folder / "config.json"
+    del first
+    before = path.read_bytes()
+    restore(run(eval_only=True, eval_episodes=50))
+    assert path.read_bytes() == before
+
+
 def test_a_renamed_folder_goes_on(run):
     folder = logged(run)[0]
     folder.rename(folder.with_name("renamed"))
-    assert run(name="renamed").restore(dict(x=np.zeros(3)))[0] == 20
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "../a"])
-def test_names_that_are_no_folder(name):
-    stops("--name", call=lambda: parse(Args, ENV_DEFAULTS, ["--name", name]))
+    assert restore(run(name="renamed")) == (20, 20)
 
 
 def test_other_files_in_the_folder_stay(run):
@@ -336,72 +187,69 @@ def test_other_files_in_the_folder_stay(run):
     folder, _ = logged(run)
     (folder / "notes.csv").write_text("who,what,count\nme,x,500\n")
     (folder / "empty.csv").write_text("a,b,c\n")
-    run().restore(dict(x=np.zeros(3)))
+    restore(run())
     assert (folder / "notes.csv").read_text() == "who,what,count\nme,x,500\n"
     assert (folder / "empty.csv").exists()
 
 
 def test_results_without_a_checkpoint_are_not_overwritten(run):
     """A run has evaluations only after a checkpoint: somebody has removed it."""
-    folder, contents = logged(run, "eval")
+    folder, contents = logged(run, "eval.csv")
     (folder / "checkpoint.msgpack").unlink()
-    stops(folder, "no checkpoint", "--name", call=lambda: run().restore(dict(x=np.zeros(3))))
+    stops(folder, "no checkpoint", "--name", call=lambda: restore(run()))
     assert (folder / "eval.csv").read_bytes() == contents[2]
 
 
-def test_signals_are_given_back(run):
-    before = [signal.default_int_handler, signal.SIG_DFL]
-    for number, handler in zip((2, 15), before):
-        signal.signal(number, handler)
-    first = run()
-    first.restore({})
-    assert signal.getsignal(15) != before[1]
-    first.finish(1, 1, None)
-    assert [signal.getsignal(x) for x in (2, 15)] == before
-
-
-@pytest.mark.parametrize("text, calls", [("def draw_rollouts(folder):", 1), ("# of one's own", 0)])
-def test_the_picture_is_drawn_where_it_is_missing(run, monkeypatch, tmp_path, text, calls):
-    """By our plot.py, not by another one beside a copied script; once."""
-    first, drawn = run(), []
-    (tmp_path / "plot.py").write_text(text)
-    monkeypatch.setattr("common.run.__file__", str(tmp_path / "common" / "run.py"))
-    monkeypatch.setattr("common.run.subprocess.run", lambda *x, **_: drawn.append(x))
-    first.finish(9, 9, None)
-    assert len(drawn) == calls
-    (first.folder / "curve.png").touch()
-    first.finish(9, 9, None)
-    assert len(drawn) == calls
+def test_an_evaluation_without_a_checkpoint(run):
+    stops("no checkpoint that could be evaluated", call=lambda: restore(run(eval_only=True)))
 
 
 def test_a_flag_that_is_newer_than_the_run(run):
     """Had its default there, by which the run may be continued."""
     first = run()
-    first.log("train", 10, metrics())
+    first.tables.log("train.csv", 10, metrics())
     path = first.folder / "config.json"
     del first
     config = json.loads(path.read_text())
     assert config["flags"].pop("precision") == "default"
     path.write_text(json.dumps(config))
+    words = path.parent, "precision: default there, float32 now"
+    stops(*words, lines=4, call=lambda: run(precision="float32"))
     run()
-    stops(path.parent, "precision: default there, float32 now", lines=4,
-          call=lambda: run(precision="float32"))  # fmt: skip
 
 
-def test_flags_that_change_no_result_may_differ(run):
-    """The number of workers, where the runs and the data are, ..."""
-    assert {"workers", "run_dir", "dataset_dir", "eval_slots", "eval_only", "track"} <= {*FREE}
-    assert not {"env", "tasks", "seed", "lr", "offline_steps", "eval_interval"} & {*FREE}
-    folder = run(workers=1).folder
-    assert run(workers=2).folder == folder
+def test_a_damaged_configuration(run):
+    folder = logged(run)[0]
+    for text in ('{"flags": {"lr"', "{}", "[]", ""):
+        (folder / "config.json").write_text(text)
+        stops(folder, "config.json", call=run)
+        assert (folder / "config.json").read_text() == text
+
+
+def test_a_folder_that_cannot_be_written(run, tmp_path):
+    """A file in its place, a folder without permission: one line, no traceback."""
+    (tmp_path / "script").write_text("")
+    stops("cannot use", tmp_path / "script", call=run)
+    (tmp_path / "script").unlink()
+    (tmp_path / "script").mkdir()
+    if os.geteuid():  # root may write everywhere
+        (tmp_path / "script").chmod(0o555)
+        stops("cannot use", tmp_path / "script", "Permission denied", call=run)
+        (tmp_path / "script").chmod(0o755)
+    if Path("/proc/self").exists():
+        stops("cannot use", "/proc/self", call=lambda: begin("/proc/self"))
+
+
+# --- one process at a time -----------------------------------------------------------------------
 
 
 def test_a_second_process_is_refused(run, tmp_path):
     """While the first one is there; its lock is gone with it, however it ends."""
     first = run()
     code = f"""
-from tests.common.test_run import AGENTS, DATA, Args, Run
-Run("script", Args(run_dir={str(tmp_path)!r}), AGENTS, DATA)
+from common.flags import launch
+from tests.helpers.small_run import Args, begin
+launch(lambda args: begin({str(tmp_path)!r}), Args, {{}})
 """
     command = [sys.executable, "-c", code]
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -409,23 +257,264 @@ Run("script", Args(run_dir={str(tmp_path)!r}), AGENTS, DATA)
     assert "another process" in second.stderr and second.stderr.count("\n") == 1
     del first
     gc.collect()
-    killed = code + "import os; os.kill(os.getpid(), 9)"
+    killed = code.replace("launch(", "import os\nlaunch(").replace(
+        "),", ") + os.kill(os.getpid(), 9),", 1
+    )
     assert subprocess.run([sys.executable, "-c", killed], cwd=ROOT).returncode == -9
     run()
 
 
-# --- logs ----------------------------------------------------------------------------------------
+def test_after_an_error_the_folder_is_free_and_signals_are_as_before(run):
+    """The error is held here, and with it everything that it refers to."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError) as error:
+        with run() as first:
+            restore(first)
+            assert signal.getsignal(signal.SIGTERM) != before
+            stops("another process", call=run)
+            print(1 / 0)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert run().folder == first.folder and error
 
 
-def metrics(offset=0.0):
-    return dict(loss=offset + np.arange(3) / 3, q=jnp.arange(3) + jnp.float32(offset))
+# --- what is due ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test sets, in place of the time."""
+    clock = SimpleNamespace(now=0.0)
+    for module in ("run", "tables"):
+        fake = SimpleNamespace(time=lambda: clock.now)
+        monkeypatch.setattr(f"common.{module}.time", fake)
+    return clock
+
+
+def calls(run, clock, begin, end, rate):
+    """Lengths of the calls from one step to another on a device with so many updates per second."""
+    lengths = []
+    step = begin
+    while step < end:
+        updates = run.updates_until_due(step)
+        clock.now += updates / rate
+        step += updates
+        run.log_and_save(step, sums(), content())
+        lengths.append(updates)
+    assert step == end
+    return lengths
+
+
+def test_a_call_takes_about_a_second(run, clock):
+    """It is doubled until it takes half a second, and halved when it takes more than two."""
+    first = run(ends=(10**6,), log_interval=10**5, eval_interval=10**5)
+    restore(first)
+    lengths = calls(first, clock, 0, 639, rate=100)
+    assert lengths == [1, 2, 4, 8, 16, 32, *[64] * 9]
+    lengths = calls(first, clock, 639, 639 + 64 + 32 + 160, rate=10)
+    assert lengths == [64, 32, *[16] * 10]
+    lengths = calls(first, clock, 895, 895 + 496 + 3 * 512, rate=1e3)
+    assert lengths == [16, 32, 64, 128, 256, *[512] * 3]
+
+
+def test_calls_on_a_slow_device(run, clock):
+    """A single update takes long: that is the least."""
+    first = run()
+    restore(first)
+    assert calls(first, clock, 0, 5, rate=0.01) == [1] * 5
+
+
+def test_calls_end_where_something_is_due(run, clock):
+    """At the multiples of both intervals and at the ends of the phases, however fast it is; a call
+    that was cut there tells nothing of the right length."""
+    first = run(ends=(50, 75), log_interval=30, eval_interval=20)
+    restore(first)
+    lengths = calls(first, clock, 0, 75, rate=1e9)
+    assert set(np.cumsum(lengths)) >= {20, 30, 40, 50, 60, 75}
+    assert lengths == [1, 2, 4, 8, 5, 10, 10, 10, 10, 15]
+    assert first.updates_per_call == 16
+    assert first.updates_until_due(75) == 5  # nothing ends after the last phase
+
+
+def test_steps_without_calls_are_not_measured(run, clock):
+    """Those of an online phase, which asks for no number of updates."""
+    first = run()
+    restore(first)
+    clock.now += 1000
+    go(first, range(1, 9))
+    assert first.updates_per_call == 1
+
+
+def test_rows_are_means_and_sums_begin_again(run):
+    """The sums of the updates since the last row, over their number; a row at the multiples of
+    log_interval, where it is evaluated, and at the end of a phase, if there was an update."""
+    first = run(ends=(25, 50), log_interval=10, eval_interval=20)
+    restore(first)
+    given = dict(loss=np.float32([3, 6, 9]), updates=np.float32([3, 3, 3]))
+    nothing = dict(loss=np.zeros(3), updates=np.zeros(3))
+    rows = []
+    for step in range(1, 51):
+        back = first.log_and_save(step, given if step % 3 else nothing, content(step))
+        if not np.asarray(back["updates"]).any() and step % 3:
+            assert not np.asarray(back["loss"]).any()
+            rows.append(step)
+        else:
+            assert back is (given if step % 3 else nothing)
+        assert first.evaluation_due == (step in (20, 25, 40, 50))
+    assert rows == [10, 20, 25, 40, 50]  # 30 had no update
+    head, *lines = table(first.folder / "train.csv")
+    assert head == ["task", "seed", "step", "seconds", "loss"] and len(lines) == 15
+    assert [float(line[4]) for line in lines[:3]] == [1, 2, 3]
+    assert read_checkpoint(first.folder / "checkpoint.msgpack")["step"] == 50
+    assert read_checkpoint(first.folder / "checkpoint-before.msgpack")["step"] == 40
+
+
+def test_steps_of_several_at_once(run):
+    """As of PPO, whose steps may leap over the multiples."""
+    first = run(log_interval=10, eval_interval=20)
+    restore(first)
+    due = []
+    for step in range(7, 100, 7):
+        first.log_and_save(step, sums(step), content(step))
+        due += [step] * first.evaluation_due
+    assert due == [21, 42, 63, 84]
+    steps = {int(row[2]) for row in table(first.folder / "train.csv")[1:]}
+    assert steps == {14, 21, 35, 42, 56, 63, 70, 84, 91}
+
+
+def test_sums_go_on_after_a_restart(run):
+    """A checkpoint between two rows has the sums since the last one."""
+    first = run(log_interval=30, eval_interval=20)
+    restore(first)
+    go(first, [20])  # evaluated: with a row
+    first.stop.requested = True
+    with pytest.raises(SystemExit):
+        first.log_and_save(25, sums(3, updates=5), content(25))
+    del first
+    _, found = run(log_interval=30).restore(content() | dict(metrics=sums()))
+    np.testing.assert_array_equal(found["metrics"]["updates"], [5, 5, 5])
+    np.testing.assert_array_equal(found["metrics"]["q"], [3, 4, 5])
+
+
+def test_an_evaluation_that_a_stop_prevented(run):
+    """Between the checkpoint and the evaluation's rows, or in the middle of these, it is due again;
+    after them it is not, nor after a checkpoint without one."""
+    first = run()
+    restore(first)
+    assert not first.evaluation_due
+    go(first, [10, 20])
+    assert first.evaluation_due
+    path = first.folder / "eval.csv"
+    del first
+    second = run()
+    assert restore(second) == (20, 20) and second.evaluation_due
+    second.log_evaluation(20, EVALUATION)
+    assert not second.evaluation_due
+    del second
+    whole = path.read_text()
+    for kept, due in ((4, False), (3, True), (2, True), (1, True)):
+        path.write_text("".join(whole.splitlines(keepends=True)[:kept]))
+        third = run()
+        restore(third)
+        assert third.evaluation_due == due and path.exists() == (not due)
+        del third
+    path.write_text(whole)
+    fourth = run()
+    restore(fourth)
+    fourth.stop.requested = True
+    with pytest.raises(SystemExit):
+        go(fourth, [23])
+    del fourth
+    fifth = run()
+    assert restore(fifth) == (23, 23) and not fifth.evaluation_due
+
+
+def test_evaluations_alone_are_due_at_once(run):
+    """And go into a table of their own; what `finish` returns are the run's."""
+    first = run()
+    restore(first)
+    go(first, [20])
+    first.log_evaluation(20, EVALUATION)
+    folder = first.folder
+    del first
+    before = (folder / "eval.csv").read_bytes()
+    second = run(eval_only=True)
+    restore(second)
+    assert second.evaluation_due
+    second.log_evaluation(20, EVALUATION)
+    rows = second.finish()
+    assert (folder / "eval.csv").read_bytes() == before
+    head, *lines = table(folder / "eval_only.csv")
+    assert len(lines) == 3 and [row["step"] for row in rows] == ["20"] * 3
+
+
+def test_an_evaluation_is_a_row_per_agent(run, capsys):
+    """Of means over the episodes; the line shows the mean of the score."""
+    first = run()
+    restore(first)
+    go(first, [20])
+    first.log_evaluation(20, EVALUATION)
+    assert "20 updates: success 0.50" in capsys.readouterr().out
+    rows = first.finish()
+    assert [(row["task"], row["seed"]) for row in rows] == [("1", "0"), ("1", "1"), ("4", "0")]
+    assert [float(row["success"]) for row in rows] == [0.5, 0, 1]
+    assert [float(row["return"]) for row in rows] == [-4, -4, -1.5]
+    assert [float(row["length"]) for row in rows] == [4, 4, 1.5]
+    with np.load(first.folder / "rollouts.npz") as file:
+        assert file["task"].tolist() == [1, 1, 4]
+        np.testing.assert_array_equal(file["success"], EVALUATION["success"])
+        np.testing.assert_array_equal(file["path3"], np.float32([[1, 1], [1, 1]]))
+        assert "path6" not in file
+
+
+def test_a_run_without_evaluations_has_no_rows(run):
+    first = run()
+    restore(first)
+    go(first, [10])
+    assert first.finish() == []
+
+
+def test_a_longer_run_continues_a_finished_one(run):
+    """It is evaluated where the shorter one ended, and goes on."""
+    first = run(ends=(50,))
+    restore(first)
+    go(first, [20, 40, 50])
+    first.log_evaluation(50, EVALUATION)
+    del first
+    second = run(ends=(70,))
+    assert restore(second) == (50, 50) and not second.evaluation_due
+    go(second, [60, 70])
+    assert second.evaluation_due
+
+
+PLOT = (ROOT / "plot.py").read_text()
+
+
+@pytest.mark.parametrize("text, count", [(PLOT, 1), ("# of one's own", 0)], ids=["ours", "another"])
+def test_the_picture_is_drawn_where_it_is_missing(run, monkeypatch, tmp_path, text, count):
+    """By our plot.py, not by another one next to a copied script; once."""
+    first, drawn = run(), []
+    restore(first)
+    (tmp_path / "plot.py").write_text(text)
+    monkeypatch.setattr("common.run.__file__", str(tmp_path / "common" / "run.py"))
+    monkeypatch.setattr("common.run.subprocess.run", lambda *x, **_: drawn.append(x))
+    first.finish()
+    assert len(drawn) == count
+    (first.folder / "curve.png").touch()
+    first.finish()
+    assert len(drawn) == count
+    first.log_evaluation(20, EVALUATION)
+    first.finish()
+    assert len(drawn) == 2 * count
+
+
+# --- tables --------------------------------------------------------------------------------------
 
 
 def test_a_row_per_agent_under_one_header(run):
     """Numbers lose no digit."""
     first = run()
     for step in (10, 20):
-        first.log("train", step, metrics(step))
+        first.tables.log("train.csv", step, metrics(step))
     head, *rows = table(first.folder / "train.csv")
     assert head == ["task", "seed", "step", "seconds", "loss", "q"] and len(rows) == 6
     for i, row in enumerate(rows):
@@ -440,100 +529,56 @@ def test_numbers_that_are_not_finite_stop_the_run(run, bad, capsys):
     metric, task, seed, step and folder, and nothing is logged."""
     first, values = run(), metrics()
     values["q"] = np.array([0, 0, bad])
-    first.save(5, dict(x=np.ones(3)))
+    save(first, 5)
     for step in (5, 10):
-        first.log("train", step, values)
+        first.tables.log("train.csv", step, values)
     (line,) = capsys.readouterr().err.split("\n")[1:-1]
-    assert (
-        line == "q of task 4, seed 0 is not finite at step 5: this agent is lost, the others go on"
-    )
-    assert [row[-1] for row in table(first.folder / "train.csv")[1:]] == [
-        "0.0",
-        "0.0",
-        str(bad),
-    ] * 2
+    lost = "q of task 4, seed 0 is not finite at step 5"
+    assert line == f"{lost}: this agent is lost, the others go on"
+    last_column = [row[-1] for row in table(first.folder / "train.csv")[1:]]
+    assert last_column == ["0.0", "0.0", str(bad)] * 2
     before = {path: path.read_bytes() for path in first.folder.iterdir()}
     values["loss"] = np.array([bad, 0, 0])
     values["q"] = np.array([0, bad, 0])  # the last one, in the order of the metrics
     words = "q of", "task 1", "seed 1", "step 15", first.folder
-    stops(*words, call=lambda: first.log("train", 15, values))
+    stops(*words, call=lambda: first.tables.log("train.csv", 15, values))
     assert before == {path: path.read_bytes() for path in first.folder.iterdir()}
 
 
-@pytest.mark.parametrize("fails", ["init", "log", ""])
-def test_weights_and_biases(run, monkeypatch, capsys, fails):
-    """Gets every number of every agent; when it fails, one line says so, and the run goes on."""
-    seen = []
-
-    def log(numbers, step):
-        if fails == "log" and step == 20:
-            raise OSError("no route to host")
-        seen.append((step, numbers))
-
-    def init(**arguments):
-        if fails == "init":
-            raise RuntimeError("not logged in")
-        return SimpleNamespace(log=log)
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    first = run(track=True)
-    for step in (10, 20, 30):
-        first.log("train", step, metrics(step))
-    steps = dict(init=[], log=[10])[fails] if fails else [10, 20, 30]
-    assert [step for step, _ in seen] == [step for step in steps for _ in AGENTS]
-    if seen:
-        expected = {"train/task1-seed1/loss": 10 + 1 / 3, "train/task1-seed1/q": 11.0}
-        assert seen[1][1] == pytest.approx(expected)
-    said = capsys.readouterr().err
-    assert said.count("W&B failed, the run goes on without it: no") == bool(fails)
-    assert len(table(first.folder / "train.csv")) == 10
-
-
-def logged(run, name="train"):
-    """Rows of steps 10, 20, 30 and a checkpoint of step 20 -> the files' bytes after each step."""
-    first, contents = run(), []
-    for step in (10, 20, 30):
-        first.log(name, step, metrics(step))
-        contents.append((first.folder / f"{name}.csv").read_bytes())
-        if step == 20:
-            first.save(step, dict(x=np.ones(3)))
-    return first.folder, contents
-
-
-@pytest.mark.parametrize("name", ["train", "eval"])
+@pytest.mark.parametrize("name", ["train.csv", "eval.csv"])
 def test_rows_after_the_checkpoint_are_dropped(run, name):
     """Those before it are kept byte for byte, and the log goes on as if nothing had happened."""
     folder, contents = logged(run, name)
     second = run()
-    assert second.restore(dict(x=np.zeros(3)))[0] == 20
-    assert (folder / f"{name}.csv").read_bytes() == contents[1]
-    second.log(name, 30, metrics(30))
-    strip = lambda path: [row[:3] + row[4:] for row in path]
+    assert restore(second)[0] == 20
+    assert (folder / name).read_bytes() == contents[1]
+    second.tables.log(name, 30, metrics(30))
     (folder / "whole").write_bytes(contents[2])
-    assert strip(table(folder / f"{name}.csv")) == strip(table(folder / "whole"))
+    continued, whole = ([row[:3] + row[4:] for row in table(folder / x)] for x in (name, "whole"))
+    assert continued == whole
 
 
 def test_a_continued_log_has_no_row_twice_or_missing(run):
     """Read as a table."""
     folder, _ = logged(run)
     second = run()
-    second.restore(dict(x=np.zeros(3)))
+    restore(second)
     for step in (30, 40):
-        second.log("train", step, metrics(step))
+        second.tables.log("train.csv", step, metrics(step))
     head, *rows = table(folder / "train.csv")
     assert [int(row[2]) for row in rows] == [10] * 3 + [20] * 3 + [30] * 3 + [40] * 3
     assert all(len(row) == len(head) for row in rows)
 
 
-def test_without_a_checkpoint_the_log_begins_anew(run):
+def test_without_a_checkpoint_the_log_begins_again(run):
     first = run()
-    first.log("train", 10, metrics())
+    first.tables.log("train.csv", 10, metrics())
     folder = first.folder
     del first
     second = run()
-    tree = dict(x=np.zeros(3))
-    assert second.restore(tree) == (0, tree)
-    second.log("train", 10, metrics())
+    step, found = second.restore(content(7) | dict(metrics=sums()))
+    assert step == 0 and found["state"].params["x"][0, 0] == 7 and found["replay"] == {}
+    second.tables.log("train.csv", 10, metrics())
     assert len(table(folder / "train.csv")) == 4 and table(folder / "train.csv")[0][0] == "task"
 
 
@@ -543,7 +588,7 @@ def test_a_torn_line_is_dropped(run):
     second = run()
     for cut in range(len(contents[1]), len(contents[2])):
         (folder / "train.csv").write_bytes(contents[2][:cut])
-        assert second.restore(dict(x=np.zeros(3)))[0] == 20
+        second.tables.cut(20)
         assert len(table(folder / "train.csv")) == 7, contents[2][len(contents[1]) : cut]
 
 
@@ -553,353 +598,10 @@ def test_a_torn_header_is_written_again(run, torn):
     folder = run().folder
     (folder / "train.csv").write_text(torn)
     second = run()
-    second.restore(dict(x=np.zeros(3)))
-    second.log("train", 10, metrics())
+    restore(second)
+    second.tables.log("train.csv", 10, metrics())
     head, *rows = table(folder / "train.csv")
     assert head == ["task", "seed", "step", "seconds", "loss", "q"] and len(rows) == 3
-
-
-# --- checkpoints ---------------------------------------------------------------------------------
-
-
-@flax.struct.dataclass
-class State:
-    params: dict
-    opt_state: optax.OptState
-    key: jax.Array
-
-
-def state(seed):
-    """A tree like a script's: two agents' networks, Adam with clipping, keys, a pool."""
-    keys = jax.random.split(jax.random.PRNGKey(seed), 2)
-    params = {"critic": {"params": {"Dense_0": {"kernel": jax.random.normal(keys[0], (2, 3, 4))}}}}
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-    opt_state = optimizer.init(params)
-    for _ in range(seed):
-        _, opt_state = optimizer.update(params, opt_state)
-    pool = dict(
-        seeds=np.array([1, 2**32 - seed - 1], np.uint32),
-        ages=np.array([3, seed], np.int32),
-        plans={"0": np.zeros((0, 2), np.float32), "1": np.full((seed, 2), np.float32(np.pi))},
-    )
-    extra = dict(
-        empty=np.zeros((2, 0, 5), np.float32), size=jnp.int32(seed), flags=np.arange(3) > 1
-    )
-    bits = dict(values=np.float32([np.nan, -0.0, np.inf, 1e-45]), half=jnp.bfloat16([1.5, seed]))
-    return dict(state=State(params, opt_state, keys), pool=pool, extra=extra, bits=bits)
-
-
-def same(first, second):
-    """Equal in structure, types, shapes and bits."""
-    assert jax.tree.structure(first) == jax.tree.structure(second)
-    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
-        assert (x.dtype, x.shape) == (y.dtype, y.shape)
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-
-def test_a_checkpoint_comes_back_bit_by_bit(run):
-    """Optax states, keys, nested dicts, empty arrays, NaN and -0; the template's values and the
-    lengths of its arrays do not matter."""
-    first = run()
-    first.save(7, state(5))
-    first.save(70, state(3))
-    del first
-    step, tree = run().restore(state(1))
-    assert step == 70
-    same(tree, state(3))
-
-
-def test_time_goes_on_after_a_restart(run):
-    """The column `seconds` counts what the earlier processes took."""
-    first = run()
-    first.start -= 1000
-    first.save(10, {})
-    del first
-    second = run()
-    second.restore({})
-    second.log("train", 20, metrics())
-    assert 1000 <= float(table(second.folder / "train.csv")[1][3]) < 1010
-
-
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-def test_a_write_that_fails_leaves_the_old_file(run, monkeypatch, function, code):
-    """One line with the file and the reason; then the run continues from the old checkpoint."""
-
-    def fail(*_, **__):
-        raise OSError(code, os.strerror(code))
-
-    first = run()
-    first.save(10, dict(x=np.arange(3)))
-    before = (first.folder / "checkpoint.msgpack").read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, function, fail)
-        save = functools.partial(first.save, 20, dict(x=np.zeros(3, int)))
-        stops("checkpoint.msgpack", first.folder, os.strerror(code), call=save)
-    assert (first.folder / "checkpoint.msgpack").read_bytes() == before
-    del first, save
-    second = run()
-    step, tree = second.restore(dict(x=np.zeros(3, int)))
-    assert step == 10 and tree["x"].tolist() == [0, 1, 2]
-    second.save(20, tree)
-    assert sorted(path.name for path in second.folder.iterdir() if path.name[0] != ".") == [
-        "checkpoint-before.msgpack",
-        "checkpoint.msgpack",
-        "config.json",
-    ]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_stops_the_log_in_one_line(run):
-    first = run()
-    (first.folder / "train.csv").symlink_to("/dev/full")
-    log = lambda: first.log("train", 10, metrics())
-    stops("train.csv", first.folder, os.strerror(errno.ENOSPC), call=log)
-
-
-def damages(content):
-    """The content cut off at several places, and with one bit flipped in many."""
-    yield from (content[:kept] for kept in (0, 1, 10, 31, 32, 100, len(content) // 2, -1))
-    generator = np.random.default_rng(0)
-    for at in generator.integers(len(content), size=100):
-        yield content[:at] + bytes([content[at] ^ 1 << generator.integers(8)]) + content[at + 1 :]
-
-
-def test_a_damaged_checkpoint(run):
-    """One line that names the file; it is left as it is."""
-    first = run()
-    first.save(10, state(2))
-    path = first.folder / "checkpoint.msgpack"
-    for content in damages(path.read_bytes()):
-        path.write_bytes(content)
-        stops(path, "damaged", call=lambda: first.restore(state(2)))
-        assert path.read_bytes() == content
-
-
-def test_the_checkpoint_before_a_damaged_one(run, capsys):
-    """Is taken, and a line says so; rows after it are dropped."""
-    first = run()
-    for step in (10, 20):
-        first.log("train", step, metrics(step))
-        first.save(step, state(step // 10))
-    path = first.folder / "checkpoint.msgpack"
-    log = (first.folder / "train.csv").read_bytes()
-    capsys.readouterr()
-    for content in damages(path.read_bytes()):
-        path.write_bytes(content)
-        (first.folder / "train.csv").write_bytes(log)
-        step, tree = first.restore(state(3))
-        assert step == 10 and first.last["train"] == 10
-        same(tree, state(1))
-        assert len(table(first.folder / "train.csv")) == 4
-        said = capsys.readouterr().out
-        assert f"{path} is damaged" in said and "step 10" in said and said.count("\n") == 1
-    path.unlink()  # as if the power had failed between the two renamings
-    assert first.restore(state(3))[0] == 10
-
-
-# --- a replay in parts ---------------------------------------------------------------------------
-
-
-SPACES = SimpleNamespace(observations=np.zeros(3), actions=np.zeros(2))
-
-
-def played(replay, count):
-    """`count` more transitions, the numbers of which they hold."""
-    for _ in range(count):
-        rows = {name: np.float32(replay.size[0]) for name in vars(replay) if name != "size"}
-        shape = lambda name, replay=replay: (2, 1, *getattr(replay, name).shape[2:])
-        replay = replay.append({name: np.full(shape(name), x) for name, x in rows.items()})
-    return replay
-
-
-def parts(folder):
-    """Number of transitions that each file holds of a replay."""
-    read = lambda path: read_checkpoint(path)["rewards"].shape[1]
-    paths = [path for path in folder.glob("replay-*.msgpack") if path.stem[7:].isdigit()]
-    return {int(path.stem[7:]): read(path) for path in paths}
-
-
-@pytest.fixture
-def begun(run):
-    """A run with checkpoints at 3, 5 and 9 transitions of 100."""
-    first, replay = run(), Replay.create(2, 100, SPACES)
-    for step, count in ((10, 3), (20, 2), (30, 4)):
-        replay = played(replay, count)
-        first.save(step, dict(x=np.full(3, step), replay=replay))
-    return first.folder, jax.device_get(replay)
-
-
-def restored(run, slots=100):
-    return run().restore(dict(x=np.zeros(3), replay=Replay.create(2, slots, SPACES)))
-
-
-def test_a_checkpoint_writes_what_is_new_of_the_replay(begun, run):
-    """Each part once; the run continues with all of it, and adds to it. A checkpoint of the same
-    replay adds nothing, one of an empty replay has no part."""
-    folder, replay = begun
-    assert parts(folder) == {3: 3, 5: 2, 9: 4}
-    second = run()
-    step, tree = second.restore(dict(x=np.zeros(3), replay=Replay.create(2, 100, SPACES)))
-    assert step == 30 and tree["x"].tolist() == [30] * 3
-    same(tree["replay"], replay)
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("replay-*")}
-    second.save(30, tree)
-    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("replay-*")}
-    second.save(40, tree | dict(replay=played(tree["replay"], 1)))
-    assert parts(folder) == {3: 3, 5: 2, 9: 4, 10: 1}
-    empty = run(name="empty")
-    empty.save(10, dict(replay=Replay.create(2, 0, SPACES)))
-    assert not parts(empty.folder)
-    step, tree = empty.restore(dict(replay=Replay.create(2, 0, SPACES)))
-    assert step == 10 and tree["replay"].size.tolist() == [0, 0]
-
-
-def test_the_replay_of_a_later_phase(begun, run, tmp_path):
-    """A script that begins with a replay without slots goes on with the one that is there, or with
-    none, where the first checkpoint of that phase is damaged."""
-    same(restored(run, slots=0)[1]["replay"], begun[1])
-    first = run(name="two phases")
-    first.save(10, dict(x=np.ones(3), replay=Replay.create(2, 0, SPACES)))
-    first.save(20, dict(x=np.ones(3), replay=played(Replay.create(2, 9, SPACES), 2)))
-    (first.folder / "replay-2.msgpack").write_bytes(b"")
-    step, tree = first.restore(dict(x=np.zeros(3), replay=Replay.create(2, 0, SPACES)))
-    assert step == 10 and tree["replay"].rewards.shape == (2, 0)
-    assert tree["replay"].size.tolist() == [0, 0]
-
-
-def test_an_evaluation_needs_no_replay(begun, run):
-    """--eval-only reads no part, and plays no running episode to its step."""
-    folder, _ = begun
-    for path in folder.glob("replay-*"):
-        path.unlink()
-    tree = dict(x=np.zeros(3), replay=Replay.create(2, 100, SPACES), pool=dict(ages=np.zeros(2)))
-    other = run(name="pool")
-    other.save(10, tree | dict(pool=dict(ages=np.ones(2))))
-    del other
-    step, found = run(name="pool", eval_only=True).restore(tree)
-    assert step == 10 and found["pool"]["ages"].tolist() == [0, 0]
-    assert found["replay"] is tree["replay"]
-    del tree["pool"]
-    step, found = run(eval_only=True).restore(tree)
-    assert step == 30 and found["x"].tolist() == [30] * 3
-
-
-def test_parts_that_are_overwritten_are_removed(run, monkeypatch):
-    """Once neither checkpoint needs them, with what killed writes left; other files stay, and what
-    cannot be removed. Without a replay nothing is removed."""
-    first, replay = run(), Replay.create(2, 5, SPACES)
-    names = "of-mine.msgpack", "3.csv", "x.npz", "3.msgpack.bak"
-    others = [first.folder / f"replay-{name}" for name in names]
-    for name in ("77.msgpack", "2.msgpack.tmp"):
-        (first.folder / f"replay-{name}").touch()
-    for path in others:
-        path.touch()
-    first.save(0, {})
-    assert (first.folder / "replay-77.msgpack").exists()
-    sizes = {
-        3: [3],
-        6: [3, 6],
-        7: [3, 6, 7],
-        8: [3, 6, 7, 8],
-        9: [6, 7, 8, 9],
-        19: [6, 7, 8, 9, 19],
-    }
-    for size, expected in (sizes | {20: [19, 20]}).items():
-        replay = played(replay, size - int(replay.size[0]))
-        first.save(size, dict(replay=replay))
-        assert sorted(parts(first.folder)) == expected
-        again = first.restore(dict(replay=Replay.create(2, 5, SPACES)))[1]["replay"]
-        same(again, jax.device_get(replay))
-    assert parts(first.folder) == {19: 5, 20: 1}
-    names = {path.name for path in first.folder.glob("replay*")}
-    assert names == {path.name for path in others} | {"replay-19.msgpack", "replay-20.msgpack"}
-
-    def busy(path, **_):
-        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-
-    monkeypatch.setattr(Path, "unlink", busy)
-    for _ in range(2):
-        replay = played(replay, 7)
-        first.save(30, dict(replay=replay))
-    assert sorted(parts(first.folder)) == [19, 20, 27, 34]
-
-
-def test_a_damaged_part(begun, run, capsys):
-    """Of the last checkpoint alone: the one before is taken. Of both, or missing: one line that
-    names both checkpoints and the part, and everything stays."""
-    folder, _ = begun
-    new, old = folder / "replay-9.msgpack", folder / "replay-3.msgpack"
-    whole = new.read_bytes(), old.read_bytes()
-    for content in [*damages(whole[0])][::6]:
-        new.write_bytes(content)
-        step, tree = restored(run)
-        assert step == 20 and tree["x"].tolist() == [20] * 3
-        assert tree["replay"].size.tolist() == [5, 5]
-        assert tree["replay"].rewards[0, :5].tolist() == [0, 1, 2, 3, 4]
-        said = capsys.readouterr().out
-        assert "checkpoint.msgpack is damaged" in said and "step 20" in said
-    new.write_bytes(whole[0])
-    for content in (whole[1][:-1], whole[1][:40], None):
-        old.unlink() if content is None else old.write_bytes(content)
-        words = "checkpoint.msgpack", "checkpoint-before.msgpack", "replay-3.msgpack"
-        stops(*words, call=lambda: restored(run))
-        assert old.exists() == (content is not None) and new.read_bytes() == whole[0]
-
-
-def test_on_from_the_checkpoint_before(begun, run):
-    """The damaged one's part is written again where the run comes by."""
-    folder, replay = begun
-    (folder / "replay-9.msgpack").write_bytes(b"")
-    second = run()
-    step, tree = second.restore(dict(x=np.zeros(3), replay=Replay.create(2, 100, SPACES)))
-    second.save(30, tree | dict(replay=played(tree["replay"], 4)))
-    del second
-    assert parts(folder) == {3: 3, 5: 2, 9: 4}
-    same(restored(run)[1]["replay"], replay)
-
-
-@pytest.mark.parametrize("done", [0, 1, 2])
-def test_a_damaged_checkpoint_replaces_no_good_one(begun, run, monkeypatch, done):
-    """Killed after so many renamings, when it had gone on from the one before: that one is still
-    there, or the new one already."""
-    folder, _ = begun
-    (folder / "checkpoint.msgpack").write_bytes(b"")
-    second, replace, calls = run(), os.replace, []
-    template = lambda: dict(x=np.zeros(3), replay=Replay.create(2, 100, SPACES))
-    step, tree = second.restore(template())
-    tree["replay"] = played(jax.tree.map(jnp.array, tree["replay"]), 4)
-
-    def killed(*paths):
-        if len(calls) == done:
-            raise KeyboardInterrupt
-        calls.append(paths)
-        replace(*paths)
-
-    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(os, "replace", killed)
-        second.save(30, tree)
-    step, tree = second.restore(template())
-    assert (step, tree["replay"].size[0]) == ((30, 9) if done == 2 else (20, 5))
-
-
-def test_a_part_that_cannot_be_written(begun, run, monkeypatch):
-    """One line with file and reason, and the run continues from the old checkpoint."""
-    folder, replay = begun
-
-    def fail(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    second = run()
-    step, tree = second.restore(dict(x=np.zeros(3), replay=Replay.create(2, 100, SPACES)))
-    save = functools.partial(second.save, 40, dict(replay=played(tree["replay"], 1)))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fail)
-        stops("replay-10.msgpack", folder, call=save)
-    del second, save
-    step, tree = restored(run)
-    assert step == 30
-    same(tree["replay"], replay)
 
 
 @pytest.mark.parametrize("bad", [b"1,0,x,0.1,0.5,0.5", b"1,1", b"\xff"])
@@ -908,50 +610,218 @@ def test_a_damaged_row(run, bad):
     folder, contents = logged(run)
     damaged = contents[1].replace(b"\n1,1,10,", b"\n" + bad + b"\n1,1,10,")
     (folder / "train.csv").write_bytes(damaged)
-    stops(folder, "train.csv", call=lambda: run().restore(dict(x=np.zeros(3))))
+    stops(folder, "train.csv", call=lambda: restore(run()))
     assert (folder / "train.csv").read_bytes() == damaged
 
 
 def test_rows_of_some_agents_alone_are_dropped(run):
     """An evaluation is logged after its checkpoint: stopped within its rows, it is not there."""
     first = run()
-    first.save(20, dict(x=np.ones(3)))
     for step in (10, 20):
-        first.log("eval", step, metrics(step))
-    lines = (first.folder / "eval.csv").read_text().splitlines(keepends=True)
+        first.tables.log("eval.csv", step, metrics(step))
+    path = first.folder / "eval.csv"
+    lines = path.read_text().splitlines(keepends=True)
     for rows in range(4, 8):
-        (first.folder / "eval.csv").write_text("".join(lines[:rows]))
-        first.last.clear()
-        first.restore(dict(x=np.zeros(3)))
-        assert first.last["eval"] == (20 if rows == 7 else 10)
-        kept = (first.folder / "eval.csv").read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:rows]))
+        first.tables.cut(20)
+        assert first.tables.last_row["eval.csv"] == (20 if rows == 7 else 10)
+        kept = path.read_text().splitlines(keepends=True)
         assert kept == lines[: 7 if rows == 7 else 4]
 
 
-def test_a_checkpoint_of_something_else(run):
-    """Whose tree does not fit."""
+def test_time_goes_on_after_a_restart(run):
+    """The column `seconds` counts what the earlier processes took."""
     first = run()
-    first.save(10, dict(x=np.ones(3)))
-    path = first.folder / "checkpoint.msgpack"
-    stops(path, call=lambda: first.restore(dict(y=np.ones(3))))
+    restore(first)
+    first.tables.start -= 1000
+    go(first, [20])
+    del first
+    second = run()
+    restore(second)
+    second.tables.log("train.csv", 30, metrics())
+    assert 1000 <= float(table(second.folder / "train.csv")[-1][3]) < 1010
 
 
-def test_a_damaged_configuration(run):
-    folder = logged(run)[0]
-    (folder / "config.json").write_text('{"flags": {"lr"')
-    stops(folder, "config.json", call=run)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_stops_the_log_in_one_line(run):
+    first = run()
+    (first.folder / "train.csv").symlink_to("/dev/full")
+    words = "train.csv", first.folder, "No space left on device"
+    stops(*words, call=lambda: first.tables.log("train.csv", 10, metrics()))
 
 
-def test_a_folder_that_cannot_be_written(run, tmp_path):
-    """A file in its place, a folder without permission: one line, no traceback."""
-    (tmp_path / "script").write_text("")
-    stops("cannot use", tmp_path / "script", call=run)
-    (tmp_path / "script").unlink()
-    (tmp_path / "script").mkdir()
-    if os.geteuid():  # root may write everywhere
-        (tmp_path / "script").chmod(0o555)
-        stops("cannot use", tmp_path / "script", "Permission denied", call=run)
-        (tmp_path / "script").chmod(0o755)
-    if Path("/proc/self").exists():
-        args = Args(run_dir="/proc/self")
-        stops("cannot use", "/proc/self", call=lambda: Run("script", args, AGENTS, DATA))
+@pytest.mark.parametrize("fails", ["import", "init", "log", "finish", ""])
+def test_weights_and_biases(run, monkeypatch, capsys, fails):
+    """Gets every number of every agent; when it fails, one line says so, and the run goes on. A
+    run that is continued has the same id."""
+    seen, begun, finished = [], [], []
+
+    def log(numbers, step):
+        if fails == "log" and step == 20:
+            raise OSError("no route to host")
+        seen.append((step, numbers))
+
+    def finish():
+        if fails == "finish":
+            raise OSError("no route to host")
+        finished.append(1)
+
+    def init(**arguments):
+        if fails == "init":
+            raise RuntimeError("not logged in")
+        begun.append(arguments)
+        return SimpleNamespace(log=log, finish=finish)
+
+    wandb = None if fails == "import" else SimpleNamespace(init=init)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with run(track=True) as first:
+        for step in (10, 20, 30):
+            first.tables.log("train.csv", step, metrics(step))
+    steps = dict(init=[], log=[10]).get(fails, [10, 20, 30])
+    if fails == "import":
+        steps = []
+    assert [step for step, _ in seen] == [step for step in steps for _ in AGENTS]
+    if seen:
+        expected = {"train/task1-seed1/loss": 10 + 1 / 3, "train/task1-seed1/q": 11.0}
+        assert seen[1][1] == pytest.approx(expected)
+        assert begun[0]["id"] == first.checkpoints.run and begun[0]["config"]["lr"] == 0.25
+    assert len(finished) == (fails == "")
+    said = capsys.readouterr().err
+    assert said.count("W&B failed; the run continues without it:") == bool(fails)
+    assert len(table(first.folder / "train.csv")) == 10
+    with run(track=True):
+        pass
+    assert len({arguments["id"] for arguments in begun}) <= 1
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heeded():
+    """Signals as in a terminal: a shell that runs the tests in the background has them ignored."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_in_the_middle(run, heeded, number, capsys):
+    """The step is finished and saved, and the run ends with a line; then signals are as before, the
+    folder is free, and the run continues from this step."""
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit, match="script.* is saved. Repeat the command to continue.$"):
+        with run() as first:
+            restore(first)
+            go(first, [1, 2])
+            os.kill(os.getpid(), number)
+            assert first.stop.requested
+            assert f"{number.name}: saving after this step" in capsys.readouterr().err
+            go(first, [3])
+            raise AssertionError("the run was not stopped")
+    assert signal.getsignal(number) == before
+    assert restore(run()) == (3, 3)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("steps", [[], [1, 20]])
+def test_a_signal_where_nothing_is_unsaved(run, heeded, number, steps):
+    """Before the first step, and between a checkpoint and the next step, as in an evaluation, the
+    run ends at once."""
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit, match="is saved. Repeat the command to continue.$"):
+        with run() as first:
+            restore(first)
+            go(first, steps)
+            os.kill(os.getpid(), number)
+            raise AssertionError("the run was not stopped")
+    assert signal.getsignal(number) == before
+    assert restore(run())[0] == (20 if steps else 0)
+
+
+def test_a_signal_in_the_middle_of_a_write(run, heeded, monkeypatch):
+    """It waits for the end of the checkpoint."""
+    replace, calls = os.replace, []
+
+    def signalled(*paths):
+        calls.append(paths)
+        os.kill(os.getpid(), signal.SIGTERM)
+        replace(*paths)
+
+    with pytest.raises(SystemExit, match="is saved"):
+        with run() as first:
+            restore(first)
+            go(first, [1])
+            monkeypatch.setattr(os, "replace", signalled)
+            go(first, [20])
+    monkeypatch.undo()
+    assert len(calls) == 1 and restore(run()) == (20, 20)
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    """As if nobody handled it."""
+    code = f"""
+import os, signal
+from tests.helpers.small_run import begin, go, restore
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+with begin({str(tmp_path)!r}) as run:
+    restore(run)
+    go(run, [1])
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still here", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("and here", flush=True)
+"""
+    command = [sys.executable, "-c", code]
+    end = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert end.returncode == -signal.SIGTERM
+    assert "still here" in end.stdout and "and here" not in end.stdout
+
+
+def test_signals_are_given_back(run, heeded):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with run() as first:
+        assert all(signal.getsignal(x) == first.stop._answer for x in SIGNALS)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_ignored_signals_stay_ignored(run, heeded):
+    """As in a shell's background, where Ctrl-C is meant for others, and under nohup."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with run() as first:
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == first.stop._answer
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_a_run_in_another_thread(run, heeded):
+    """Has no say in signals, and works."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    seen = []
+
+    def work():
+        with run() as first:
+            restore(first)
+            go(first, [20])
+            seen.append([signal.getsignal(number) for number in SIGNALS])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before] and restore(run())[0] == 20
+
+
+def test_the_argument_script_is_a_path(tmp_path):
+    """Of which the name counts, as `__file__` of a script in any folder."""
+    script = Run("/a/b/mine.py", Args(run_dir=str(tmp_path)), AGENTS, DATA, (9,))
+    assert script.folder.parent.parent == tmp_path / "mine"

@@ -15,13 +15,19 @@ import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from common import data as d
-from common.envs import make_env, resolve
+from common import dataset_files, datasets
+from common.dataset_files import identify, locate, read
+from common.datasets import OfflineDataset
+from common.environments import make_env, resolve
+from common.errors import UserError
+from common.sampling import Replay, sample
+from tests.helpers.messages import stops
 
 MUTANTS = int(os.environ.get("FAULTS", 1000))  # a half in arrays, a half in bytes
 SOURCES = {name: resolve(name) for name in ("pointmaze-medium", "puzzle-3x3")}
@@ -43,7 +49,7 @@ def environment(name):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(d, "labelling_env", environment)
+    monkeypatch.setattr(dataset_files, "labelling_env", environment)
 
 
 @pytest.fixture(scope="module")
@@ -96,23 +102,25 @@ def slow(arrays, source):
 
 def check_read(path, source, arrays):
     """The file is read as `arrays` say."""
-    data, expected = d.read(path, source, TASKS, sparse=False), slow(arrays, source)
-    read = dict(observations=data.observations[data.rows], actions=data.actions)
-    read |= dict(next=data.observations[data.rows + 1], terminals=data.terminals)
+    data, expected = read(path, source, TASKS, sparse=False), slow(arrays, source)
+    found = dict(observations=data.observations[data.rows], actions=data.actions)
+    found |= dict(next=data.observations[data.rows + 1], terminals=data.terminals)
     for i, task in enumerate(TASKS):
-        read |= {f"rewards {task}": data.rewards[i], f"masks {task}": data.masks[i]}
-    assert read.keys() == expected.keys()
+        found |= {f"rewards {task}": data.rewards[i], f"masks {task}": data.masks[i]}
+    assert found.keys() == expected.keys()
     for name, values in expected.items():
-        assert read[name].dtype == np.float32
-        np.testing.assert_array_equal(read[name], np.float32(values), err_msg=f"{path} {name}")
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], np.float32(values), err_msg=f"{path} {name}")
 
 
 def outcome(path, source, arrays, keys=()):
-    """ "read" or "refused", both checked; `keys`: the line has to name one of them."""
+    """Returns "read" or "refused", both checked; `keys`: the line has to name one of them. What is
+    read has an identity, too."""
     begin = time.perf_counter()
     try:
         check_read(path, source, arrays)
-    except SystemExit as error:
+        assert len(identify([path])["dataset"]) == 8
+    except UserError as error:
         line = str(error)
         assert line.startswith(f"bad dataset {path}: ") and "\n" not in line, line
         assert len(line) < 600 + len(str(path)), line
@@ -551,37 +559,47 @@ def test_a_directory_that_promises_too_little(says, tmp_path):
 # --- shards, folders, train and validation -------------------------------------------------------
 
 
+def dataset(folder, tasks=(1,), chunk_length=1):
+    """The dataset of a run on the files of a folder."""
+    args = SimpleNamespace(
+        env="pointmaze-medium",
+        dataset_dir=str(folder),
+        collect=0,
+        tasks=tasks,
+        sparse=False,
+        chunk_length=chunk_length,
+        offline_steps=10**6,
+    )
+    return OfflineDataset(args, 1)
+
+
 @pytest.mark.parametrize("seed", range(6))
-def test_one_bad_shard_of_many(seed, tmp_path):
+def test_one_bad_shard_of_many(seed, tmp_path, monkeypatch):
     """Those before it train; at its turn the run ends in the line of this file."""
-    rng, paths = np.random.default_rng(seed), [tmp_path / f"shard-{i}.npz" for i in range(8)]
-    source, bad = SOURCES["pointmaze-medium"], int(rng.integers(1, 8))
+    monkeypatch.setattr(datasets, "SWAP_INTERVAL", 1)
+    rng = np.random.default_rng(seed)
+    paths = [tmp_path / f"pointmaze-medium-navigate-v0-00{i}.npz" for i in range(8)]
+    source, bad = SOURCES["pointmaze-medium"], int(rng.integers(2, 8))
     arrays = arrays_of(source, rng)
     for path in paths:
         path.write_bytes(packed(arrays, True))
     change = [missing, wrong_dtype, pickled, not_finite, outside_of_the_box, no_terminal][seed]
     keys = change(arrays, rng)
     paths[bad].write_bytes(packed(arrays, True))
-    shards = d.Shards(paths, source, (1,), False, 1, interval=1)
-    for step in range(bad):
-        shards.at(step)
-    with pytest.raises(SystemExit) as error:
-        shards.at(bad)
-    line = str(error.value)
-    assert str(paths[bad]) in line and "\n" not in line and any(key in line for key in keys), line
+    data = dataset(tmp_path)
+    for step in range(bad - 1):  # the first update is drawn from shard 1
+        data.at(step)
+    line = stops(f"bad dataset {paths[bad]}", call=lambda: data.at(bad - 1))
+    assert any(key in line for key in keys), line
 
 
 def located(source, folder, *words):
-    with pytest.raises(SystemExit) as error:
-        d.locate(resolve(source), str(folder))
-    assert "\n" not in str(error.value)
-    for word in (*words, str(folder)):
-        assert str(word) in str(error.value)
+    return stops(*words, folder, lines=5, call=lambda: locate(resolve(source), str(folder)))
 
 
 def test_a_folder_with_validation_files_alone(tmp_path):
     """They are not trained on, and the line says that they are there; a point maze is not collected
-    beside them either."""
+    next to them either."""
     for name in ("cube-single-play", "pointmaze-medium-navigate"):
         (tmp_path / f"{name}-v0-val.npz").touch()
     located("cube-single", tmp_path, "cube-single-play-v0-val.npz", "cube-single-play-v0.npz")
@@ -601,16 +619,15 @@ def test_folders_that_are_none(tmp_path):
 def test_chunks_longer_than_every_trajectory(length, tmp_path):
     """Refused: none of them would be valid, and nothing be learned."""
     arrays = dict.fromkeys(FLOATS, np.zeros((7, 2))) | dict(terminals=np.isin(np.arange(7), (3, 6)))
-    path, source = tmp_path / "short.npz", SOURCES["pointmaze-medium"]
+    path = tmp_path / "pointmaze-medium-navigate-v0-short.npz"
     path.write_bytes(packed(arrays, True))
     if length > 3:
-        line = f"^--chunk-length {length}: .*short.npz has 3 transitions$"
-        with pytest.raises(SystemExit, match=line):
-            d.Shards([path], source, (1,), False, length)
+        words = f"--chunk-length {length} must be at most 3", path.name
+        stops(*words, call=lambda: dataset(tmp_path, chunk_length=length))
         return
-    data, _ = d.Shards([path], source, (1,), False, length).at(1)
-    replay = jax.tree.map(lambda x: x[0], d.Replay.create(1, 0, data))
-    draw = jax.jit(lambda key: d.sample(key, data, replay, 0, 64, length, 0.9))
+    data = dataset(tmp_path, chunk_length=length).at(0)
+    replay = jax.tree.map(lambda x: x[0], Replay.create(1, 0, 2, 2))
+    draw = jax.jit(lambda key: sample(key, data, replay, 0, 64, length, 0.9))
     assert {0.0, 1.0} == set(draw(jax.random.PRNGKey(0)).valid.tolist())
 
 
@@ -632,8 +649,8 @@ def test_the_documented_way_to_bring_your_own(tmp_path, monkeypatch):
         trajectories.append([tuple(rng.permutation(x) for x in row) for row in rows])
     monkeypatch.chdir(tmp_path)
     exec("\n".join(lines), dict(my_trajectories=trajectories))
-    (path,) = d.locate(source, "mine")
-    data = d.read(path, source, (2,), False)
+    (path,) = locate(source, "mine")
+    data = read(path, source, (2,), False)
     before = np.concatenate([[row[0] for row in x[:-1]] for x in trajectories])
     after = np.concatenate([[row[0] for row in x[1:]] for x in trajectories])
     actions = np.concatenate([[row[1] for row in x[:-1]] for x in trajectories])

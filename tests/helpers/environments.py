@@ -1,10 +1,12 @@
-"""A toy environment, a policy, and a comparison, for the tests of environments."""
+"""A toy environment, a policy, episodes of it, and a comparison, for the tests of environments."""
 
 import os
 import signal
 
 import gymnasium
 import numpy as np
+
+from common.env_pool import Episodes
 
 
 class Toy(gymnasium.Env):
@@ -42,15 +44,35 @@ def noise(H, d):
     """A policy: numbers that depend on the episode's seed and age alone."""
 
     def policy(observations, seeds, ages):
-        draw = lambda s, a: np.random.default_rng([s, a]).uniform(-1, 1, (H, d))
-        return np.float32([draw(s, a) for s, a in zip(seeds, ages)])
+        plans = np.zeros((*seeds.shape, H, d), np.float32)
+        for slot in np.ndindex(seeds.shape):
+            generator = np.random.default_rng([seeds[slot], ages[slot]])
+            plans[slot] = generator.uniform(-1, 1, (H, d))
+        return plans
 
     return policy
 
 
+def step(pool, policy):
+    """Makes a step as the scripts do: a chunk of actions is played open loop."""
+    if pool.need_actions():
+        pool.set_actions(policy(pool.observations, pool.seeds, pool.ages))
+    return pool.step()
+
+
+def play(pool, policy, seeds):
+    """Plays an episode per seed (agents, episodes) and returns their results."""
+    episodes = Episodes(pool, np.asarray(seeds, np.uint32))
+    while episodes.running:
+        if pool.need_actions():
+            pool.set_actions(policy(pool.observations, pool.seeds, pool.ages))
+        episodes.step()
+    return episodes.results
+
+
 def same(first, second):
-    """Equal bit by bit; of `play`, paths too."""
+    """Equal bit by bit; of episodes, paths too."""
     assert first.keys() == second.keys()
     for name in first:
-        for x, y in zip(np.ravel(first[name]), np.ravel(second[name])):
+        for x, y in zip(np.ravel(first[name]), np.ravel(second[name]), strict=True):
             assert np.array_equal(x, y), name

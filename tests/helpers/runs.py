@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.run import Run, read_checkpoint
+from common.checkpoints import read_checkpoint
+from common.run import Run
 from tests.helpers.flags import ENV
 from tools.shared_blocks import ROOT, named
 
