@@ -54,6 +54,8 @@ from common.sampling import Batch, Dataset, Replay, sample
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """The flags of the script; their comments are the help texts."""
+
     # --- method ---
     rho: UnitInterval = 0.1  # Share of the base flow's targets that come from the expansion actor.
     # Weight lambda of the policy's score; it flattens the prior.
@@ -131,12 +133,16 @@ ENV_DEFAULTS = {
     "antmaze-giant": dict(inv_temp=3.0, entropy_scale=0.03),
     "humanoidmaze-medium": dict(inv_temp=3.0, entropy_scale=0.03),
     "humanoidmaze-large": dict(inv_temp=3.0, entropy_scale=0.03),
-    "scene": dict(inv_temp=1.0, entropy_scale=0.01),
+    "scene": dict(inv_temp=1.0),
     "puzzle-3x3": dict(inv_temp=3.0, entropy_scale=0.03),
-    "puzzle-4x4": dict(inv_temp=30.0, entropy_scale=0.3, rho=0.5),
-    "cube-double": dict(inv_temp=1.0, entropy_scale=0.01),
+    "puzzle-4x4": dict(
+        rho=0.5,
+        inv_temp=30.0,
+        entropy_scale=0.3,
+    ),
+    "cube-double": dict(inv_temp=1.0),
     "cube-triple": dict(inv_temp=3.0, entropy_scale=0.03),
-    "cube-quadruple": dict(inv_temp=1.0, entropy_scale=0.01),
+    "cube-quadruple": dict(inv_temp=1.0),
     "pointmaze-medium": dict(
         rho=0.02,
         inv_temp=0.3,
@@ -582,6 +588,13 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
     return episodes.results
 
 
+def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
+    """Evaluates the agents, if `run.log_and_save` or `run.restore` found this step to be one."""
+    if run.evaluation_due:
+        results = evaluate(args, state, envs, run.agents, step)
+        run.log_evaluation(step, results)
+
+
 def main(args: Args) -> list[dict]:
     """Trains all agents, first on the dataset, then in their environments.
 
@@ -609,9 +622,8 @@ def main(args: Args) -> list[dict]:
         # transitions so far; without a checkpoint, what is passed here and no transitions.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        if run.evaluation_due:  # --eval-only, or it stopped between checkpoint and evaluation
-            results = evaluate(args, state, eval_envs, agents, step)
-            run.log_evaluation(step, results)
+        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
 
@@ -623,9 +635,7 @@ def main(args: Args) -> list[dict]:
             step = step + updates
             content = dict(state=state, envs=envs.save())
             metrics = run.log_and_save(step, metrics, content, replay)
-            if run.evaluation_due:
-                results = evaluate(args, state, eval_envs, agents, step)
-                run.log_evaluation(step, results)
+            evaluate_if_due(args, run, state, eval_envs, step)
 
         # Online phase: every agent makes one environment step and, from --start-training on, one
         # update on the dataset and its replay.
@@ -650,9 +660,7 @@ def main(args: Args) -> list[dict]:
             step = step + 1
             content = dict(state=state, envs=envs.save())
             metrics = run.log_and_save(step, metrics, content, replay)
-            if run.evaluation_due:
-                results = evaluate(args, state, eval_envs, agents, step)
-                run.log_evaluation(step, results)
+            evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 
 

@@ -37,6 +37,8 @@ TABLES = (".md", ".csv")
 
 @dataclass(frozen=True)
 class Options:
+    """The flags of the command."""
+
     paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Run folders or CSV files of results. They come before all flags."""
     out: str = ""

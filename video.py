@@ -19,9 +19,9 @@ if __name__ == "__main__":
     os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo reads it when it is imported.
     try:
         import mujoco  # noqa: F401
-    except Exception as error:  # There are various kinds, where a library is missing.
+    except Exception as cause:  # There are various kinds, where a library is missing.
         sys.exit(
-            f"MuJoCo cannot draw with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}). egl needs a "
+            f"MuJoCo cannot draw with MUJOCO_GL={os.environ['MUJOCO_GL']} ({cause}). egl needs a "
             "driver (Debian: libegl1 libgl1-mesa-dri), osmesa needs libosmesa6, glfw a display"
         )
 
@@ -40,6 +40,8 @@ from common.workers import Slot
 
 @dataclass(frozen=True)
 class Options:
+    """The flags of the command."""
+
     run: Annotated[str, tyro.conf.Positional]
     """Folder of the run."""
     task: int = 0
@@ -116,8 +118,8 @@ def check_writable(path: Path) -> None:
         path.open("ab").close()
         if not existed:
             path.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+    except OSError as problem:
+        raise UserError(f"cannot write {path}: {problem.strerror}; choose another --out") from None
 
 
 def film_episode(slot: Slot, trained: TrainedAgents, seed: int, every: int) -> tuple[list, str]:
@@ -161,10 +163,10 @@ def render(slot: Slot) -> np.ndarray:
     """Draws the first frame of an episode, which shows whether MuJoCo can draw at all."""
     try:
         return slot.env.render()
-    except Exception as error:  # There are various kinds, depending on the driver.
+    except Exception as problem:  # There are various kinds, depending on the driver.
         gl = os.environ.get("MUJOCO_GL")
         raise UserError(
-            f"MuJoCo cannot draw with MUJOCO_GL={gl}: {error}. Try another one of egl, osmesa, glfw"
+            f"MuJoCo cannot draw with MUJOCO_GL={gl}: {problem}. Try another of egl, osmesa, glfw"
         ) from None
 
 

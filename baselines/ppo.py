@@ -56,6 +56,8 @@ from common.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """The flags of the script; their comments are the help texts."""
+
     # --- method ---
     epochs: PositiveInt = 10  # Passes over the steps of each rollout.
     gae_lambda: UnitInterval = 0.95  # GAE's lambda: 1 is the Monte-Carlo advantage, 0 one-step TD.
@@ -446,6 +448,13 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
     return results
 
 
+def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
+    """Evaluates the agents, if `run.log_and_save` or `run.restore` found this step to be one."""
+    if run.evaluation_due:
+        results = evaluate(args, state, envs, run.agents, step)
+        run.log_evaluation(step, results)
+
+
 def empty_rollout(args: Args, num_agents: int, observation_size: int) -> dict[str, Array]:
     """Returns a rollout of zeros, (agents, num_envs, T, ...) by name."""
     shape = num_agents, args.num_envs, args.rollout_steps // args.num_envs
@@ -480,8 +489,9 @@ def collect_rollout(
         if ended.any():
             envs.reset(episode_seeds(args, agents, step), where=ended)
         rows.append(transitions | dict(played=transitions["actions"], actions=sampled[:, :, 0]))
-    rollout = {name: np.stack([row[name] for row in rows], axis=2) for name in rows[0]}
-    del rollout["success"]
+    rollout = {}
+    for name in rows[0].keys() - {"success"}:
+        rollout[name] = np.stack([row[name] for row in rows], axis=2)
     played = rollout.pop("played")
     return rollout, played
 
@@ -514,9 +524,8 @@ def main(args: Args) -> list[dict]:
         content = dict(state=state, metrics=metrics, envs=envs.save(), played=played)
         step, saved = run.restore(content)
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        if run.evaluation_due:  # --eval-only, or it stopped between checkpoint and evaluation
-            results = evaluate(args, state, eval_envs, agents, step)
-            run.log_evaluation(step, results)
+        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
         played = saved["played"]
@@ -534,9 +543,7 @@ def main(args: Args) -> list[dict]:
             played = played[:, :, played.shape[2] - envs.ages.max() :]
             content = dict(state=state, envs=envs.save(), played=played)
             metrics = run.log_and_save(step, metrics, content)
-            if run.evaluation_due:
-                results = evaluate(args, state, eval_envs, agents, step)
-                run.log_evaluation(step, results)
+            evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 
 

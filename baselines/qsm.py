@@ -63,6 +63,8 @@ from common.sampling import Batch, Dataset, Replay, sample
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """The flags of the script; their comments are the help texts."""
+
     # --- method ---
     # Inverse temperature tau, the weight of grad Q; 0 is behaviour cloning with too little noise.
     inv_temp: NonNegativeFloat = 1.0
@@ -442,6 +444,13 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
     return episodes.results
 
 
+def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
+    """Evaluates the agents, if `run.log_and_save` or `run.restore` found this step to be one."""
+    if run.evaluation_due:
+        results = evaluate(args, state, envs, run.agents, step)
+        run.log_evaluation(step, results)
+
+
 def main(args: Args) -> list[dict]:
     """Trains all agents, first on the dataset, then in their environments.
 
@@ -469,9 +478,8 @@ def main(args: Args) -> list[dict]:
         # transitions so far; without a checkpoint, what is passed here and no transitions.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        if run.evaluation_due:  # --eval-only, or it stopped between checkpoint and evaluation
-            results = evaluate(args, state, eval_envs, agents, step)
-            run.log_evaluation(step, results)
+        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
 
@@ -483,9 +491,7 @@ def main(args: Args) -> list[dict]:
             step = step + updates
             content = dict(state=state, envs=envs.save())
             metrics = run.log_and_save(step, metrics, content, replay)
-            if run.evaluation_due:
-                results = evaluate(args, state, eval_envs, agents, step)
-                run.log_evaluation(step, results)
+            evaluate_if_due(args, run, state, eval_envs, step)
 
         # Online phase: every agent makes one environment step and, from --start-training on, one
         # update on the dataset and its replay.
@@ -510,9 +516,7 @@ def main(args: Args) -> list[dict]:
             step = step + 1
             content = dict(state=state, envs=envs.save())
             metrics = run.log_and_save(step, metrics, content, replay)
-            if run.evaluation_due:
-                results = evaluate(args, state, eval_envs, agents, step)
-                run.log_evaluation(step, results)
+            evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 
 

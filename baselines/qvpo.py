@@ -63,6 +63,8 @@ from common.sampling import Replay
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """The flags of the script; their comments are the help texts."""
+
     # --- method ---
     reward_scale: NonNegativeFloat = 1.0  # Factor c of the rewards in the TD target.
     num_candidates: PositiveInt = 64  # Candidate actions M per state; the best trains the policy.
@@ -412,7 +414,8 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
     key, rows_key = jax.random.split(state.key)
     filled = jnp.minimum(replay.size, len(replay.rewards))
     rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
-    batch = jax.tree.map(lambda x: x[rows] if x.ndim else x, replay)
+    columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
+    batch = replay.replace(**columns)
     state, metrics = update(args, state.replace(key=key), batch)
     return state, metrics | dict(updates=jnp.ones(()))
 
@@ -460,6 +463,13 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
     return results
 
 
+def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
+    """Evaluates the agents, if `run.log_and_save` or `run.restore` found this step to be one."""
+    if run.evaluation_due:
+        results = evaluate(args, state, envs, run.agents, step)
+        run.log_evaluation(step, results)
+
+
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
@@ -487,9 +497,8 @@ def main(args: Args) -> list[dict]:
         # transitions so far; without a checkpoint, what is passed here and no transitions.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        if run.evaluation_due:  # --eval-only, or it stopped between checkpoint and evaluation
-            results = evaluate(args, state, eval_envs, agents, step)
-            run.log_evaluation(step, results)
+        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
@@ -518,9 +527,7 @@ def main(args: Args) -> list[dict]:
                 envs.reset(seeds_of(agents, step, TRAINING), where=ended)
             content = dict(state=state, envs=envs.save())
             metrics = run.log_and_save(step, metrics, content, replay)
-            if run.evaluation_due:
-                results = evaluate(args, state, eval_envs, agents, step)
-                run.log_evaluation(step, results)
+            evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 
 

@@ -59,6 +59,8 @@ from common.sampling import Batch, Dataset, Replay, sample
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """The flags of the script; their comments are the help texts."""
+
     # --- method ---
     # Weight alpha of behaviour cloning; the original RLPD has none (0).
     rlpd_alpha: NonNegativeFloat = 0.0
@@ -331,11 +333,17 @@ def act(args: Args, state: State, observations: Array, seeds: Array, ages: Array
     return over_agents(one_agent)(state, observations, seeds, ages)
 
 
+def take(replay: Replay, rows: slice, size: Array) -> Replay:
+    """Returns some transitions of one agent as a replay of so many."""
+    columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
+    return Replay(**columns, size=size)
+
+
 def sample_halves(key: Array, args: Args, data: Dataset, replay: Replay, task_row: Array) -> Batch:
     """Draws half of a batch from the dataset and half from one agent's replay.  # Eq. (RLPD1)"""
     data_key, replay_key = jax.random.split(key)
     sizes = args.batch_size // 2, args.chunk_length, args.discount
-    empty = jax.tree.map(lambda x: x[:0] if x.ndim else 0 * x, replay)
+    empty = take(replay, slice(0), 0 * replay.size)
     old = sample(data_key, data, empty, task_row, *sizes)
     # `sample` needs a dataset before the replay: it gets the replay's first transition.
     first = Dataset(
@@ -346,7 +354,7 @@ def sample_halves(key: Array, args: Args, data: Dataset, replay: Replay, task_ro
         masks=replay.masks[None, :1],
         terminals=replay.terminals[:1],
     )
-    rest = jax.tree.map(lambda x: x[1:] if x.ndim else x - 1, replay)
+    rest = take(replay, slice(1, None), replay.size - 1)
     new = sample(replay_key, first, rest, 0, *sizes)
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), old, new)
 
@@ -408,6 +416,13 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
     return episodes.results
 
 
+def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
+    """Evaluates the agents, if `run.log_and_save` or `run.restore` found this step to be one."""
+    if run.evaluation_due:
+        results = evaluate(args, state, envs, run.agents, step)
+        run.log_evaluation(step, results)
+
+
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments, with the dataset next to the replay.
 
@@ -434,9 +449,8 @@ def main(args: Args) -> list[dict]:
         # transitions so far; without a checkpoint, what is passed here and no transitions.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        if run.evaluation_due:  # --eval-only, or it stopped between checkpoint and evaluation
-            results = evaluate(args, state, eval_envs, agents, step)
-            run.log_evaluation(step, results)
+        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
@@ -466,9 +480,7 @@ def main(args: Args) -> list[dict]:
             step = env_step
             content = dict(state=state, envs=envs.save())
             metrics = run.log_and_save(step, metrics, content, replay)
-            if run.evaluation_due:
-                results = evaluate(args, state, eval_envs, agents, step)
-                run.log_evaluation(step, results)
+            evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 
 

@@ -101,15 +101,18 @@ def describe_flags(Args: type) -> dict[str, tuple[str, str]]:
     `# --- group ---` begins a group. The comment on a flag's line, or above it, is its help.
     """
     described = {}
-    group, above = "other", []
+    group = "other"
+    above = []
     for line in inspect.getsource(Args).splitlines():
         code, _, comment = line.strip().partition("# ")
         flag = re.match(r"(\w+): ", code)
         heading = re.fullmatch(r"--- (.+) -+", comment)
         if heading:
-            group, above = heading[1], []
+            group = heading[1]
+            above = []
         elif flag:
-            described[flag[1]] = group, " ".join([*above, comment]).strip()
+            text = " ".join([*above, comment])
+            described[flag[1]] = (group, text.strip())
             above = []
         elif comment:
             above.append(comment)

@@ -70,18 +70,21 @@ class Run:
     `evaluation_due` says whether an evaluation follows the step that was just logged.
     """
 
-    def __init__(self, script: str, args: Any, agents: list, data: dict, ends: tuple[int, ...]):
+    def __init__(self, script: str, args: Any, agents: list, data: dict, ends: tuple):
         """Begins or continues a run.
 
         `script` is the path of the script, `agents` has the (task, seed) of each, `data` identifies
         the dataset, and `ends` are the steps at which the phases of the run end.
         """
-        self.args, self.agents, self.ends = args, agents, ends
-        self.score, self.unit = "return", "step"
-        if hasattr(args, "tasks"):
-            self.score, self.unit = "success", "update"
+        self.args = args
+        self.agents = agents
+        self.ends = ends
+        offline = hasattr(args, "tasks")
+        self.score = "success" if offline else "return"
+        self.unit = "update" if offline else "step"
         name = args.name or "default"
-        self.folder = Path(args.run_dir).expanduser() / Path(script).stem / args.env / name
+        runs = Path(args.run_dir).expanduser()
+        self.folder = runs / Path(script).stem / args.env / name
         self.lock = lock_folder(self.folder)
         flags = json.loads(json.dumps(vars(args) | data))
         config = self._configure(flags)
@@ -90,8 +93,10 @@ class Run:
         self.tables = Tables(self.folder, agents, tracker)
         self.stop = StopRequest(self.folder)
         self.step = 0
-        self.updates_per_call, self.call_began = 1, None
-        self.evaluation_due, self.last_results = False, None
+        self.updates_per_call = 1
+        self.call_began = None
+        self.evaluation_due = False
+        self.last_results = None
 
     def __enter__(self) -> "Run":
         self.stop.install()
@@ -224,7 +229,8 @@ class Run:
             del means["success"]
         self.tables.log("eval_only.csv" if self.args.eval_only else "eval.csv", step, means)
         self.bar.write(f"{step:,} {self.unit}s: {self.score} {means[self.score].mean():.2f}")
-        self.evaluation_due, self.last_results = False, results
+        self.evaluation_due = False
+        self.last_results = results
 
     def finish(self) -> list[dict[str, str]]:
         """Keeps the paths of the last evaluation, draws the pictures, returns the evaluations."""

@@ -22,7 +22,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # read when jax is imported; 
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-SLOW = ["theory/", "runs/", "environments.py", "env_pool.py"]  # in paths of files that start first: ends stay short
+# Parts of paths of the files that start first, so that no process is left alone with a long one.
+SLOW = ["theory/", "runs/", "environments.py", "env_pool.py"]
 ALONE = "theory/"  # their tests share nothing: each may go to another process
 SCRIPTS = {str(x.relative_to(ROOT).with_suffix("")) for x in scripts()}
 

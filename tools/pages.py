@@ -154,6 +154,7 @@ def shown(value) -> str:
 
 
 def flag(name: str) -> str:
+    """Returns a field's flag."""
     return "--" + name.replace("_", "-")
 
 
@@ -307,13 +308,13 @@ def readme_table(kind: str, text: str) -> str:
     mine = ours(*OURS[kind])
     theirs = published(kind)[SHOWN[kind]]
 
-    def write(row):
+    def fill(row):
         labels = labels_of(row[2], mine)
         our_cell = "<br>".join(mine[label][0] for label in labels) or "-"
         their_cell = "<br>".join(theirs.get(plain(label), "-") for label in labels) or "-"
         return f"{row[1]} {our_cell} | {their_cell} |"
 
-    return ROW.sub(write, text)
+    return ROW.sub(fill, text)
 
 
 # --- pages ---------------------------------------------------------------------------------------

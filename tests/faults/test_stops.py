@@ -16,8 +16,8 @@ import sys
 import time
 
 import pytest
-
 from common.envs import EnvPool
+
 from common.run import CHECKPOINT, Run
 from tests.helpers.flags import tiny_args, tiny_online, tiny_ppo
 from tests.helpers.runs import assert_same, checkpoint, command, rows, start, traced

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-
 from common.data import Replay
 from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, Slot, multigoal, seed_of
+
 from tests.helpers.flags import ONLINE_LENGTHS, tiny_online
 from tests.helpers.run_tests import (  # noqa: F401 (tests that run here, too)
     pytest_generate_tests,

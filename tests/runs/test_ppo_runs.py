@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, multigoal, seed_of
 
 from baselines import ppo
-from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, multigoal, seed_of
 from tests.helpers.flags import PPO_LENGTHS, tiny_ppo
 from tests.helpers.run_tests import (  # noqa: F401 (tests that run here, too)
     test_eval_only,

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-
-from baselines import rlpd
 from common.data import Shards, locate
 from common.envs import resolve, seed_of
+
+from baselines import rlpd
 from tests.helpers.flags import ENV, tiny_args
 from tests.helpers.run_tests import (  # noqa: F401 (tests that run here, too)
     loop,
