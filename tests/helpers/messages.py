@@ -1,11 +1,13 @@
-"""How a test looks at the message that a program ends with."""
+"""Looks at the message of a user's mistake."""
 
 import pytest
 
+from common.errors import UserError
+
 
 def stops(*words, call, lines=1):
-    """`call` ends in SystemExit with a message of one line that says all of `words`."""
-    with pytest.raises(SystemExit) as error:
+    """`call` raises UserError with a message of at most `lines` lines that says all of `words`."""
+    with pytest.raises(UserError) as error:
         call()
     message = str(error.value)
     assert message.count("\n") < lines, message
