@@ -37,7 +37,7 @@ def scripts() -> list[Path]:
 def family(source: str) -> str:
     """Offline or online, by a script's text: the length of an online method's run is a number of
     environment steps alone."""
-    return "online" if re.search(r"^    total_steps: ", source, re.M) else "offline"
+    return "online" if re.search(r"^    total_steps: \w", source, re.M) else "offline"
 
 
 def named(kind: str) -> list[str]:
