@@ -18,7 +18,7 @@ import pytest
 from baselines import ppo
 from common.checkpoints import CHECKPOINT
 from common.env_pool import EnvPool, Episodes
-from common.environments import MULTIGOAL_STEPS, TRAINING, EnvPool, seed_of
+from common.environments import MULTIGOAL_STEPS, TRAINING, seed_of
 from common.errors import UserError
 from tests.helpers.flags import PPO_LENGTHS, tiny_ppo
 from tests.helpers.plane import plane
