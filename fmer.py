@@ -4,8 +4,8 @@
 Online, off-policy. The policy is a flow in an unbounded latent space, squashed by tanh. It improves
 by mirror descent: M actions are drawn from the current policy, weighted by softmax(Q / eta), and
 the flow is refitted to them; no gradient passes through the ODE. The divergence of the velocity
-gives the entropy of the actions, which a multiplier lambda holds at a target; eta is steered by the
-effective sample size (ESS) of the weights.
+gives the entropy of the actions, which a multiplier lambda holds at a target; eta is adapted to
+keep the effective sample size (ESS) of the weights at a target.
 
     a = tanh(z_1),  dz/dt = v_theta(z, t, s),  z_0 ~ N(0, I)                            Eq. (1)
     w_i = softmax_i(Q(s, a_i) / eta),  ESS = 1 / sum_i w_i^2                      Eq. (13), (14)
@@ -15,15 +15,15 @@ effective sample size (ESS) of the weights.
     python fmer.py                                   the plane with four goals, 3 minutes on a CPU
     python fmer.py --env halfcheetah --num-seeds 5   five agents in one program
 
-Shapes: B batch, S observation, d action, M candidates per state (the paper's N), T solver steps,
-E environments. Equation numbers: the paper's third version. docs/fmer.md says what the paper leaves
-open, and what we chose.
+Shapes: B batch, S observation, d action, M candidates per state (the paper's N), T solver steps;
+agents (seeds) trained at once are the leading axis. Equation numbers: the paper's third version.
+docs/methods/fmer.md says what the paper leaves open, and what we chose.
 """
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -43,7 +43,7 @@ from common.flags import (
     PositiveFloat,
     PositiveInt,
     Precision,
-    Range,
+    StepOfRun,
     UnitInterval,
     launch,
 )
@@ -54,9 +54,11 @@ from common.sampling import Replay
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """The flags of the script; their comments are the help texts."""
+
     # --- method ---
     reward_scale: NonNegativeFloat = 0.2  # Factor c of the rewards in the TD target.
-    num_candidates: PositiveInt = 8  # Candidate actions M per state; the best one is executed.
+    num_candidates: PositiveInt = 8  # Candidates M per state, in updates and evaluations.
     # Candidates sampled per action during training; the best one is executed (0: num_candidates).
     act_candidates: NonNegativeInt = 0
     flow_steps: PositiveInt = 10  # Steps T of the solver from noise to action.
@@ -67,22 +69,22 @@ class Args:
     weights: Literal["soft", "uniform", "top1"] = "soft"
     eta_init: PositiveFloat = 0.5  # Initial temperature eta of the weights.
     eta_fixed: NonNegativeFloat = 0.0  # Ablation: eta stays at this value (0: it is tuned).
-    eta_rate: NonNegativeFloat = 1e-3  # Step size of log eta per excess of the ESS.
+    eta_rate: NonNegativeFloat = 1e-3  # Step size of log eta; the error is ESS minus its target.
     target_ess: UnitInterval = 0.5  # Target ESS as a share of num_candidates (the paper: 4 of 8).
     lambda_init: PositiveFloat = 0.5  # Initial multiplier lambda of the entropy.
-    # Step size of log lambda per missing entropy, which is measured per action dimension.
+    # Step size of log lambda; the error is the entropy deficit per action dimension.
     lambda_rate: NonNegativeFloat = 1e-2
     target_entropy_start: float = 0.0  # Initial target entropy per action dimension.
     target_entropy_end: float = -1.0  # Final target entropy per action dimension.
     # Share of the updates after which the target entropy has reached its final value.
     target_entropy_share: PositiveFloat = 0.7
-    # Ablation: from this update on, the loss has no entropy term.
+    # Ablation: drop the entropy term from this update on.
     entropy_until: NonNegativeInt = 2**31 - 1
     # Estimate of the divergence; the exact one takes d times as many passes.
     divergence: Literal["hutchinson", "exact"] = "hutchinson"
     # States that the policy is updated on; "next" reuses the candidates of the TD target.
     actor_states: Literal["current", "next"] = "current"
-    # Step size of a moving average of the policy that acts and makes targets (0: none).
+    # Step size of a moving average of the policy, used for acting and TD targets (0: none).
     policy_ema: UnitInterval = 0.0
 
     # --- networks and optimiser ---
@@ -105,14 +107,13 @@ class Args:
     num_seeds: PositiveInt = 1  # Agents trained at once: seed, seed + 1, ...
     total_steps: PositiveInt = 1_000_000  # Environment steps of every agent.
     # Initial steps with uniformly random actions and no updates.
-    warmup_steps: Annotated[int, Range(1, "total_steps")] = 10_000
-    # Environment steps per update.
-    env_steps_per_update: Annotated[int, Range(1, "total_steps")] = 1
+    warmup_steps: StepOfRun = 10_000
+    env_steps_per_update: StepOfRun = 1  # Environment steps per update.
     replay_size: PositiveInt = 1_000_000  # Transitions that are kept; the oldest are overwritten.
-    eval_interval: PositiveInt = 10_000  # Steps between evaluations, each with a checkpoint.
+    eval_interval: PositiveInt = 10_000  # Steps between evaluations and checkpoints.
     eval_episodes: PositiveInt = 10  # Episodes per evaluation and agent.
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
-    eval_only: bool = False  # Evaluates the run's checkpoint and does nothing else.
+    eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
     precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
@@ -120,8 +121,8 @@ class Args:
     # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
-    log_interval: PositiveInt = 1_000  # Steps per row of train.csv, which has its updates' means.
-    track: bool = False  # Logs to Weights & Biases as well.
+    log_interval: PositiveInt = 1_000  # Steps per row of train.csv, averaged over the updates.
+    track: bool = False  # Also log to Weights & Biases.
     # --- end shared ---
 
     def __post_init__(self):
@@ -130,8 +131,8 @@ class Args:
             raise UserError(f"{problem}; leave out --policy-ema or --actor-states")
 
 
-# The class holds the paper's values and, where the paper states none, those of docs/fmer.md. The
-# values for the plane are tuned here, for a CPU.
+# The class holds the paper's values and, where the paper states none, those of
+# docs/methods/fmer.md. The values for the plane are tuned here, for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,
@@ -165,7 +166,7 @@ class State:
 
 
 def planned_updates(args: Args) -> int:
-    """Counts the updates of the whole run, which schedules refer to."""
+    """Returns the number of updates in the whole run, for the schedules."""
     steps = args.total_steps - args.warmup_steps
     return max(1, steps // args.env_steps_per_update)
 
@@ -179,7 +180,10 @@ def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
 
 
 def create(args: Args, observation_size: int, key: Array) -> State:
-    """Creates a new agent, whose actions are almost tanh(N(0, I)): the last layer starts near 0."""
+    """Creates an agent whose initial actions are approximately tanh(N(0, I)).
+
+    The last layer of the flow starts near 0.
+    """
     key, critic_key, policy_key = jax.random.split(key, 3)
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))
@@ -275,9 +279,11 @@ def sample_actions(args: Args, state: State, observations: Array, key: Array, mo
 def critic_loss(
     args: Args, params: dict, state: State, batch: Replay, next_actions: Array
 ) -> tuple[Array, dict]:
-    """Computes the TD error of both critics against one target; next_actions (M, B, d) are
-    candidates at s'. The critics choose among them and their averages value the choice, as in
-    double Q-learning."""
+    """Computes the squared TD error of both critics against one target without an entropy term.
+
+    next_actions (M, B, d) are candidates at s'. The critics choose among them and the target
+    critics evaluate the choice, as in double Q-learning. `params` are the critics' alone.
+    """
     observations = batch.next_observations
     next_q = critic(args, state.params["critic"], observations, next_actions)
     chosen = best(next_q.min(0), next_actions)
@@ -291,9 +297,11 @@ def critic_loss(
 
 
 def weigh(args: Args, q: Array, eta: Array) -> tuple[Array, Array]:
-    """Computes the weights of M candidates, which sum to 1, and their effective number:
-    (M, B) -> (M, B), ()."""
-    weights = jax.nn.softmax((q - q.max(0)) / eta, 0)  # Eq. (13): V(s) cancels, as does the maximum
+    """Computes the weights of M candidates, which sum to 1, and their effective sample size.
+
+    (M, B) -> (M, B), ().
+    """
+    weights = jax.nn.softmax((q - q.max(0)) / eta, 0)  # Eq. (13): its V(s) cancels
     if args.weights == "uniform":
         weights = jnp.full_like(q, 1 / len(q))
     if args.weights == "top1":
@@ -347,14 +355,14 @@ def policy_loss(
     active = state.step < args.entropy_until
     multiplier = jnp.where(active, jnp.exp(state.log_lambda), 0.0)
     loss = matching - multiplier * div.mean()  # Eq. (8), (18)
-    # The entropy per dimension of tanh(z_0), or of z_0.
+    # Entropy per dimension of the initial action: tanh(z_0) or z_0, with z_0 ~ N(0, I).
     start = 0.669804 if args.squash == "tanh" else 1.418939
     entropy = start * args.action_size + div.mean()  # Eq. (16), (70)
     return loss, dict(matching_loss=matching, entropy=entropy / args.action_size)
 
 
 def target_entropy(args: Args, step: Array) -> Array:
-    """Computes H*/d, which is linear in the updates until a share of all."""
+    """Returns the target H*/d, annealed linearly over the first share of the updates."""
     last_step = args.target_entropy_share * planned_updates(args)
     share = jnp.minimum(step / last_step, 1)
     return args.target_entropy_start * (1 - share) + args.target_entropy_end * share
@@ -363,7 +371,7 @@ def target_entropy(args: Args, step: Array) -> Array:
 def descend(
     args: Args, state: State, name: str, loss: Callable, *inputs: Any
 ) -> tuple[State, dict]:
-    """Makes one step of Adam on a loss of params[name]; everything else is constant."""
+    """Takes one Adam step on a loss of params[name]; everything else is constant."""
     gradient = jax.grad(partial(loss, args), has_aux=True)
     grads, metrics = gradient(state.params[name], state, *inputs)
     updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
@@ -376,8 +384,8 @@ def descend(
 
 
 def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
-    """Makes one step of the critics, then one of the policy with the critics' new values, then of
-    lambda and eta (plain steps on their logarithms), then of the averages."""
+    """Updates the critics, then the policy with the new critics, then lambda and eta (by plain
+    steps on their logarithms), then the moving averages."""
     key, next_key, now_key, loss_key = jax.random.split(state.key, 4)
 
     # Update the critics.
@@ -435,9 +443,12 @@ MODES = ("best", "single")  # Ways to choose evaluation actions; the first one i
 
 # --- shared: many agents -------------------------------------------------------------------------
 
+# The shared blocks are the same in all online scripts, and a tool keeps them so. They need
+# `State`, `create`, `update`, `sample_actions` and `MODES`. In a copy, edit them freely.
 
-def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
-    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+
+def create_agents(args: Args, agents: list, observation_size: int) -> State:
+    """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
     return create_all(jnp.stack(keys))
@@ -465,7 +476,8 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
     key, rows_key = jax.random.split(state.key)
     filled = jnp.minimum(replay.size, len(replay.rewards))
     rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
-    batch = jax.tree.map(lambda x: x[rows] if x.ndim else x, replay)
+    columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
+    batch = replay.replace(**columns)
     state, metrics = update(args, state.replace(key=key), batch)
     return state, metrics | dict(updates=jnp.ones(()))
 
@@ -474,7 +486,7 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
 def train_chunk(
     args: Args, state: State, metrics: dict, replay: Replay, updates: int
 ) -> tuple[State, dict]:
-    """Makes `updates` updates of all agents without leaving the device.
+    """Performs `updates` updates of all agents without leaving the device.
 
     Adds the metrics of each update to `metrics`.
     """
@@ -513,18 +525,28 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
     return results
 
 
+def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
+    """Evaluates the agents, if `run.log_and_save` or `run.restore` found this step to be one."""
+    if run.evaluation_due:
+        results = evaluate(args, state, envs, run.agents, step)
+        run.log_evaluation(step, results)
+
+
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
-    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
+    --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
+    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]
     sizes = env_sizes(args.env)
     observation_size, action_size = sizes
     args = dataclasses.replace(args, action_size=action_size)
-    with Run(__file__, args, agents, {}, ends=(args.total_steps,)) as run:
-        # Set up. All arrays have a leading axis of agents.
+    with Run(__file__, args, agents, data={}, ends=(args.total_steps,)) as run:
+        # Set up. `metrics` are sums over the updates since the last logged row.
         state = create_agents(args, agents, observation_size)
         capacity = min(args.replay_size, args.total_steps)
         replay = Replay.create(len(agents), capacity, *sizes)
@@ -533,16 +555,16 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint, if there is one.
+        # Continue from the last checkpoint. `saved` has its state, metrics, envs and replay, the
+        # transitions so far; without a checkpoint, what is passed here and no transitions.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
-            results = evaluate(args, state, eval_envs, agents, step)
-            run.log_evaluation(step, results)
+        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:
+        if step > 0:  # play the running episodes again, with their actions (N, 1, steps, d)
             envs.load(saved["envs"], saved["replay"]["actions"][:, None])
         else:
             envs.reset(seeds_of(agents, 0))
@@ -557,7 +579,8 @@ def main(args: Args) -> list[dict]:
             step = step + 1
             learning_steps = step - args.warmup_steps
             if learning_steps > 0 and learning_steps % args.env_steps_per_update == 0:
-                # The device works on the update while the environments make their step.
+                # The update is dispatched before the environments step, so the two overlap; it
+                # does not see this step's transition.
                 state, metrics = train_chunk(args, state, metrics, replay, 1)
             transitions = envs.step()
             replay = replay.append(transitions)
@@ -566,9 +589,7 @@ def main(args: Args) -> list[dict]:
                 envs.reset(seeds_of(agents, step, TRAINING), where=ended)
             content = dict(state=state, envs=envs.save())
             metrics = run.log_and_save(step, metrics, content, replay)
-            if run.evaluation_due:
-                results = evaluate(args, state, eval_envs, agents, step)
-                run.log_evaluation(step, results)
+            evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 
 

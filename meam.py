@@ -3,14 +3,15 @@
 QAM's optimum pi ~ pi_beta exp(tau Q) keeps two flaws of the data: a good but rare action stays rare
 (popularity bias), and where pi_beta = 0 no temperature helps (support binding). ME-AM trains the
 base flow on a mixture (an expansion actor replaces a share rho of the data's actions), and adds an
-entropy bonus to the adjoint's start: the score of the policy's moving average. It converges to
+entropy bonus to the adjoint's terminal condition: the score of the policy's moving average. It
+converges to
 
     pi(a|s) ~ pi_mix(a|s)^(w / (w + lambda)) exp(tau Q(s, a) / (w + lambda))              Eq. (16)
     g(1) = -tau grad_a Q(s, a) + lambda grad_a log pi_k(a|s)                              Eq. (14)
     v_ref = w v_beta + (1 - w) v_k                                                        Eq. (13)
 
-lambda = 0, w = 1, rho = 0 is QAM. Equation numbers are the paper's; docs/meam.md says where paper,
-QAM's official code and this file differ (`# ref:`), and what no source states (*chosen*).
+lambda = 0, w = 1, rho = 0 is QAM. Equation numbers are the paper's; docs/methods/meam.md says where
+paper, QAM's official code and this file differ (`# ref:`), and what no source states (*chosen*).
 
     python meam.py                               the point maze, a few minutes on a CPU
     python meam.py --env puzzle-4x4 --rho 0.5
@@ -21,7 +22,6 @@ K critics, N agents (tasks x seeds) trained at once.
 
 import dataclasses
 from functools import partial
-from typing import Annotated
 
 import flax.struct
 import jax
@@ -39,10 +39,10 @@ from common.errors import UserError
 from common.flags import (
     NonNegativeFloat,
     NonNegativeInt,
+    OnlineStep,
     PositiveFloat,
     PositiveInt,
     Precision,
-    Range,
     TaskNumber,
     UnitInterval,
     launch,
@@ -54,21 +54,23 @@ from common.sampling import Batch, Dataset, Replay, sample
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """The flags of the script; their comments are the help texts."""
+
     # --- method ---
     rho: UnitInterval = 0.1  # Share of the base flow's targets that come from the expansion actor.
     # Weight lambda of the policy's score; it flattens the prior.
     entropy_scale: NonNegativeFloat = 0.01
-    # Weight w of the base flow in the reference field; the policy's moving average has 1 - w.
+    # Weight w of the base flow in the reference field; the rest goes to the policy's average.
     path_weight: UnitInterval = 1.0
     # Smallest noise level of the score network; the score is evaluated here.
     sigma_min: PositiveFloat = 0.1
     sigma_max: NonNegativeFloat = 1.0  # Largest noise level used in training.
-    score_gate: bool = True  # Drop the score outside the action box, like the critic's gradient.
+    score_gate: bool = True  # Zero the score outside the action box, like the critic's gradient.
     # Ablation: sample the expansions, and limit the critic's gradient to norm 1.
     noisy_expansion: bool = False
     # Inverse temperature tau of exp(tau Q); with 0 only the expansion actor follows Q.
     inv_temp: NonNegativeFloat = 1.0
-    # A target is the mean minus this many standard deviations of the critics.
+    # TD targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
 
@@ -79,7 +81,7 @@ class Args:
     batch_size: PositiveInt = 256  # Batch size B, in chunks.
     lr: PositiveFloat = 3e-4  # Adam's learning rate.
     target_rate: UnitInterval = 0.005  # Step size of the moving averages (target networks).
-    grad_clip: PositiveFloat = 1.0  # Largest norm of the joint gradient of all networks.
+    grad_clip: PositiveFloat = 1.0  # Global-norm threshold of gradient clipping.
 
     # --- shared: run arguments ---
     # --- environment and data ---
@@ -88,7 +90,7 @@ class Args:
     tasks: tuple[TaskNumber, ...] = (1,)
     # Folder with OGBench's file or its 100M shards (default: OGBench's cache, then data/).
     dataset_dir: str = ""
-    # Makes a missing dataset with this many transitions of OGBench's scripted expert (0: off).
+    # Transitions to collect with OGBench's scripted expert if the dataset is missing (0: none).
     collect: NonNegativeInt = 0
     chunk_length: PositiveInt = 5  # Number of actions H that are chosen at once, played open loop.
     discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
@@ -101,12 +103,12 @@ class Args:
     offline_steps: NonNegativeInt = 1_000_000  # Gradient updates on the dataset.
     # Environment steps after that, each followed by an update (paper: 500,000).
     online_steps: NonNegativeInt = 0
-    # First environment step that is followed by an update.
-    start_training: Annotated[int, Range(1, "online_steps")] = 5_000
-    eval_interval: PositiveInt = 50_000  # Updates between evaluations, each with a checkpoint.
+    start_training: OnlineStep = 5_000  # First environment step that is followed by an update.
+    # Steps (updates offline, environment steps online) between evaluations and checkpoints.
+    eval_interval: PositiveInt = 50_000
     eval_episodes: PositiveInt = 50  # Episodes per evaluation and agent.
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
-    eval_only: bool = False  # Evaluates the run's checkpoint and does nothing else.
+    eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
     precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
@@ -114,31 +116,35 @@ class Args:
     # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
-    log_interval: PositiveInt = 5_000  # Updates per row of train.csv, which has their means.
-    track: bool = False  # Logs to Weights & Biases as well.
+    log_interval: PositiveInt = 5_000  # Steps per row of train.csv, averaged over the updates.
+    track: bool = False  # Also log to Weights & Biases.
     # --- end shared ---
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         if self.sigma_min > self.sigma_max:
             raise UserError("--sigma-min is larger than --sigma-max; lower it or raise --sigma-max")
 
 
-# *Chosen* (docs/meam.md): tau is QAM's and lambda is tau / 100; the paper states rho for puzzle-4x4
-# only. The point maze is not in the paper: its values were tuned here, for small networks.
+# *Chosen* (docs/methods/meam.md): tau is QAM's and lambda is tau / 100; the paper states rho for
+# puzzle-4x4 only. The point maze is not in the paper: its values were tuned here, for small
+# networks.
 ENV_DEFAULTS = {
     "antmaze-large": dict(inv_temp=10.0, entropy_scale=0.1),
     "antmaze-giant": dict(inv_temp=3.0, entropy_scale=0.03),
     "humanoidmaze-medium": dict(inv_temp=3.0, entropy_scale=0.03),
     "humanoidmaze-large": dict(inv_temp=3.0, entropy_scale=0.03),
-    "scene": dict(inv_temp=1.0, entropy_scale=0.01),
+    "scene": dict(inv_temp=1.0),
     "puzzle-3x3": dict(inv_temp=3.0, entropy_scale=0.03),
-    "puzzle-4x4": dict(inv_temp=30.0, entropy_scale=0.3, rho=0.5),
-    "cube-double": dict(inv_temp=1.0, entropy_scale=0.01),
+    "puzzle-4x4": dict(
+        rho=0.5,
+        inv_temp=30.0,
+        entropy_scale=0.3,
+    ),
+    "cube-double": dict(inv_temp=1.0),
     "cube-triple": dict(inv_temp=3.0, entropy_scale=0.03),
-    "cube-quadruple": dict(inv_temp=1.0, entropy_scale=0.01),
+    "cube-quadruple": dict(inv_temp=1.0),
     "pointmaze-medium": dict(
         rho=0.02,
-        entropy_scale=0.01,
         inv_temp=0.3,
         discount=0.995,
         flow_steps=5,
@@ -166,14 +172,17 @@ class State:
 
 
 def optimizer(args: Args) -> optax.GradientTransformation:
-    """Returns Adam with a clipped gradient."""
-    # ref: the papers' text clips element by element; code and table clip the joint norm.
+    """Returns Adam with gradient clipping."""
+    # ref: the text of both papers clips elementwise; code and table clip the joint norm.
     clip = optax.clip_by_global_norm(args.grad_clip)
     return optax.chain(clip, optax.adam(args.lr))
 
 
 def create(args: Args, observation_size: int, key: Array) -> State:
-    """Creates an agent with the networks that its flags need. v_theta is not a copy of v_beta."""
+    """Creates an agent with the networks that its flags need.
+
+    v_theta and v_beta start from different weights.
+    """
     key, critic_key, behavior_key, policy_key = jax.random.split(key, 4)
     s = jnp.zeros((1, observation_size))
     a = jnp.zeros((1, args.chunk_length * args.action_size))
@@ -194,7 +203,8 @@ def create(args: Args, observation_size: int, key: Array) -> State:
         network = MLP(args.hidden_dims, a.shape[-1], layer_norm=True)
         inputs = jnp.concatenate([s, a, jnp.zeros((1, 64))], axis=-1)
         params["score"] = network.init(jax.random.fold_in(policy_key, 1), inputs)
-    return State(params, targets, optimizer(args).init(params), key)
+    opt_state = optimizer(args).init(params)
+    return State(params, targets, opt_state, key)
 
 
 # --- the method ----------------------------------------------------------------------------------
@@ -250,7 +260,7 @@ def integrate(args: Args, flow: dict, observations: Array, z: Array) -> Array:
 
 def sample_actions(args: Args, state: State, observations: Array, key: Array) -> Array:
     """Samples a = ODE(v_theta; s, z) with z ~ N(0, I): (B, S) -> (B, A) in [-1, 1]."""
-    # ref: with nothing to tilt, QAM's official code acts with v_beta.
+    # ref: if nothing tilts the flow, QAM's official code acts with v_beta.
     name = "policy" if args.inv_temp > 0 or args.entropy_scale > 0 else "behavior"
     z = jax.random.normal(key, (len(observations), args.chunk_length * args.action_size))
     return integrate(args, state.params[name], observations, z)
@@ -263,7 +273,7 @@ def sample_actions(args: Args, state: State, observations: Array, key: Array) ->
 def critic_loss(
     args: Args, params: dict, state: State, batch: Batch, key: Array
 ) -> tuple[Array, dict]:
-    """Computes the TD error of every critic against one pessimistic target, as in QAM."""
+    """Computes the squared TD error of every critic against one pessimistic target, as in QAM."""
     # ref: a' comes from the online policy; the deviation is the population one (1/K).
     next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
@@ -290,8 +300,10 @@ def expansion_loss(
     log_density = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
     log_slope = 2 * (jnp.log(2) - u - jax.nn.softplus(-2 * u))  # of a = tanh(u)
     log_prob = log_density.sum(-1) - log_slope.sum(-1)
-    q = critic(args, state.params["critic"], batch.observations, jnp.tanh(u)).mean(0)
-    actor_loss = (jnp.exp(state.params["log_alpha"]) * log_prob - q).mean()  # Eq. (9)
+    actions = jnp.tanh(u)
+    q = critic(args, state.params["critic"], batch.observations, actions)
+    weighted = jnp.exp(state.params["log_alpha"]) * log_prob
+    actor_loss = (weighted - q.mean(0)).mean()  # Eq. (9)
     entropy = -log_prob.mean()
     target_entropy = -0.5 * mean.shape[-1]
     alpha = jnp.exp(params["log_alpha"])
@@ -349,7 +361,8 @@ def score_loss(
     noise = jax.random.normal(noise_key, actions.shape)
     noisy = actions + jnp.exp(log_sigma)[:, None] * noise
     predicted = predict_noise(args, params["score"], batch.observations, noisy, log_sigma)
-    loss = ((predicted - noise) ** 2).mean()  # Eq. (15), mean over the coordinates: *chosen*
+    errors = (predicted - noise) ** 2
+    loss = errors.mean()  # Eq. (15), mean over the coordinates: *chosen*
     return loss, dict(score_loss=loss)
 
 
@@ -417,13 +430,13 @@ def adjoint_matching_loss(
     bonus = entropy_gradient(args, state, s, end)
     terminal_adjoint = bonus - tilt  # Eq. (14)
 
-    def reference_drift(x, t):
-        return 2 * reference(x, t) - x / t
-
     def backward(adjoint, step):
         x, t = step
-        # ref: the state of time t goes with the field of time t + dt.
-        _, vjp = jax.vjp(partial(reference_drift, t=t + dt), x)
+
+        def drift(x):  # ref: the state of time t goes with the field of time t + dt
+            return 2 * reference(x, t + dt) - x / (t + dt)
+
+        _, vjp = jax.vjp(drift, x)
         adjoint += dt * vjp(adjoint)[0]  # Eq. (5)
         return adjoint, adjoint
 
@@ -450,14 +463,14 @@ def adjoint_matching_loss(
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
-    """Makes one gradient step on the sum of all losses, all at the parameters before the step."""
+    """Takes one gradient step on the sum of all losses, at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 4)
     losses = [critic_loss, behavior_loss, adjoint_matching_loss]
     if args.rho > 0:
         losses.append(expansion_loss)
     if args.entropy_scale > 0:
         losses.append(score_loss)
-    # Further losses use folded keys, so that without them the first three draw QAM's numbers.
+    # Further losses fold keys[0], so that the first three losses draw the same numbers as QAM's.
     for i in range(3, len(losses)):
         keys.append(jax.random.fold_in(keys[0], i - 2))
 
@@ -482,9 +495,12 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
 
 # --- shared: many agents -------------------------------------------------------------------------
 
+# The shared blocks are the same in all offline scripts, and a tool keeps them so. They need
+# `State`, `create`, `update` and `sample_actions` from above. In a copy, edit them freely.
 
-def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
-    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+
+def create_agents(args: Args, agents: list, observation_size: int) -> State:
+    """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
     return create_all(jnp.stack(keys))
@@ -509,7 +525,12 @@ def act(args: Args, state: State, observations: Array, seeds: Array, ages: Array
 def train_step(
     args: Args, data: Dataset, state: State, replay: Replay, task_row: Array
 ) -> tuple[State, dict]:
-    """Makes one update of one agent on a batch drawn from the data and its replay."""
+    """Makes one update of one agent, on chunks drawn uniformly from the data and its replay.
+
+    `sample` returns a Batch: observations (B, S), actions (B, A), rewards (B,), the discounted sums
+    over H steps, masks (B,), 0 if the task was solved on the way, next_observations (B, S) after H
+    steps, and valid (B,), 0 if the trajectory ends before that.
+    """
     key, batch_key = jax.random.split(state.key)
     sizes = args.batch_size, args.chunk_length, args.discount
     batch = sample(batch_key, data, replay, task_row, *sizes)
@@ -527,7 +548,7 @@ def train_chunk(
     task_rows: Array,
     updates: int,
 ) -> tuple[State, dict]:
-    """Makes `updates` updates of all agents without leaving the device.
+    """Performs `updates` updates of all agents without leaving the device.
 
     `state`, `metrics`, `replay` and `task_rows` (each agent's row of data.rewards) have a leading
     axis N. Adds the metrics of each update to `metrics`.
@@ -541,6 +562,7 @@ def train_chunk(
 
         return jax.lax.fori_loop(0, updates, body, (state, metrics))
 
+    # Offline, a CPU trains one agent after the other: its caches then keep one agent's networks.
     offline = replay.rewards.size == 0
     all_agents = over_agents(one_agent, agent_by_agent=offline)
     return all_agents(state, metrics, replay, task_rows)
@@ -566,18 +588,28 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
     return episodes.results
 
 
+def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
+    """Evaluates the agents, if `run.log_and_save` or `run.restore` found this step to be one."""
+    if run.evaluation_due:
+        results = evaluate(args, state, envs, run.agents, step)
+        run.log_evaluation(step, results)
+
+
 def main(args: Args) -> list[dict]:
     """Trains all agents, first on the dataset, then in their environments.
 
-    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
+    --eval-interval steps, and where a phase ends, it saves a checkpoint, and the agents are then
+    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    # An agent is a task and a seed. All arrays have a leading axis of agents.
     agents = [(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)]
     dataset = OfflineDataset(args, len(agents))
     sizes = dataset.observation_size, dataset.action_size
     args = dataclasses.replace(args, action_size=dataset.action_size)
     total_steps = args.offline_steps + args.online_steps
     with Run(__file__, args, agents, dataset.identity, (args.offline_steps, total_steps)) as run:
-        # Set up. All arrays have a leading axis of agents. The replay is empty while offline.
+        # Set up. The replay is empty while offline; `metrics` are sums since the last logged row.
         state = create_agents(args, agents, dataset.observation_size)
         replay = Replay.create(len(agents), 0, *sizes)
         task_rows = jnp.array([args.tasks.index(task) for task, _ in agents])
@@ -586,12 +618,12 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint, if there is one.
+        # Continue from the last checkpoint. `saved` has its state, metrics, envs and replay, the
+        # transitions so far; without a checkpoint, what is passed here and no transitions.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
-            results = evaluate(args, state, eval_envs, agents, step)
-            run.log_evaluation(step, results)
+        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
 
@@ -603,14 +635,13 @@ def main(args: Args) -> list[dict]:
             step = step + updates
             content = dict(state=state, envs=envs.save())
             metrics = run.log_and_save(step, metrics, content, replay)
-            if run.evaluation_due:
-                results = evaluate(args, state, eval_envs, agents, step)
-                run.log_evaluation(step, results)
+            evaluate_if_due(args, run, state, eval_envs, step)
 
-        # Online phase: every agent makes one environment step, then one update.
+        # Online phase: every agent makes one environment step and, from --start-training on, one
+        # update on the dataset and its replay.
         replay = Replay.create(len(agents), args.online_steps, *sizes)
         replay = replay.refill(saved["replay"])
-        if step > args.offline_steps:  # the run was stopped in this phase
+        if step > args.offline_steps:  # it stopped in this phase: play the running episodes again
             envs.load(saved["envs"], saved["replay"]["actions"][:, None])
         elif args.online_steps:
             envs.reset(seeds_of(agents, 0))
@@ -629,9 +660,7 @@ def main(args: Args) -> list[dict]:
             step = step + 1
             content = dict(state=state, envs=envs.save())
             metrics = run.log_and_save(step, metrics, content, replay)
-            if run.evaluation_due:
-                results = evaluate(args, state, eval_envs, agents, step)
-                run.log_evaluation(step, results)
+            evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 
 

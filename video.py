@@ -1,139 +1,180 @@
-"""A film of a run's agent, as an animated GIF.
+"""Makes a film of a run's agent, an animated GIF.
 
     python video.py runs/qam/cube-single-play-singletask-task1-v0/default
     python video.py runs/meam/antmaze-large/default --task 3 --seed 1 --episodes 3 --size 480
 
-plays with the last checkpoint, from the seeds of its evaluation, and writes video-task3-seed1.gif
-into the run's folder. MuJoCo draws with OpenGL: EGL, or what the variable MUJOCO_GL names.
+The agent of the last checkpoint plays from the seeds of its evaluation, and the film goes to
+video-task3-seed1.gif in the run's folder. MuJoCo draws with OpenGL: with EGL, or with what the
+environment variable MUJOCO_GL names.
 """
 
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 if __name__ == "__main__":
-    os.environ.setdefault("MUJOCO_GL", "egl")  # which mujoco reads when it is imported
+    os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo reads it when it is imported.
     try:
         import mujoco  # noqa: F401
-    except Exception as error:  # of various kinds, where a library is missing
-        raise SystemExit(
-            f"MuJoCo cannot draw with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}). egl needs a "
+    except Exception as cause:  # There are various kinds, where a library is missing.
+        sys.exit(
+            f"MuJoCo cannot draw with MUJOCO_GL={os.environ['MUJOCO_GL']} ({cause}). egl needs a "
             "driver (Debian: libegl1 libgl1-mesa-dri), osmesa needs libosmesa6, glfw a display"
-        ) from None
+        )
 
-import flax.serialization
 import jax
 import numpy as np
 import tyro
 from PIL import Image
 
-from benchmarks import script_of
-from common.envs import ONLINE, Slot, resolve, seed_of
-from common.run import CHECKPOINT, read_checkpoint
-from plot import flags_of
+from analysis.agents import TrainedAgents, agents_of, load_agents
+from analysis.command_line import run_program
+from analysis.runs import read_flags
+from common.environments import ONLINE, resolve, seed_of, single_task
+from common.errors import UserError
+from common.workers import Slot
 
 
 @dataclass(frozen=True)
 class Options:
-    run: Annotated[str, tyro.conf.Positional]  # folder of the run
-    task: int = 0  # of the agent (0: the run's first one)
-    seed: int = -1  # of the agent (-1: the run's first one)
-    episodes: int = 1  # as many of the evaluation's, from the first one on
-    every: int = 4  # steps from one picture to the next
-    fps: int = 20  # pictures per second of the film
-    size: int = 320  # height and width in pixels
-    out: str = ""  # file (default: video-task<task>-seed<seed>.gif in the run's folder)
+    """The flags of the command."""
 
-    def __post_init__(self):
-        for name in ("episodes", "every", "fps", "size"):
-            if getattr(self, name) < 1:
-                raise SystemExit(f"--{name} must be at least 1")
-
-
-def restored(folder: Path, observation_size: int):
-    """A run's script, its arguments, the agents' state at the checkpoint, (agents, ...), and the
-    checkpoint's step and seconds."""
-    folder = folder.resolve()
-    run = folder.parent if folder.name.startswith("share-") else folder  # of several hosts
-    try:
-        script = script_of(run.parent.parent.name)
-    except SystemExit as error:
-        raise SystemExit(f"{folder} is not runs/<script>/<env>/<name>: {error}") from None
-    flags = {k: tuple(x) if isinstance(x, list) else x for k, x in flags_of(folder).items()}
-    args = script.Args(**{k: flags[k] for k in script.Args.__dataclass_fields__ if k in flags})
-    try:
-        saved = read_checkpoint(folder / CHECKPOINT)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{folder} has no checkpoint that can be read: {error}") from None
-    keys = jax.random.split(jax.random.PRNGKey(0), len(saved["tree"]["state"]["key"]))
-    create = partial(script.create, args, observation_size)
-    like = jax.eval_shape(jax.vmap(create), keys)
-    state = flax.serialization.from_state_dict(like, saved["tree"]["state"])
-    return script, args, state, {name: saved[name] for name in ("step", "seconds")}
+    run: Annotated[str, tyro.conf.Positional]
+    """Folder of the run."""
+    task: int = 0
+    """Task of the agent. 0 is the run's first one."""
+    seed: int = -1
+    """Seed of the agent. -1 is the run's first one."""
+    episodes: int = 1
+    """Number of the evaluation's episodes to film, from the first one on."""
+    every: int = 4
+    """Environment steps from one picture to the next."""
+    fps: int = 20
+    """Pictures per second of the film."""
+    size: int = 320
+    """Height and width in pixels."""
+    out: str = ""
+    """File of the film. The default is video-task<task>-seed<seed>.gif in the run's folder."""
 
 
-def check(path: Path) -> None:
-    """Exits if a film cannot be written there; of a file that is there nothing changes."""
-    if path.suffix.lower() != ".gif":
-        raise SystemExit(f"{path} must end with .gif")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        there = path.exists()
-        path.open("ab").close()
-        there or path.unlink()
-    except OSError as error:
-        raise SystemExit(f"cannot write {path}: {error.strerror}") from None
-
-
-def film(options: Options) -> Path:
+def main(options: Options) -> Path:
     """Plays, says how the episodes ended, and writes the film."""
-    folder, flags = Path(options.run), flags_of(Path(options.run))
-    source, online = resolve(flags["env"]), flags["env"] in ONLINE
+    check_options(options)
+    folder = Path(options.run)
+    flags = read_flags(folder)
     if flags["env"] == "multigoal":
-        raise SystemExit("the plane is not a MuJoCo scene: its episodes are in rollouts.png")
-    tasks = flags.get("tasks", [source.task])
-    agents = [(task, flags["seed"] + i) for task in tasks for i in range(flags["num_seeds"])]
-    if folder.name.startswith("share-"):  # share-<i>-of-<n>: every n-th agent from the i-th on
-        _, i, _, n = folder.name.split("-")
-        agents = agents[int(i) :: int(n)]
-    task = options.task or agents[0][0]
-    seed = agents[0][1] if options.seed < 0 else options.seed
-    if (task, seed) not in agents:
-        raise SystemExit(f"no agent of task {task}, seed {seed} in {folder}: it has {agents}")
+        raise UserError("the plane is not a MuJoCo scene: its episodes are in rollouts.png")
+    source = resolve(flags["env"])
+    agents = agents_of(flags, source.task)
+    task, seed = choose_agent(options, agents)
     path = Path(options.out or folder / f"video-task{task}-seed{seed}.gif")
-    check(path)  # before there is something to lose
-    name = flags["env"] if online else f"{source.env}-singletask-task{task}-v0"
-    pixels = dict(width=options.size, height=options.size)
-    slot = Slot(name, render_mode="rgb_array", **pixels)
-    script, args, state, saved = restored(folder, slot.env.observation_space.shape[0])
-    state = jax.tree.map(lambda x: x[[agents.index((task, seed))]], state)
-    mode, frames = script.MODES[:1] if online else (), []
+    check_writable(path)
+    name = flags["env"]
+    if name not in ONLINE:
+        name = single_task(name, task)
+    slot = Slot(name, render_mode="rgb_array", width=options.size, height=options.size)
+    trained = load_agents(folder, slot.env.observation_space.shape[0])
+    index = agents.index((task, seed))
+    state = jax.tree.map(lambda x: x[[index]], trained.state)
+    trained = trained._replace(state=state)
+    frames = []
     for episode in range(options.episodes):
-        start = seed_of(seed, task, int(saved["step"]), episode)
-        observation, over, age, total = slot.start(start), False, 0, 0.0
-        try:
-            frames.append(slot.env.render())
-        except Exception as error:  # of the driver, whatever it is
-            gl = os.environ.get("MUJOCO_GL")
-            raise SystemExit(f"MuJoCo cannot draw with MUJOCO_GL={gl}: {error}") from None
-        while not over:
-            at = np.uint32([[start]]), np.int32([[age]])
-            plan = np.asarray(script.act(args, state, observation[None, None], *at, *mode))[0, 0]
-            for action in plan:
-                observation, reward, _, over, success = slot.step(action)
-                age, total = age + 1, total + reward
-                if over or age % options.every == 0:
-                    frames.append(slot.env.render())
-                if over:
-                    break
-        print(f"episode {episode}: success {success:.0f}, return {total:.1f}, {age} steps")
-    first, *others = map(Image.fromarray, frames)
-    first.save(path, save_all=True, append_images=others, duration=1000 // options.fps, loop=0)
+        start = seed_of(seed, task, int(trained.step), episode)
+        new, result = film_episode(slot, trained, start, options.every)
+        frames += new
+        print(f"episode {episode}: {result}")
+    save_film(path, frames, options.fps)
     print(f"{path}: {len(frames)} pictures")
     return path
 
 
+def check_options(options: Options) -> None:
+    """Raises UserError if a number is out of its range."""
+    for name in ("episodes", "every", "fps", "size"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+
+
+def choose_agent(options: Options, agents: list[tuple[int, int]]) -> tuple[int, int]:
+    """Returns (task, seed) of the agent that the options name."""
+    first_task, first_seed = agents[0]
+    task = options.task or first_task
+    seed = first_seed if options.seed < 0 else options.seed
+    if (task, seed) not in agents:
+        raise UserError(f"no agent of task {task}, seed {seed} in {options.run}: it has {agents}")
+    return task, seed
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError if a film cannot be written there; a file that exists stays as it is."""
+    if path.suffix.lower() != ".gif":
+        raise UserError(f"{path} must end with .gif")
+    existed = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as problem:
+        raise UserError(f"cannot write {path}: {problem.strerror}; choose another --out") from None
+
+
+def film_episode(slot: Slot, trained: TrainedAgents, seed: int, every: int) -> tuple[list, str]:
+    """Plays an episode of one agent, and returns its frames and how it ended.
+
+    There is a frame of the start, of every `every`-th step, and of the end.
+    """
+    act = policy_of(trained, seed)
+    (observation,) = slot.start(seed)
+    frames = [render(slot)]
+    age = 0
+    total = 0.0
+    over = False
+    while not over:
+        for action in act(observation, age):
+            observation, reward, _, over, success = slot.step(action)
+            age += 1
+            total += reward
+            if over or age % every == 0:
+                frames.append(slot.env.render())
+            if over:
+                break
+    return frames, f"success {success:.0f}, return {total:.1f}, {age} steps"
+
+
+def policy_of(trained: TrainedAgents, seed: int) -> Callable:
+    """Returns a function (observation, age) -> a chunk of actions (H, d), as in evaluations."""
+    modes = getattr(trained.script, "MODES", ())[:1]  # Online scripts have several.
+
+    def act(observation, age):
+        seeds = np.uint32([[seed]])
+        ages = np.int32([[age]])
+        observations = observation[None, None]
+        plans = trained.script.act(trained.args, trained.state, observations, seeds, ages, *modes)
+        return np.asarray(plans)[0, 0]
+
+    return act
+
+
+def render(slot: Slot) -> np.ndarray:
+    """Draws the first frame of an episode, which shows whether MuJoCo can draw at all."""
+    try:
+        return slot.env.render()
+    except Exception as problem:  # There are various kinds, depending on the driver.
+        gl = os.environ.get("MUJOCO_GL")
+        raise UserError(
+            f"MuJoCo cannot draw with MUJOCO_GL={gl}: {problem}. Try another of egl, osmesa, glfw"
+        ) from None
+
+
+def save_film(path: Path, frames: list[np.ndarray], fps: int) -> None:
+    """Writes frames as an animated GIF that repeats for ever."""
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    first.save(path, save_all=True, append_images=others, duration=1000 // fps, loop=0)
+
+
 if __name__ == "__main__":
-    film(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -11,8 +11,8 @@ flow, because a latent critic Q^z imitates the critic of the decoded actions.
     L(omega) = E alpha log pi_omega(e|s) - Q^z(s, sigma_z e)                        Eq. (81), (82)
 
 Unlike in the original the flow continues to learn online. Equation numbers are those of Li and
-Levine 2026. docs/dsrl.md lists every difference between their paper, their code and this file,
-which follows the code (lines marked `# ref:` differ from the paper).
+Levine 2026. docs/methods/dsrl.md lists every difference between their paper, their code and this
+file, which follows the code (lines marked `# ref:` differ from the paper).
 
     python baselines/dsrl.py                   the point maze, a few minutes on a CPU
     python baselines/dsrl.py --env cube-triple --tasks 1 2 3 4 5 --num-seeds 4
@@ -25,7 +25,6 @@ import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
@@ -45,10 +44,10 @@ from common.environments import TRAINING, seeds_of, single_task
 from common.flags import (
     NonNegativeFloat,
     NonNegativeInt,
+    OnlineStep,
     PositiveFloat,
     PositiveInt,
     Precision,
-    Range,
     TaskNumber,
     UnitInterval,
     launch,
@@ -60,9 +59,11 @@ from common.sampling import Batch, Dataset, Replay, sample
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """The flags of the script; their comments are the help texts."""
+
     # --- method ---
     noise_scale: PositiveFloat = 1.0  # Half-width sigma_z of the box of latents.
-    # A target is the mean minus this many standard deviations of the critics.
+    # TD targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
 
@@ -81,7 +82,7 @@ class Args:
     tasks: tuple[TaskNumber, ...] = (1,)
     # Folder with OGBench's file or its 100M shards (default: OGBench's cache, then data/).
     dataset_dir: str = ""
-    # Makes a missing dataset with this many transitions of OGBench's scripted expert (0: off).
+    # Transitions to collect with OGBench's scripted expert if the dataset is missing (0: none).
     collect: NonNegativeInt = 0
     chunk_length: PositiveInt = 5  # Number of actions H that are chosen at once, played open loop.
     discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
@@ -94,12 +95,12 @@ class Args:
     offline_steps: NonNegativeInt = 1_000_000  # Gradient updates on the dataset.
     # Environment steps after that, each followed by an update (paper: 500,000).
     online_steps: NonNegativeInt = 0
-    # First environment step that is followed by an update.
-    start_training: Annotated[int, Range(1, "online_steps")] = 5_000
-    eval_interval: PositiveInt = 50_000  # Updates between evaluations, each with a checkpoint.
+    start_training: OnlineStep = 5_000  # First environment step that is followed by an update.
+    # Steps (updates offline, environment steps online) between evaluations and checkpoints.
+    eval_interval: PositiveInt = 50_000
     eval_episodes: PositiveInt = 50  # Episodes per evaluation and agent.
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
-    eval_only: bool = False  # Evaluates the run's checkpoint and does nothing else.
+    eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
     precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
@@ -107,14 +108,14 @@ class Args:
     # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
-    log_interval: PositiveInt = 5_000  # Updates per row of train.csv, which has their means.
-    track: bool = False  # Logs to Weights & Biases as well.
+    log_interval: PositiveInt = 5_000  # Steps per row of train.csv, averaged over the updates.
+    track: bool = False  # Also log to Weights & Biases.
     # --- end shared ---
 
 
 # The noise scales of the ten domains come from the launch script of the official QAM repository and
 # from its paper. The point maze is not in the paper: its networks are small enough for a CPU
-# (docs/dsrl.md).
+# (docs/methods/dsrl.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(noise_scale=0.8),
     "antmaze-giant": dict(noise_scale=1.2),
@@ -229,7 +230,7 @@ def sample_actions(args: Args, state: State, observations: Array, key: Array) ->
 def critic_loss(
     args: Args, params: dict, state: State, batch: Batch, key: Array
 ) -> tuple[Array, dict]:
-    """Computes the TD error of every critic against one pessimistic target."""
+    """Computes the squared TD error of every critic against one pessimistic target."""
     # There is no entropy bonus in the target. ref: the deviation is the population one (1/K).
     next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
@@ -295,7 +296,7 @@ def latent_loss(
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
-    """Makes one gradient step on the sum of all losses, all at the parameters before the step."""
+    """Takes one gradient step on the sum of all losses, at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 5)
     losses = [critic_loss, behavior_loss, distillation_loss, latent_loss]
 
@@ -320,9 +321,12 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
 
 # --- shared: many agents -------------------------------------------------------------------------
 
+# The shared blocks are the same in all offline scripts, and a tool keeps them so. They need
+# `State`, `create`, `update` and `sample_actions` from above. In a copy, edit them freely.
 
-def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
-    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+
+def create_agents(args: Args, agents: list, observation_size: int) -> State:
+    """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
     return create_all(jnp.stack(keys))
@@ -347,7 +351,12 @@ def act(args: Args, state: State, observations: Array, seeds: Array, ages: Array
 def train_step(
     args: Args, data: Dataset, state: State, replay: Replay, task_row: Array
 ) -> tuple[State, dict]:
-    """Makes one update of one agent on a batch drawn from the data and its replay."""
+    """Makes one update of one agent, on chunks drawn uniformly from the data and its replay.
+
+    `sample` returns a Batch: observations (B, S), actions (B, A), rewards (B,), the discounted sums
+    over H steps, masks (B,), 0 if the task was solved on the way, next_observations (B, S) after H
+    steps, and valid (B,), 0 if the trajectory ends before that.
+    """
     key, batch_key = jax.random.split(state.key)
     sizes = args.batch_size, args.chunk_length, args.discount
     batch = sample(batch_key, data, replay, task_row, *sizes)
@@ -365,7 +374,7 @@ def train_chunk(
     task_rows: Array,
     updates: int,
 ) -> tuple[State, dict]:
-    """Makes `updates` updates of all agents without leaving the device.
+    """Performs `updates` updates of all agents without leaving the device.
 
     `state`, `metrics`, `replay` and `task_rows` (each agent's row of data.rewards) have a leading
     axis N. Adds the metrics of each update to `metrics`.
@@ -379,6 +388,7 @@ def train_chunk(
 
         return jax.lax.fori_loop(0, updates, body, (state, metrics))
 
+    # Offline, a CPU trains one agent after the other: its caches then keep one agent's networks.
     offline = replay.rewards.size == 0
     all_agents = over_agents(one_agent, agent_by_agent=offline)
     return all_agents(state, metrics, replay, task_rows)
@@ -404,18 +414,28 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
     return episodes.results
 
 
+def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
+    """Evaluates the agents, if `run.log_and_save` or `run.restore` found this step to be one."""
+    if run.evaluation_due:
+        results = evaluate(args, state, envs, run.agents, step)
+        run.log_evaluation(step, results)
+
+
 def main(args: Args) -> list[dict]:
     """Trains all agents, first on the dataset, then in their environments.
 
-    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
+    --eval-interval steps, and where a phase ends, it saves a checkpoint, and the agents are then
+    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    # An agent is a task and a seed. All arrays have a leading axis of agents.
     agents = [(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)]
     dataset = OfflineDataset(args, len(agents))
     sizes = dataset.observation_size, dataset.action_size
     args = dataclasses.replace(args, action_size=dataset.action_size)
     total_steps = args.offline_steps + args.online_steps
     with Run(__file__, args, agents, dataset.identity, (args.offline_steps, total_steps)) as run:
-        # Set up. All arrays have a leading axis of agents. The replay is empty while offline.
+        # Set up. The replay is empty while offline; `metrics` are sums since the last logged row.
         state = create_agents(args, agents, dataset.observation_size)
         replay = Replay.create(len(agents), 0, *sizes)
         task_rows = jnp.array([args.tasks.index(task) for task, _ in agents])
@@ -424,12 +444,12 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint, if there is one.
+        # Continue from the last checkpoint. `saved` has its state, metrics, envs and replay, the
+        # transitions so far; without a checkpoint, what is passed here and no transitions.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
-            results = evaluate(args, state, eval_envs, agents, step)
-            run.log_evaluation(step, results)
+        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
 
@@ -441,14 +461,13 @@ def main(args: Args) -> list[dict]:
             step = step + updates
             content = dict(state=state, envs=envs.save())
             metrics = run.log_and_save(step, metrics, content, replay)
-            if run.evaluation_due:
-                results = evaluate(args, state, eval_envs, agents, step)
-                run.log_evaluation(step, results)
+            evaluate_if_due(args, run, state, eval_envs, step)
 
-        # Online phase: every agent makes one environment step, then one update.
+        # Online phase: every agent makes one environment step and, from --start-training on, one
+        # update on the dataset and its replay.
         replay = Replay.create(len(agents), args.online_steps, *sizes)
         replay = replay.refill(saved["replay"])
-        if step > args.offline_steps:  # the run was stopped in this phase
+        if step > args.offline_steps:  # it stopped in this phase: play the running episodes again
             envs.load(saved["envs"], saved["replay"]["actions"][:, None])
         elif args.online_steps:
             envs.reset(seeds_of(agents, 0))
@@ -467,9 +486,7 @@ def main(args: Args) -> list[dict]:
             step = step + 1
             content = dict(state=state, envs=envs.save())
             metrics = run.log_and_save(step, metrics, content, replay)
-            if run.evaluation_due:
-                results = evaluate(args, state, eval_envs, agents, step)
-                run.log_evaluation(step, results)
+            evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 
 

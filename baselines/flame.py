@@ -14,7 +14,8 @@ jump. A run of n shorter jumps through the same network gives the entropy.
     y = c r + gamma (1 - terminated) (Q_bar(s', a') + alpha H(s'))                   Eq. (FLAME7)
 
 The public code holds many variants and mixes time directions; this is one consistent reading, whose
-equation numbers are ours. docs/flame.md says what was chosen, `# ref:` what differs from that code.
+equation numbers are ours. docs/methods/flame.md says what was chosen, `# ref:` what differs from
+that code.
 
     python baselines/flame.py                        the plane with four goals, 3 minutes on a CPU
     python baselines/flame.py --env halfcheetah --num-seeds 5
@@ -28,7 +29,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 if __name__ == "__main__":  # `python baselines/flame.py` finds common/ next to baselines/
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
@@ -51,7 +52,7 @@ from common.flags import (
     PositiveFloat,
     PositiveInt,
     Precision,
-    Range,
+    StepOfRun,
     UnitInterval,
     launch,
 )
@@ -62,6 +63,8 @@ from common.sampling import Replay
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """The flags of the script; their comments are the help texts."""
+
     # --- method ---
     reward_scale: NonNegativeFloat = 0.2  # Factor c of the rewards in the TD target.
     num_candidates: PositiveInt = 32  # Candidate actions M per state; the best one is used.
@@ -100,14 +103,13 @@ class Args:
     num_seeds: PositiveInt = 1  # Agents trained at once: seed, seed + 1, ...
     total_steps: PositiveInt = 1_000_000  # Environment steps of every agent.
     # Initial steps with uniformly random actions and no updates.
-    warmup_steps: Annotated[int, Range(1, "total_steps")] = 10_000
-    # Environment steps per update.
-    env_steps_per_update: Annotated[int, Range(1, "total_steps")] = 1
+    warmup_steps: StepOfRun = 10_000
+    env_steps_per_update: StepOfRun = 1  # Environment steps per update.
     replay_size: PositiveInt = 1_000_000  # Transitions that are kept; the oldest are overwritten.
-    eval_interval: PositiveInt = 10_000  # Steps between evaluations, each with a checkpoint.
+    eval_interval: PositiveInt = 10_000  # Steps between evaluations and checkpoints.
     eval_episodes: PositiveInt = 10  # Episodes per evaluation and agent.
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
-    eval_only: bool = False  # Evaluates the run's checkpoint and does nothing else.
+    eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
     precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
@@ -115,8 +117,8 @@ class Args:
     # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
-    log_interval: PositiveInt = 1_000  # Steps per row of train.csv, which has its updates' means.
-    track: bool = False  # Logs to Weights & Biases as well.
+    log_interval: PositiveInt = 1_000  # Steps per row of train.csv, averaged over the updates.
+    track: bool = False  # Also log to Weights & Biases.
     # --- end shared ---
 
     def __post_init__(self):
@@ -124,8 +126,8 @@ class Args:
             raise UserError("--time-min and --time-max must be in order, between 0 and 1")
 
 
-# The class holds the paper's values as far as they are known (docs/flame.md). The values for
-# the plane are tuned here, with small networks for a CPU.
+# The class holds the paper's values as far as they are known (docs/methods/flame.md). The values
+# for the plane are tuned here, with small networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,
@@ -159,7 +161,7 @@ class State:
 
 
 def planned_updates(args: Args) -> int:
-    """Counts the updates of the whole run, which schedules refer to."""
+    """Returns the number of updates in the whole run, for the schedules."""
     steps = args.total_steps - args.warmup_steps
     return max(1, steps // args.env_steps_per_update)
 
@@ -296,7 +298,7 @@ def critic_loss(
     next_actions: Array,
     next_entropy: Array,
 ) -> tuple[Array, dict]:
-    """Computes the TD error of both critics against one soft target: next_actions (B, d),
+    """Computes the squared TD error of both critics against one soft target: next_actions (B, d),
     next_entropy (B,)."""
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
     # ref: that code subtracts the entropy, and asks itself which sign is right
@@ -372,7 +374,7 @@ def policy_loss(
 def descend(
     args: Args, state: State, name: str, loss: Callable, *inputs: Any
 ) -> tuple[State, dict]:
-    """Makes one step of Adam on a loss of params[name]; everything else is constant."""
+    """Takes one Adam step on a loss of params[name]; everything else is constant."""
     gradient = jax.grad(partial(loss, args), has_aux=True)
     grads, metrics = gradient(state.params[name], state, *inputs)
     updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
@@ -451,9 +453,12 @@ MODES = ("best", "single")  # Ways to choose evaluation actions; the first one i
 
 # --- shared: many agents -------------------------------------------------------------------------
 
+# The shared blocks are the same in all online scripts, and a tool keeps them so. They need
+# `State`, `create`, `update`, `sample_actions` and `MODES`. In a copy, edit them freely.
 
-def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
-    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+
+def create_agents(args: Args, agents: list, observation_size: int) -> State:
+    """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
     return create_all(jnp.stack(keys))
@@ -481,7 +486,8 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
     key, rows_key = jax.random.split(state.key)
     filled = jnp.minimum(replay.size, len(replay.rewards))
     rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
-    batch = jax.tree.map(lambda x: x[rows] if x.ndim else x, replay)
+    columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
+    batch = replay.replace(**columns)
     state, metrics = update(args, state.replace(key=key), batch)
     return state, metrics | dict(updates=jnp.ones(()))
 
@@ -490,7 +496,7 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
 def train_chunk(
     args: Args, state: State, metrics: dict, replay: Replay, updates: int
 ) -> tuple[State, dict]:
-    """Makes `updates` updates of all agents without leaving the device.
+    """Performs `updates` updates of all agents without leaving the device.
 
     Adds the metrics of each update to `metrics`.
     """
@@ -529,18 +535,28 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
     return results
 
 
+def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
+    """Evaluates the agents, if `run.log_and_save` or `run.restore` found this step to be one."""
+    if run.evaluation_due:
+        results = evaluate(args, state, envs, run.agents, step)
+        run.log_evaluation(step, results)
+
+
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
-    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
+    --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
+    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]
     sizes = env_sizes(args.env)
     observation_size, action_size = sizes
     args = dataclasses.replace(args, action_size=action_size)
-    with Run(__file__, args, agents, {}, ends=(args.total_steps,)) as run:
-        # Set up. All arrays have a leading axis of agents.
+    with Run(__file__, args, agents, data={}, ends=(args.total_steps,)) as run:
+        # Set up. `metrics` are sums over the updates since the last logged row.
         state = create_agents(args, agents, observation_size)
         capacity = min(args.replay_size, args.total_steps)
         replay = Replay.create(len(agents), capacity, *sizes)
@@ -549,16 +565,16 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint, if there is one.
+        # Continue from the last checkpoint. `saved` has its state, metrics, envs and replay, the
+        # transitions so far; without a checkpoint, what is passed here and no transitions.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
-            results = evaluate(args, state, eval_envs, agents, step)
-            run.log_evaluation(step, results)
+        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:
+        if step > 0:  # play the running episodes again, with their actions (N, 1, steps, d)
             envs.load(saved["envs"], saved["replay"]["actions"][:, None])
         else:
             envs.reset(seeds_of(agents, 0))
@@ -573,7 +589,8 @@ def main(args: Args) -> list[dict]:
             step = step + 1
             learning_steps = step - args.warmup_steps
             if learning_steps > 0 and learning_steps % args.env_steps_per_update == 0:
-                # The device works on the update while the environments make their step.
+                # The update is dispatched before the environments step, so the two overlap; it
+                # does not see this step's transition.
                 state, metrics = train_chunk(args, state, metrics, replay, 1)
             transitions = envs.step()
             replay = replay.append(transitions)
@@ -582,9 +599,7 @@ def main(args: Args) -> list[dict]:
                 envs.reset(seeds_of(agents, step, TRAINING), where=ended)
             content = dict(state=state, envs=envs.save())
             metrics = run.log_and_save(step, metrics, content, replay)
-            if run.evaluation_due:
-                results = evaluate(args, state, eval_envs, agents, step)
-                run.log_evaluation(step, results)
+            evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 
 

@@ -12,7 +12,7 @@ rewards are normalised by running statistics, which are part of the agent.
     L(V) = <max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2)> / 2                Eq. (PPO4)
 
 Equation numbers are ours. Sizes and rates that FMER's paper does not state are those of CleanRL:
-docs/ppo.md; `# ref:` marks what differs from it.
+docs/methods/ppo.md; `# ref:` marks what differs from it.
 
     python baselines/ppo.py                          the plane with four goals, 3 minutes on a CPU
     python baselines/ppo.py --env halfcheetah --num-seeds 5
@@ -56,6 +56,8 @@ from common.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """The flags of the script; their comments are the help texts."""
+
     # --- method ---
     epochs: PositiveInt = 10  # Passes over the steps of each rollout.
     gae_lambda: UnitInterval = 0.95  # GAE's lambda: 1 is the Monte-Carlo advantage, 0 one-step TD.
@@ -83,10 +85,10 @@ class Args:
     # Steps between two phases of learning; only whole rollouts are made.
     rollout_steps: PositiveInt = 2048
     num_envs: PositiveInt = 1  # Environments per agent that share a rollout's steps.
-    eval_interval: PositiveInt = 10_000  # Steps between evaluations, each with a checkpoint.
+    eval_interval: PositiveInt = 10_000  # Steps between evaluations and checkpoints.
     eval_episodes: PositiveInt = 10  # Episodes per evaluation and agent.
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
-    eval_only: bool = False  # Evaluates the run's checkpoint and does nothing else.
+    eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
     precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
@@ -94,8 +96,8 @@ class Args:
     # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
-    log_interval: PositiveInt = 1_000  # Steps per row of train.csv, which has its updates' means.
-    track: bool = False  # Logs to Weights & Biases as well.
+    log_interval: PositiveInt = 1_000  # Steps per row of train.csv, averaged over the updates.
+    track: bool = False  # Also log to Weights & Biases.
     # --- end forked ---
 
     def __post_init__(self):
@@ -362,9 +364,11 @@ MODES = ("mean",)  # Ways to choose actions in evaluations.
 
 # --- forked: many agents (all epochs of a rollout at once) ---------------------------------------
 
+# A fork of the block that online scripts share. In a copy of this file, edit it freely.
 
-def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
-    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+
+def create_agents(args: Args, agents: list, observation_size: int) -> State:
+    """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     # One agent after the other: on a CPU with few cores the orthogonal matrices of several agents
     # wait for one another forever (jaxlib 0.10: blocked threads of one pool).
@@ -444,6 +448,13 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
     return results
 
 
+def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
+    """Evaluates the agents, if `run.log_and_save` or `run.restore` found this step to be one."""
+    if run.evaluation_due:
+        results = evaluate(args, state, envs, run.agents, step)
+        run.log_evaluation(step, results)
+
+
 def empty_rollout(args: Args, num_agents: int, observation_size: int) -> dict[str, Array]:
     """Returns a rollout of zeros, (agents, num_envs, T, ...) by name."""
     shape = num_agents, args.num_envs, args.rollout_steps // args.num_envs
@@ -478,8 +489,9 @@ def collect_rollout(
         if ended.any():
             envs.reset(episode_seeds(args, agents, step), where=ended)
         rows.append(transitions | dict(played=transitions["actions"], actions=sampled[:, :, 0]))
-    rollout = {name: np.stack([row[name] for row in rows], axis=2) for name in rows[0]}
-    del rollout["success"]
+    rollout = {}
+    for name in rows[0].keys() - {"success"}:
+        rollout[name] = np.stack([row[name] for row in rows], axis=2)
     played = rollout.pop("played")
     return rollout, played
 
@@ -487,15 +499,18 @@ def collect_rollout(
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
-    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
+    --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
+    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]
     observation_size, action_size = env_sizes(args.env)
     args = dataclasses.replace(args, action_size=action_size)
     total_steps = args.total_steps // args.rollout_steps * args.rollout_steps
-    with Run(__file__, args, agents, {}, ends=(total_steps,)) as run:
-        # Set up. All arrays have a leading axis of agents.
+    with Run(__file__, args, agents, data={}, ends=(total_steps,)) as run:
+        # Set up. `metrics` are sums over the updates since the last logged row.
         state = create_agents(args, agents, observation_size)
         rollout = empty_rollout(args, len(agents), observation_size)
         metrics = zero_metrics(partial(train_step, args), state, rollout)
@@ -504,17 +519,17 @@ def main(args: Args) -> list[dict]:
         envs = EnvPool(env_names, args.num_envs, args.workers)
         played = np.zeros((*envs.shape, 0, action_size), np.float32)  # in the running episodes
 
-        # Continue from the last checkpoint, if there is one.
+        # Continue from the last checkpoint. `saved` has its state, metrics, envs and played
+        # actions; without a checkpoint, it is what is passed here.
         content = dict(state=state, metrics=metrics, envs=envs.save(), played=played)
         step, saved = run.restore(content)
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
-            results = evaluate(args, state, eval_envs, agents, step)
-            run.log_evaluation(step, results)
+        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
         played = saved["played"]
-        if step > 0:
+        if step > 0:  # play the running episodes again
             envs.load(saved["envs"], played)
         else:
             envs.reset(episode_seeds(args, agents, 0))
@@ -528,9 +543,7 @@ def main(args: Args) -> list[dict]:
             played = played[:, :, played.shape[2] - envs.ages.max() :]
             content = dict(state=state, envs=envs.save(), played=played)
             metrics = run.log_and_save(step, metrics, content)
-            if run.evaluation_due:
-                results = evaluate(args, state, eval_envs, agents, step)
-                run.log_evaluation(step, results)
+            evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 
 

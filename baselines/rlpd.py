@@ -10,7 +10,8 @@ tanh-Gaussian policy at a target. QAM's authors add behaviour cloning; alpha = 0
             - alpha <log pi(a|s)>                                                       Eq. (RLPD4)
 
 Plain equation numbers are those of Li and Levine 2026; numbers with letters are ours, see
-docs/equations.md. docs/rlpd.md lists what differs from the original RLPD (`# ref:`).
+docs/methods/equations.md. docs/methods/rlpd.md lists what differs from the original RLPD
+(`# ref:`).
 
     python baselines/rlpd.py                   the point maze, small networks
     python baselines/rlpd.py --env cube-double --tasks 1 2 3 4 5 --num-seeds 4
@@ -23,7 +24,6 @@ import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
     sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
@@ -44,10 +44,10 @@ from common.errors import UserError
 from common.flags import (
     NonNegativeFloat,
     NonNegativeInt,
+    OnlineStep,
     PositiveFloat,
     PositiveInt,
     Precision,
-    Range,
     TaskNumber,
     UnitInterval,
     launch,
@@ -59,10 +59,12 @@ from common.sampling import Batch, Dataset, Replay, sample
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    """The flags of the script; their comments are the help texts."""
+
     # --- method ---
     # Weight alpha of behaviour cloning; the original RLPD has none (0).
     rlpd_alpha: NonNegativeFloat = 0.0
-    # A target is the mean minus this many standard deviations of the critics.
+    # TD targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
 
     # --- networks and optimiser ---
@@ -80,7 +82,7 @@ class Args:
     tasks: tuple[TaskNumber, ...] = (1,)
     # Folder with OGBench's file or its 100M shards (default: OGBench's cache, then data/).
     dataset_dir: str = ""
-    # Makes a missing dataset with this many transitions of OGBench's scripted expert (0: off).
+    # Transitions to collect with OGBench's scripted expert if the dataset is missing (0: none).
     collect: NonNegativeInt = 0
     chunk_length: PositiveInt = 5  # Number of actions H that are chosen at once, played open loop.
     discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
@@ -91,12 +93,12 @@ class Args:
     seed: NonNegativeInt = 0  # First seed. Results do not depend on the other agents in the run.
     num_seeds: PositiveInt = 1  # Seeds per task: seed, seed + 1, ...
     online_steps: NonNegativeInt = 500_000  # Environment steps, each followed by an update.
-    # First environment step that is followed by an update.
-    start_training: Annotated[int, Range(1, "online_steps")] = 5_000
-    eval_interval: PositiveInt = 50_000  # Updates between evaluations, each with a checkpoint.
+    start_training: OnlineStep = 5_000  # First environment step that is followed by an update.
+    # Steps (updates offline, environment steps online) between evaluations and checkpoints.
+    eval_interval: PositiveInt = 50_000
     eval_episodes: PositiveInt = 50  # Episodes per evaluation and agent.
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
-    eval_only: bool = False  # Evaluates the run's checkpoint and does nothing else.
+    eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
     precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
@@ -104,8 +106,8 @@ class Args:
     # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
-    log_interval: PositiveInt = 5_000  # Updates per row of train.csv, which has their means.
-    track: bool = False  # Logs to Weights & Biases as well.
+    log_interval: PositiveInt = 5_000  # Steps per row of train.csv, averaged over the updates.
+    track: bool = False  # Also log to Weights & Biases.
     # --- end forked ---
 
     def __post_init__(self) -> None:
@@ -118,8 +120,8 @@ class Args:
 
 
 # The weights of behaviour cloning in the ten domains come from the launch script of the official
-# QAM repository, which defines them, but does not pass them on (docs/rlpd.md). The point maze is
-# not in the paper: its networks are small enough for a CPU.
+# QAM repository, which defines them, but does not pass them on (docs/methods/rlpd.md). The point
+# maze is not in the paper: its networks are small enough for a CPU.
 ENV_DEFAULTS = {
     "antmaze-large": dict(rlpd_alpha=0.0),
     "antmaze-giant": dict(rlpd_alpha=0.01),
@@ -223,7 +225,7 @@ def pessimistic(args: Args, q: Array) -> Array:
 def critic_loss(
     args: Args, params: dict, state: State, batch: Batch, key: Array
 ) -> tuple[Array, dict]:
-    """Computes the TD error of every critic against one pessimistic target."""
+    """Computes the squared TD error of every critic against one pessimistic target."""
     # ref: no entropy in the target; all critics in it, not two at random as in the original RLPD.
     next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
@@ -280,7 +282,7 @@ def cloning_loss(
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
-    """Makes one gradient step on the sum of all losses, all at the parameters before the step."""
+    """Takes one gradient step on the sum of all losses, at the parameters before the step."""
     key, *keys = jax.random.split(state.key, 4)
     losses = [critic_loss, actor_loss, cloning_loss]
 
@@ -305,9 +307,11 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
 
 # --- forked: many agents (batches from two sources) -----------------------------------------------
 
+# A fork of the block that offline scripts share. In a copy of this file, edit it freely.
 
-def create_agents(args: Args, agents: list[tuple[int, int]], observation_size: int) -> State:
-    """Creates the agents; their states are stacked, so every array has a leading agent axis."""
+
+def create_agents(args: Args, agents: list, observation_size: int) -> State:
+    """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
     create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
     return create_all(jnp.stack(keys))
@@ -329,11 +333,17 @@ def act(args: Args, state: State, observations: Array, seeds: Array, ages: Array
     return over_agents(one_agent)(state, observations, seeds, ages)
 
 
+def take(replay: Replay, rows: slice, size: Array) -> Replay:
+    """Returns some transitions of one agent as a replay of so many."""
+    columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
+    return Replay(**columns, size=size)
+
+
 def sample_halves(key: Array, args: Args, data: Dataset, replay: Replay, task_row: Array) -> Batch:
     """Draws half of a batch from the dataset and half from one agent's replay.  # Eq. (RLPD1)"""
     data_key, replay_key = jax.random.split(key)
     sizes = args.batch_size // 2, args.chunk_length, args.discount
-    empty = jax.tree.map(lambda x: x[:0] if x.ndim else 0 * x, replay)
+    empty = take(replay, slice(0), 0 * replay.size)
     old = sample(data_key, data, empty, task_row, *sizes)
     # `sample` needs a dataset before the replay: it gets the replay's first transition.
     first = Dataset(
@@ -344,7 +354,7 @@ def sample_halves(key: Array, args: Args, data: Dataset, replay: Replay, task_ro
         masks=replay.masks[None, :1],
         terminals=replay.terminals[:1],
     )
-    rest = jax.tree.map(lambda x: x[1:] if x.ndim else x - 1, replay)
+    rest = take(replay, slice(1, None), replay.size - 1)
     new = sample(replay_key, first, rest, 0, *sizes)
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), old, new)
 
@@ -369,7 +379,7 @@ def train_chunk(
     task_rows: Array,
     updates: int,
 ) -> tuple[State, dict]:
-    """Makes `updates` updates of all agents without leaving the device.
+    """Performs `updates` updates of all agents without leaving the device.
 
     `state`, `metrics`, `replay` and `task_rows` (each agent's row of data.rewards) have a leading
     axis N. Adds the metrics of each update to `metrics`.
@@ -406,17 +416,27 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
     return episodes.results
 
 
+def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
+    """Evaluates the agents, if `run.log_and_save` or `run.restore` found this step to be one."""
+    if run.evaluation_due:
+        results = evaluate(args, state, envs, run.agents, step)
+        run.log_evaluation(step, results)
+
+
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments, with the dataset next to the replay.
 
-    Leaves a run folder (common/run.py) and returns the rows of its eval.csv.
+    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
+    --eval-interval steps, and where a phase ends, it saves a checkpoint, and the agents are then
+    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    # An agent is a task and a seed. All arrays have a leading axis of agents.
     agents = [(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)]
     dataset = OfflineDataset(args, len(agents))
     sizes = dataset.observation_size, dataset.action_size
     args = dataclasses.replace(args, action_size=dataset.action_size)
     with Run(__file__, args, agents, dataset.identity, ends=(args.online_steps,)) as run:
-        # Set up. All arrays have a leading axis of agents.
+        # Set up. `metrics` are sums over the updates since the last logged row.
         state = create_agents(args, agents, dataset.observation_size)
         replay = Replay.create(len(agents), args.online_steps, *sizes)
         task_rows = jnp.array([args.tasks.index(task) for task, _ in agents])
@@ -425,21 +445,21 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint, if there is one.
+        # Continue from the last checkpoint. `saved` has its state, metrics, envs and replay, the
+        # transitions so far; without a checkpoint, what is passed here and no transitions.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        if run.evaluation_due:  # the run was stopped between a checkpoint and its evaluation
-            results = evaluate(args, state, eval_envs, agents, step)
-            run.log_evaluation(step, results)
+        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:
+        if step > 0:  # play the running episodes again, with their actions (N, 1, steps, d)
             envs.load(saved["envs"], saved["replay"]["actions"][:, None])
         else:
             envs.reset(seeds_of(agents, 0))
 
-        # Every agent makes one environment step, then one update.
+        # Every agent makes one environment step and, from --start-training on, one update.
         while step < args.online_steps:
             env_step = step + 1
             training = env_step >= args.start_training
@@ -460,9 +480,7 @@ def main(args: Args) -> list[dict]:
             step = env_step
             content = dict(state=state, envs=envs.save())
             metrics = run.log_and_save(step, metrics, content, replay)
-            if run.evaluation_due:
-                results = evaluate(args, state, eval_envs, agents, step)
-                run.log_evaluation(step, results)
+            evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 
 

@@ -1,36 +1,32 @@
-"""Measurements and learning runs; what several of them write."""
+"""Measurements and learning runs, and what several of them write."""
 
 import csv
-import importlib
+from collections.abc import Iterable
 from pathlib import Path
 
-from plot import ROOT, markdown
-
-
-def script_of(name: str):
-    """The module of a method: `fql` and `baselines.fql` are the same one."""
-    for module in (name, f"baselines.{name}"):
-        if (ROOT / f"{module.replace('.', '/')}.py").is_file():
-            script = importlib.import_module(module)
-            if hasattr(script, "train_chunk"):
-                return script
-    raise SystemExit(f"there is no script {name!r}: name one, such as qam or fql")
+from analysis.tables import markdown
 
 
 def names_of(rows: list[dict]) -> list[str]:
-    """All that any of the rows has, in the order of their first mention."""
-    return [*dict.fromkeys(name for row in rows for name in row)]
+    """Returns all columns that any of the rows has, in the order of their first mention."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def write_rows(path: Path | str, rows: list[dict], columns: tuple = ()) -> None:
-    """A CSV file of `columns`, or of all that the rows have; plot.read_rows reads it."""
+def write_rows(path: Path | str, rows: list[dict], columns: Iterable[str] = ()) -> None:
+    """Writes a CSV file of `columns`, or of all that the rows have, for `runs.read_rows`."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    columns = columns or names_of(rows)
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns or names_of(rows), lineterminator="\n")
-        writer.writeheader(), writer.writerows(rows)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def as_table(rows: list[dict], columns: tuple = ()) -> str:
-    """The same in Markdown."""
-    names = columns or names_of(rows)
-    return markdown([[*names], *([str(row.get(name, "")) for name in names] for row in rows)])
+def as_table(rows: list[dict], columns: Iterable[str] = ()) -> str:
+    """Returns the same in Markdown."""
+    names = list(columns or names_of(rows))
+    lines = [names]
+    for row in rows:
+        cells = [str(row.get(name, "")) for name in names]
+        lines.append(cells)
+    return markdown(lines)

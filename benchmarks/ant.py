@@ -17,78 +17,97 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import tyro
 
+from analysis.agents import load_agents
+from analysis.command_line import run_program
+from analysis.runs import ROOT, read_flags
 from benchmarks import as_table, write_rows
-from benchmarks.learning import ROOT
 from common.collect import ant
 from common.collect.experts import heading, subgoal_search
-from common.envs import make_env, seed_of
-from plot import flags_of
-from video import restored
+from common.environments import make_env, seed_of
+from common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    run: str = ""  # folder of the run whose policy is kept; without it ant.npz stays as it is
-    episodes: int = 10  # on the plane, and of each task with each noise
+    run: str = ""
+    """Folder of the run whose policy is kept. Without it ant.npz stays as it is."""
+    episodes: int = 10
+    """Episodes on the plane, and of each task with each noise."""
     mazes: tuple[str, ...] = ("medium", "large", "giant")
+    """Mazes of OGBench in which the policy walks."""
     out: str = str(ROOT / "benchmarks/results/ant-expert.csv")
 
 
 def keep(folder: Path, path: Path) -> None:
-    """The policy's layers, the last one without its half for the deviation."""
-    if (env := flags_of(folder)["env"]) != "online-ant-xy":
-        raise SystemExit(f"{folder} is a run on {env}: the expert learns on online-ant-xy")
-    script, args, state, _ = restored(folder, 29)
+    """Writes the policy's layers, the last one without its half for the deviation."""
+    env = read_flags(folder)["env"]
+    if env != "online-ant-xy":
+        raise UserError(f"{folder} is a run on {env}: the expert learns on online-ant-xy")
+    script, args, state, *_ = load_agents(folder, 29)
     if script.__name__ != "baselines.sac":
-        raise SystemExit(f"{folder} is a run of {script.__name__}: the expert is one of SAC")
+        raise UserError(f"{folder} is a run of {script.__name__}: the expert is one of SAC")
     layers = state.params["policy"]["params"]
     arrays = {}
     for i in range(len(layers)):
         for name, x in layers[f"Dense_{i}"].items():
-            x = x[0] if i < len(layers) - 1 else x[0, ..., : args.action_size]
+            x = x[0]
+            if i == len(layers) - 1:
+                x = x[..., : args.action_size]
             arrays[f"{name}_{i}"] = np.asarray(x, np.float32)
     np.savez_compressed(path, **arrays)
 
 
 def on_the_plane(episodes: int) -> dict:
-    """In the training environment."""
-    env, rewards, falls = make_env("online-ant-xy"), [], 0
+    """Measures speed and falls in the training environment."""
+    env = make_env("online-ant-xy")
+    rewards = []
+    falls = 0
     for episode in range(episodes):
-        np.random.seed(seed_of(0, episode))  # of the directions
-        observation, over = env.reset(seed=seed_of(0, episode))[0], False
+        seed = seed_of(0, episode)
+        np.random.seed(seed)  # of the directions
+        observation, _ = env.reset(seed=seed)
+        over = False
         while not over:
-            action = ant.walk(np.concatenate([[0, 0], observation[:-2]]), observation[-2:])
-            observation, reward, fell, late, _ = env.step(action)
+            state = np.concatenate([[0, 0], observation[:-2]])
+            direction = observation[-2:]
+            observation, reward, fell, late, _ = env.step(ant.walk(state, direction))
             rewards.append(reward)
-            over, falls = fell or late, falls + fell
+            over = fell or late
+            falls += fell
     speed = np.mean(rewards) / env.unwrapped.dt
     return dict(place="plane", speed=round(float(speed), 2), falls=int(falls))
 
 
 def in_a_maze(maze: str, noise: float, episodes: int) -> dict:
-    """On the way that OGBench's search finds."""
+    """Measures success and steps on the way that OGBench's search finds."""
     steps = []
     for task in range(1, 6):
         env = make_env(f"antmaze-{maze}-singletask-task{task}-v0")
         search = subgoal_search(env.unwrapped)
         for episode in range(episodes):
-            np.random.seed(seed_of(task, episode))
-            observation, info, over, step = *env.reset(seed=seed_of(task, episode)), False, 0
+            seed = seed_of(task, episode)
+            np.random.seed(seed)
+            observation, info = env.reset(seed=seed)
+            over = False
+            step = 0
             while not over:
                 action = ant.walk(observation, heading(env.unwrapped, search))
                 action = np.clip(action + np.random.normal(0, noise, 8), -1, 1)
                 observation, _, terminated, truncated, info = env.step(action)
-                over, step = terminated or truncated, step + 1
+                over = terminated or truncated
+                step += 1
             steps.append(step if info["success"] else np.nan)
     solved = np.isfinite(steps)
-    row = dict(place=f"antmaze-{maze}", noise=noise, success=round(float(solved.mean()), 3))
-    return row | dict(steps=round(float(np.nanmean(steps))) if solved.any() else "")
+    success = round(float(solved.mean()), 3)
+    row = dict(place=f"antmaze-{maze}", noise=noise, success=success, steps="")
+    if solved.any():
+        row["steps"] = round(float(np.nanmean(steps)))
+    return row
 
 
 def measure(options: Options) -> None:
-    """Of the policy in ant.WEIGHTS."""
+    """Measures the policy in ant.WEIGHTS."""
     rows = [on_the_plane(options.episodes)]
     for maze in options.mazes:
         rows += [in_a_maze(maze, noise, options.episodes) for noise in (0.0, 0.2)]
@@ -98,8 +117,10 @@ def measure(options: Options) -> None:
 
 
 def main(options: Options) -> None:
+    """Measures the policy, and keeps the one of a run if that is given."""
     if not options.run:
-        return measure(options)
+        measure(options)
+        return
     kept = ant.WEIGHTS
     with tempfile.TemporaryDirectory() as folder:  # until all has been measured
         ant.WEIGHTS = Path(folder, kept.name)
@@ -112,4 +133,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

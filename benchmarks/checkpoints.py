@@ -2,111 +2,161 @@
 
     python -m benchmarks.checkpoints                five seeds on Humanoid after 100,000 steps
 
-A run with a full-sized network is at --steps and makes --interval more. Measured are its `Run.save`
-then (the agents, and what is new of the replay), the same with all of the replay in one file (the
-agents, and every transition), and `Run.restore` of either; seconds, bytes written, and the ratio.
-Medians over rounds, in turn. Writes benchmarks/results/checkpoints.json.
+A run with a full-sized network is at --steps and makes --interval more. Measured are its
+`Checkpoints.save` then (the agents, and what is new in the replay), the same with all of the replay
+in one file (the agents, and every transition), and restoring from either; seconds, bytes written,
+and the ratio. Medians over rounds, in turn. Writes benchmarks/results/checkpoints.json.
 """
 
-import contextlib
 import dataclasses
 import gc
 import importlib.metadata
-import io
 import json
 import tempfile
 import time
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
-from benchmarks import script_of
+from analysis.agents import script_of
+from analysis.command_line import run_program
 from benchmarks.throughput import describe
-from common.data import Replay, spread
-from common.envs import ONLINE, make_env
-from common.run import CHECKPOINT, PART, Run, read_checkpoint, sealed
+from common.checkpoints import CHECKPOINT, PART, Checkpoints, pack, read_checkpoint
+from common.environments import ONLINE, env_sizes
+from common.errors import UserError
+from common.files import write_file
+from common.sampling import Replay
 
 OUT = Path(__file__).resolve().parent / "results/checkpoints.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    script: str = "fmer"  # an online method
-    env: str = "humanoid"  # its environment, which has the sizes of a transition
-    seeds: int = 5  # agents
-    steps: int = 100_000  # environment steps of each that are in the replay
-    interval: int = 10_000  # steps from one checkpoint to the next
+    script: str = "fmer"
+    """An online method."""
+    env: str = "humanoid"
+    """Its environment, which has the sizes of a transition."""
+    seeds: int = 5
+    """Agents."""
+    steps: int = 100_000
+    """Environment steps of each agent that are in the replay."""
+    interval: int = 10_000
+    """Environment steps from one checkpoint to the next."""
     rounds: int = 5
+    """Measurements, of which the medians count."""
     out: str = str(OUT)
+    """File of the results."""
 
 
-def measured(call) -> tuple[float, object]:
-    """Seconds of a call, and its result."""
+def measured(call: Callable) -> tuple[float, object]:
+    """Returns the seconds of a call, and its result."""
     gc.collect()
     start = time.perf_counter()
     result = jax.block_until_ready(call())
     return time.perf_counter() - start, result
 
 
+def random_transitions(rng, empty: Replay, steps: int) -> dict[str, np.ndarray]:
+    """Returns transitions of all agents, arrays (agents, steps, ...)."""
+    rows = {}
+    for name, x in vars(empty).items():
+        if name != "size":
+            shape = (len(x), steps, *x.shape[2:])
+            rows[name] = rng.random(shape, np.float32)
+    return rows
+
+
+def measure_round(
+    folder: Path, state: Any, sizes: tuple[int, int], rng, options: Options
+) -> tuple[dict, dict]:
+    """Returns the seconds and the megabytes of saving and restoring a run in both ways."""
+    total = options.steps + options.interval
+    content = dict(state=state, metrics={})
+    checkpoints = Checkpoints(folder, "benchmark")
+    replay = Replay.create(options.seeds, total, *sizes)
+    first = random_transitions(rng, replay, options.steps)
+    second = random_transitions(rng, replay, options.interval)
+    replay = replay.append(first)
+    checkpoints.save(content, replay)
+    replay = replay.append(second)
+
+    def save_parts():
+        checkpoints.save(content, replay)
+
+    def save_whole():
+        write_file(folder / "whole", pack(dict(state=state, replay=vars(replay))))
+
+    def restore_parts():
+        found = checkpoints.restore(content)
+        empty = Replay.create(options.seeds, total, *sizes)
+        return empty.refill(found["replay"])
+
+    def restore_whole():
+        rows = read_checkpoint(folder / "whole")["replay"]
+        empty = Replay.create(options.seeds, total, *sizes)
+        return empty.append(rows)
+
+    seconds = {}
+    seconds["parts_save"], _ = measured(save_parts)
+    seconds["whole_save"], _ = measured(save_whole)
+    parts = [folder / CHECKPOINT, folder / PART.format(total)]
+    megabytes = dict(
+        parts=sum(path.stat().st_size for path in parts) / 2**20,
+        whole=(folder / "whole").stat().st_size / 2**20,
+    )
+    seconds["parts_restore"], _ = measured(restore_parts)
+    seconds["whole_restore"], _ = measured(restore_whole)
+    return seconds, megabytes
+
+
 def main(options: Options) -> dict:
+    """Measures the rounds, prints and writes the results."""
     script = script_of(options.script)
     if hasattr(script.Args, "tasks") or options.env not in ONLINE:
-        raise SystemExit(f"expected an online method and its environment, not {options.env}")
-    env, rng, n = make_env(options.env), np.random.default_rng(0), options.seeds
-    S, d = env.observation_space.shape[0], env.action_space.shape[0]
-    sizes = SimpleNamespace(observations=env.observation_space, actions=env.action_space)
-    keys = jax.random.split(jax.random.PRNGKey(0), n)
-    args = script.Args(env=options.env, action_size=d)
-    state = spread(jax.jit(jax.vmap(partial(script.create, args, S)))(keys))
-    total = options.steps + options.interval
-    empty = Replay.create(n, 0, sizes)
-    draw = lambda x, steps: rng.random((n, steps, *x.shape[2:]), np.float32)
-    rows = lambda steps: {k: draw(x, steps) for k, x in vars(empty).items() if k != "size"}
-    times = {name: [] for name in ("parts_save", "whole_save", "parts_restore", "whole_restore")}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = dataclasses.replace(args, run_dir=folder)
-        for i in range(options.rounds):
-            agents = [(1, seed) for seed in range(n)]
-            run = Run("checkpoints", dataclasses.replace(args, name=f"round-{i}"), agents, {})
-            made = [(options.steps, rows(options.steps)), (total, rows(options.interval))]
-            run.save(1, dict(state=state, replay=spread(empty.refilled(total, made[:1]))))
-            replay = spread(empty.refilled(total, made))
-            seconds, _ = measured(lambda: run.save(2, dict(state=state, replay=replay)))
-            times["parts_save"].append(seconds)
-            whole = lambda: run.write("whole", *sealed(dict(state=state, replay=vars(replay))))
-            times["whole_save"].append(measured(whole)[0])
-            bytes_of = lambda *names: sum((run.folder / x).stat().st_size for x in names)
-            new = bytes_of(CHECKPOINT, PART.format(total))
-            megabytes = dict(parts=new / 2**20, whole=bytes_of("whole") / 2**20)
-            again = lambda: spread(run.restore(dict(state=state, replay=empty))[1]["replay"])
-            times["parts_restore"].append(measured(again)[0])
-            rows_of = lambda: read_checkpoint(run.folder / "whole")["replay"]
-            put = lambda: spread(Replay.create(n, total, sizes)).append(rows_of())
-            times["whole_restore"].append(measured(put)[0])
-            for path in run.folder.iterdir():
-                path.unlink()
-    seconds = {name: float(np.median(x)) for name, x in times.items()}
-    result = dict(
-        device=describe(),
-        versions={name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
-        options={k: v for k, v in vars(options).items() if k != "out"},
-        megabytes=megabytes,
-        seconds=seconds,
-        ratio=dict(
-            save=seconds["whole_save"] / seconds["parts_save"],
-            restore=seconds["whole_restore"] / seconds["parts_restore"],
-        ),
-        rounds={name: np.round(x, 3).tolist() for name, x in times.items()},
-    )
+        raise UserError(f"expected an online method and its environment, not {options.env}")
+    sizes = env_sizes(options.env)
+    observation_size, action_size = sizes
+    args = script.Args(env=options.env, action_size=action_size)
+    agents = [(1, seed) for seed in range(options.seeds)]
+    state = script.create_agents(args, agents, observation_size)
+    rng = np.random.default_rng(0)
+    times = []
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            seconds, megabytes = measure_round(Path(folder), state, sizes, rng, options)
+        times.append(seconds)
+    result = results(options, times, megabytes)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     return result
 
 
+def results(options: Options, times: list[dict], megabytes: dict) -> dict:
+    """Returns what is written: medians over the rounds, and all rounds."""
+    rounds = {}
+    for name in ("parts_save", "whole_save", "parts_restore", "whole_restore"):
+        rounds[name] = [seconds[name] for seconds in times]
+    medians = {name: float(np.median(x)) for name, x in rounds.items()}
+    flags = dataclasses.asdict(options)
+    del flags["out"]
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
+    return dict(
+        device=describe(),
+        versions=versions,
+        options=flags,
+        megabytes=megabytes,
+        seconds=medians,
+        ratio=dict(
+            save=medians["whole_save"] / medians["parts_save"],
+            restore=medians["whole_restore"] / medians["parts_restore"],
+        ),
+        rounds={name: np.round(x, 3).tolist() for name, x in rounds.items()},
+    )
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 
+from analysis.command_line import run_program
 from benchmarks.throughput import Loop, Size, Trained
+from common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,24 +37,33 @@ class Options:
 
 
 def main(options: Options) -> dict:
+    """Measures all scripts in turn, prints and writes the results."""
     device = jax.devices()[0].device_kind
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    flags = dataclasses.asdict(options)
+    del flags["out"]
     results = dict(
         device=f"{device}, {os.cpu_count()} CPU cores",
-        versions={name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
-        options={k: v for k, v in dataclasses.asdict(options).items() if k != "out"},
+        versions=versions,
+        options=flags,
         rows=[],
     )
     for size in options.sizes:
         transitions = options.transitions
         measured = [Trained(name, size, transitions=transitions) for name in options.scripts]
         if options.loop and not measured[0].offline:
-            raise SystemExit(f"--loop needs an offline script first, not {options.scripts[0]}")
-        names = [*options.scripts, *["plain loop"] * options.loop]
-        measured += [Loop(measured[0])] * options.loop
+            raise UserError(f"--loop needs an offline script first, not {options.scripts[0]}")
+        names = list(options.scripts)
+        if options.loop:
+            names.append("plain loop")
+            measured.append(Loop(measured[0]))
         for one in measured:
             one.seconds(1)  # compiles
         updates = max(1, round(options.seconds / measured[0].seconds(1)))
-        times = np.array([[m.seconds(updates) for m in measured] for _ in range(options.rounds)])
+        times = []
+        for _ in range(options.rounds):
+            times.append([one.seconds(updates) for one in measured])
+        times = np.array(times)
         ratios = np.median(times / times[:, :1], axis=0)
         print(f"{size}: {'script':18s} ms/update  times {options.scripts[0]}")
         for i, name in enumerate(names):
@@ -68,4 +78,4 @@ def main(options: Options) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -15,22 +15,31 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from common.data import read
-from common.envs import make_env, resolve
+from analysis.command_line import run_program
+from common.dataset_files import read
+from common.environments import make_env, resolve
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
 class Options:
-    dataset: Annotated[Path, tyro.conf.Positional]  # a file pointmaze-medium-*.npz
+    dataset: Annotated[Path, tyro.conf.Positional]
+    """A file pointmaze-medium-*.npz."""
     out: str = str(Path(__file__).resolve().parent / "results/coverage.json")
+    """File of the results."""
+
+
+MOVES = ((1, 0), (-1, 0), (0, 1), (0, -1))
 
 
 def steps_between(maze, start, goal):
-    """Least number of moves between free neighbouring cells."""
-    distance, queue = {start: 0}, deque([start])
+    """Returns the least number of moves between free neighbouring cells."""
+    distance = {start: 0}
+    queue = deque([start])
     while queue:
         i, j = queue.popleft()
-        for cell in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)):
+        for down, right in MOVES:
+            cell = (i + down, j + right)
             if maze[cell] == 0 and cell not in distance:
                 distance[cell] = distance[i, j] + 1
                 queue.append(cell)
@@ -38,22 +47,29 @@ def steps_between(maze, start, goal):
 
 
 def main(options: Options) -> None:
+    """Prints and writes a row per task."""
     path = options.dataset
     if not (path.name.startswith("pointmaze-medium-") and path.is_file()):
-        raise SystemExit(f"{path} is no file pointmaze-medium-*.npz: that maze's tasks are counted")
+        raise UserError(f"{path} is no file pointmaze-medium-*.npz: that maze's tasks are counted")
     states = read(path, resolve("pointmaze-medium"), (1,), False).observations
     env = make_env("pointmaze-medium-singletask-task1-v0").unwrapped
-    maze, rows = np.array(env.maze_map), []
+    maze = np.array(env.maze_map)
+    rows = []
     for task, info in enumerate(env.task_infos, 1):
-        start, goal = tuple(info["init_ij"]), tuple(info["goal_ij"])
-        away = lambda cell: np.linalg.norm(states - np.array(env.ij_to_xy(cell)), axis=1)
-        rows.append(dict(
-            task=task, start=list(map(int, start)), goal=list(map(int, goal)),
-            at_start=int((away(start) <= env._maze_unit / 2).sum()),
-            at_goal=int((away(goal) <= env._goal_tol).sum()),
+        start = tuple(info["init_ij"])
+        goal = tuple(info["goal_ij"])
+        from_start = np.linalg.norm(states - np.array(env.ij_to_xy(start)), axis=1)
+        from_goal = np.linalg.norm(states - np.array(env.ij_to_xy(goal)), axis=1)
+        row = dict(
+            task=task,
+            start=list(map(int, start)),
+            goal=list(map(int, goal)),
+            at_start=int((from_start <= env._maze_unit / 2).sum()),
+            at_goal=int((from_goal <= env._goal_tol).sum()),
             cells=steps_between(maze, start, goal),
-        ))  # fmt: skip
-        print(rows[-1])
+        )
+        print(row)
+        rows.append(row)
     cells = {tuple(env.xy_to_ij(state)) for state in states}
     free = int((maze == 0).sum())
     print(f"{len(cells)} of {free} free cells are visited, {len(states):,} states")
@@ -62,4 +78,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import tyro
 
+from analysis.command_line import run_program
 from benchmarks import as_table, write_rows
-from common.envs import ONLINE, make_env, resolve
+from common.environments import ONLINE, make_env, resolve
 
 OFFLINE = """pointmaze-medium pointmaze-giant antmaze-large antmaze-giant humanoidmaze-medium
     humanoidmaze-large antsoccer-arena cube-single cube-double cube-triple cube-quadruple scene
@@ -35,36 +35,47 @@ class Options:
 
 
 def measure(env: str) -> dict:
-    """A row."""
+    """Returns a row."""
     name = env if env in ONLINE else f"{resolve(env).env}-singletask-task1-v0"
     process = psutil.Process()
-    made, memory, start = [], [], 0.0
+    made = []
+    memory = []
     for i in range(3):
-        start = time.process_time() if i == 1 else start
+        if i == 1:  # The first one loads what the others share.
+            start = time.process_time()
         made.append(make_env(name))
         made[i].action_space.seed(0)
         made[i].reset(seed=0)
         memory.append(process.memory_info().rss / 2**20)
-    seconds, times = (time.process_time() - start) / 2, []
+    seconds = (time.process_time() - start) / 2
+    first = made[0]
+    times = []
     for _ in range(300):
-        action, start = made[0].action_space.sample(), time.process_time()
-        over = made[0].step(action)[2:4]
+        action = first.action_space.sample()
+        start = time.process_time()
+        _, _, terminated, truncated, _ = first.step(action)
         times.append(time.process_time() - start)
-        if any(over):
-            made[0].reset()
-    spaces = made[0].observation_space, made[0].action_space
-    row = dict(env=env, observation=spaces[0].shape[0], action=spaces[1].shape[0])
-    row |= dict(memory_mib=round((memory[2] - memory[0]) / 2, 1), make_s=round(seconds, 3))
-    return row | dict(ms_step=round(1e3 * float(np.median(times)), 3))
+        if terminated or truncated:
+            first.reset()
+    return dict(
+        env=env,
+        observation=first.observation_space.shape[0],
+        action=first.action_space.shape[0],
+        memory_mib=round((memory[2] - memory[0]) / 2, 1),
+        make_s=round(seconds, 3),
+        ms_step=round(1e3 * float(np.median(times)), 3),
+    )
 
 
 def main(options: Options) -> None:
+    """Measures each environment, prints and writes the rows."""
     for env in options.envs:
         resolve(env)  # exits here where it is unknown: in a process of a pool that would wait
     packages = ("mujoco", "gymnasium", "ogbench", "gymnasium-robotics")
     made_with = [f"{x} {importlib.metadata.version(x)}" for x in packages]
     made_with = ", ".join([f"{os.cpu_count()} CPU cores, {platform.machine()}", *made_with])
-    rows, context = [], multiprocessing.get_context("spawn")
+    rows = []
+    context = multiprocessing.get_context("spawn")
     for env in options.envs:
         with context.Pool(1) as pool:
             rows.append(pool.apply(measure, [env]) | dict(made_with=made_with))
@@ -74,4 +85,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

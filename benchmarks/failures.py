@@ -15,36 +15,52 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from analysis.command_line import run_program
+from analysis.runs import read_csv, read_flags
 from benchmarks import write_rows
-from common.envs import make_env, resolve
-from plot import flags_of, read_csv
+from common.environments import make_env, resolve
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
 class Options:
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]  # of complete runs
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of complete runs."""
     out: str = str(Path(__file__).resolve().parent / "results/pointmaze-failures.csv")
+    """File of the results."""
 
 
 def cells(path: np.ndarray, cell_of) -> int:
-    """Number of the maze's cells on a path (steps, 2)."""
+    """Returns the number of the maze's cells on a path (steps, 2)."""
     return len({tuple(cell_of(state)) for state in path})
 
 
 def rows_of(folder: Path, cell_of) -> list[dict]:
-    """A row per task."""
-    train, rows = read_csv(folder / "train.csv"), []
+    """Returns a row per task."""
+    train = read_csv(folder / "train.csv")
     with np.load(folder / "rollouts.npz") as file:
-        task, success = file["task"], file["success"]  # (agents,), (agents, episodes)
+        task = file["task"]  # (agents,)
+        success = file["success"]  # (agents, episodes)
         visited = [cells(file[f"path{i}"], cell_of) for i in range(success.size)]
-    visited, last = np.reshape(visited, success.shape), train["step"] == train["step"].max()
+    visited = np.reshape(visited, success.shape)
+    last = train["step"] == train["step"].max()
+    rows = []
     for one in np.unique(task):
-        failed = visited[task == one][success[task == one] == 0]
-        row = dict(run=folder.name, task=one, success=f"{success[task == one].mean():.3f}")
-        row |= dict(failed=len(failed), never_left="", cells="", tilt_norm="")
+        own = task == one
+        failed = visited[own][success[own] == 0]
+        row = dict(
+            run=folder.name,
+            task=one,
+            success=f"{success[own].mean():.3f}",
+            failed=len(failed),
+            never_left="",
+            cells="",
+            tilt_norm="",
+        )
         if len(failed):
-            row |= dict(never_left=f"{(failed == 1).mean():.3f}", cells=f"{failed.mean():.2f}")
-        if "tilt_norm" in train:  # not of every method
+            row["never_left"] = f"{(failed == 1).mean():.3f}"
+            row["cells"] = f"{failed.mean():.2f}"
+        if "tilt_norm" in train:  # Not every method has it.
             tilt = train["tilt_norm"][last & (train["task"] == one)]
             row["tilt_norm"] = f"{tilt.mean():.3f}"
         rows.append(row)
@@ -52,13 +68,14 @@ def rows_of(folder: Path, cell_of) -> list[dict]:
 
 
 def main(options: Options) -> None:
+    """Prints and writes the rows of all runs."""
     if not options.folders:
-        raise SystemExit("name the folders of complete runs")
+        raise UserError("name the folders of complete runs")
     rows = []
     for folder in options.folders:
-        env = resolve(flags_of(folder)["env"]).env
+        env = resolve(read_flags(folder)["env"]).env
         if not env.startswith("pointmaze") or not (folder / "rollouts.npz").exists():
-            raise SystemExit(f"{folder} is no complete run of a point maze")
+            raise UserError(f"{folder} is no complete run of a point maze")
         env = make_env(f"{env}-singletask-task1-v0").unwrapped
         rows += rows_of(folder, env.xy_to_ij)
     write_rows(options.out, rows)
@@ -66,4 +83,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -18,16 +18,19 @@ import math
 import re
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import tyro
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from analysis.command_line import run_program
+from analysis.runs import read_rows
+from analysis.tables import markdown
 from benchmarks.throughput import EVERY, OFFLINE, Trained, describe, hours, measure_chunk, put_row
-from plot import markdown, read_rows
+from common.errors import UserError
 
 COLUMNS = "script agents variant device kernels gb ms_update ms_agent_update jax".split()
 KEY = tuple(COLUMNS[:4])
@@ -44,128 +47,223 @@ H200 = """gpu_device_info {
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
 } platform_name: "CUDA" device_description_str: "NVIDIA H200"
 dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 minor: 0 }"""
-BYTES = dict(f64=8, s64=8, u64=8, f32=4, s32=4, u32=4, f16=2, bf16=2, u8=1, pred=1)
+BYTES = {
+    **{"f64": 8, "s64": 8, "u64": 8},
+    **{"f32": 4, "s32": 4, "u32": 4},
+    **{"f16": 2, "bf16": 2},
+    **{"u8": 1, "pred": 1},
+}
 FREE = "parameter get-tuple-element tuple constant bitcast fusion-done copy-done".split()
-SLICES = "dynamic-update-slice", "dynamic-slice", "gather"
+UPDATE = "dynamic-update-slice"
+SLICES = UPDATE, "dynamic-slice", "gather"
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%?(?P<result>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) "
+    r"(?P<operation>[\w\-]+)\((?P<rest>.*)$"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    scripts: tuple[str, ...] = ("qam",)  # e.g. qam or fql; or offline; or all
-    agents: tuple[int, ...] = (40,)  # agents trained in one program
-    variants: tuple[str, ...] = VARIANTS[:1]  # or all
-    without_gpu: bool = False  # compile for an H200, on a machine without a GPU
-    seconds: float = 1.0  # measured time of each row, at least
+    scripts: tuple[str, ...] = ("qam",)
+    """Scripts such as qam or fql; or offline; or all."""
+    agents: tuple[int, ...] = (40,)
+    """Numbers of agents trained in one program."""
+    variants: tuple[str, ...] = VARIANTS[:1]
+    """Variants of the program, or all."""
+    without_gpu: bool = False
+    """Compile for an H200 on a machine without a GPU, and run nothing."""
+    seconds: float = 1.0
+    """Measured time of each row, at least."""
     out: str = str(OUT)
+    """File of the results."""
+
+
+# --- kernels and bytes of a compiled program -----------------------------------------------------
+
+
+class Instruction(NamedTuple):
+    """A line of HLO: result = shape operation(rest."""
+
+    result: str
+    shape: str
+    operation: str
+    rest: str  # what follows the opening bracket
+    line: str
+
+    def operands(self) -> list[str]:
+        """Returns the names of the operands."""
+        return re.findall(r"%([\w.\-]+)", self.rest.split("), ")[0])
 
 
 def size(shape: str) -> int:
-    """Bytes of an array or a tuple of arrays, as HLO writes its type; work space (s8) is free."""
-    arrays = re.findall(r"\b(\w+)\[([\d,]*)\]", shape)
-    number = lambda axes: math.prod(int(n) for n in axes.split(",") if n)
-    return sum(BYTES.get(kind, 0) * number(axes) for kind, axes in arrays)
+    """Returns the bytes of an array or a tuple of arrays, as HLO writes its type.
+
+    Work space (s8) is free.
+    """
+    total = 0
+    for kind, axes in re.findall(r"\b(\w+)\[([\d,]*)\]", shape):
+        lengths = [int(length) for length in axes.split(",") if length]
+        total += BYTES.get(kind, 0) * math.prod(lengths)
+    return total
 
 
-def names(rest: str) -> list[str]:
-    """The operands, from what follows an instruction's opening bracket."""
-    return re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+class Fusion:
+    """A fused computation, and the bytes that it moves."""
 
+    def __init__(self, body: list[Instruction]):
+        self.instructions = {one.result: one for one in body}
+        self.origin = {}  # result of a bitcast -> the array that it shows
+        self.uses = collections.defaultdict(list)  # array -> (instruction, place of the operand)
+        for one in body:
+            operands = one.operands()
+            if one.operation == "bitcast":
+                self.origin[one.result] = self.source(operands[0])
+                continue
+            for place, name in enumerate(operands):
+                self.uses[self.source(name)].append((one, place))
+        self.root = next(one.result for one in body if "ROOT" in one.line)
 
-def traffic(body: list[tuple]) -> int:
-    """Bytes that a fused computation reads and writes: of an array of which it only takes slices,
-    these; of one that it updates in place, the update."""
-    of = {result: (shape, operation, names(rest)) for result, shape, operation, rest, _ in body}
-    origin, uses = {}, collections.defaultdict(list)
-    for result, (shape, operation, operands) in of.items():
-        if operation == "bitcast":
-            origin[result] = origin.get(operands[0], operands[0])
-            continue
-        for place, x in enumerate(operands):
-            uses[origin.get(x, x)].append((operation, place, shape))
+    def source(self, name: str) -> str:
+        """Returns the array that a bitcast shows, or the array itself."""
+        return self.origin.get(name, name)
 
-    def read(x):
-        if all(operation in SLICES and place == 0 for operation, place, _ in uses[x]):
-            return sum(size(shape) for operation, _, shape in uses[x] if operation != SLICES[0])
-        return size(of[x][0])
+    def read(self, name: str) -> int:
+        """Returns the bytes read of a parameter: of one that is only sliced, the slices."""
+        uses = self.uses[name]
+        if all(one.operation in SLICES and place == 0 for one, place in uses):
+            return sum(size(one.shape) for one, _ in uses if one.operation != UPDATE)
+        return size(self.instructions[name].shape)
 
-    def written(x):
-        shape, operation, operands = of[origin.get(x, x)]
-        if operation == "tuple":
-            return sum(map(written, operands))
-        return size(of[operands[1]][0] if operation == SLICES[0] else shape)
+    def written(self, name: str) -> int:
+        """Returns the bytes written for a result: of an update in place, the update."""
+        one = self.instructions[self.source(name)]
+        operands = one.operands()
+        if one.operation == "tuple":
+            return sum(self.written(operand) for operand in operands)
+        if one.operation == UPDATE:
+            return size(self.instructions[operands[1]].shape)
+        return size(one.shape)
 
-    read_in = sum(read(x) for x, (_, operation, _) in of.items() if operation == "parameter")
-    return read_in + written(next(result for result, *_, line in body if "ROOT" in line))
+    def traffic(self) -> int:
+        """Returns the bytes that the computation reads and writes."""
+        total = self.written(self.root)
+        for one in self.instructions.values():
+            if one.operation == "parameter":
+                total += self.read(one.result)
+        return total
 
 
 def program(text: str) -> tuple[int, int]:
-    """Kernels and bytes of a compiled program, a loop without a known number of rounds once."""
-    bodies, body = {}, []
+    """Returns the kernels and bytes of a compiled program.
+
+    A loop without a known number of rounds counts as one round.
+    """
+    bodies = {}
+    body = []
     for line in text.splitlines():
-        if found := COMPUTATION.match(line):
-            body = bodies.setdefault("entry" if found[1] else found[2], [])
-        elif found := INSTRUCTION.match(line):
-            body.append((*found.groups(), line))
+        computation = COMPUTATION.match(line)
+        instruction = INSTRUCTION.match(line)
+        if computation:
+            is_entry, name = computation.groups()
+            body = bodies.setdefault("entry" if is_entry else name, [])
+        elif instruction:
+            body.append(Instruction(**instruction.groupdict(), line=line))
+    return _count(bodies, "entry")
 
-    def count(name):
-        kernels, moved, shapes = 0, 0, {result: shape for result, shape, *_ in bodies[name]}
-        for _, shape, operation, rest, line in bodies[name]:
-            inner = re.search(r"(?:body|to_apply|calls)=%?([\w.\-]+)", line)
-            if operation in ("while", "call"):
-                rounds = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                more = [(int(rounds[1]) if rounds else 1) * x for x in count(inner[1])]
-                kernels, moved = kernels + more[0], moved + more[1]
-            elif operation not in FREE:
-                kernels += 1
-                if operation.startswith("fusion"):
-                    moved += traffic(bodies[inner[1]])
-                else:
-                    moved += size(shape) + sum(size(shapes.get(x, "")) for x in names(rest))
-        return kernels, moved
 
-    return count("entry")
+def _count(bodies: dict[str, list[Instruction]], name: str) -> tuple[int, int]:
+    """Returns the kernels and bytes of a computation."""
+    kernels = 0
+    moved = 0
+    shape_of = {one.result: one.shape for one in bodies[name]}
+    for one in bodies[name]:
+        if one.operation in FREE:
+            continue
+        inner = re.search(r"(?:body|to_apply|calls)=%?([\w.\-]+)", one.line)
+        if one.operation in ("while", "call"):
+            inner_kernels, inner_moved = _count(bodies, inner[1])
+            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', one.line)
+            rounds = int(known[1]) if known else 1
+            kernels += rounds * inner_kernels
+            moved += rounds * inner_moved
+            continue
+        kernels += 1
+        if one.operation.startswith("fusion"):
+            moved += Fusion(bodies[inner[1]]).traffic()
+            continue
+        moved += size(one.shape)
+        moved += sum(size(shape_of.get(operand, "")) for operand in one.operands())
+    return kernels, moved
+
+
+# --- measuring -----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def changed(variant: str):
-    """What is traced meanwhile is traced as this variant."""
-    scan, norm, dense = jax.lax.scan, nn.LayerNorm, nn.Dense
+    """Traces what is traced meanwhile as this variant."""
+    scan = jax.lax.scan
+    norm = nn.LayerNorm
+    dense = nn.Dense
     precision = PRECISION.get(variant, jax.config.jax_default_matmul_precision)
     try:
-        if variant == "unrolled":  # ten steps from noise to action are one piece of program
-            jax.lax.scan = lambda *inputs, **options: scan(*inputs, unroll=10, **options)
-        if variant == "two-pass":  # LayerNorm's variance is the mean of (x - mean)^2
+        if variant == "unrolled":  # Ten steps from noise to action are one piece of program.
+            jax.lax.scan = partial(scan, unroll=10)
+        if variant == "two-pass":  # LayerNorm's variance is the mean of (x - mean)^2.
             nn.LayerNorm = partial(norm, use_fast_variance=False)
-        if variant == "bfloat16 layers":  # every layer computes and leaves bfloat16
-            nn.LayerNorm, nn.Dense = (partial(f, dtype=jnp.bfloat16) for f in (norm, dense))
+        if variant == "bfloat16 layers":  # Every layer computes and leaves bfloat16.
+            nn.LayerNorm = partial(norm, dtype=jnp.bfloat16)
+            nn.Dense = partial(dense, dtype=jnp.bfloat16)
         with jax.default_matmul_precision(precision):
             yield
     finally:
-        jax.lax.scan, nn.LayerNorm, nn.Dense = scan, norm, dense
+        jax.lax.scan = scan
+        nn.LayerNorm = norm
+        nn.Dense = dense
 
 
 def shapes(trained: Trained, agents: int, device) -> list:
-    """What `train_chunk` is called with for so many agents on a device that need not exist, from
-    the same for one agent."""
+    """Returns what `train_chunk` is called with for so many agents, from the same for one agent.
 
-    def abstract(tree):  # all but the data and the number of updates have an axis of agents
-        shape = lambda x: (agents, *x.shape[1:]) if x.ndim and tree is not trained.data else x.shape
-        place = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
-        return jax.tree.map(lambda x: place(shape(x), x.dtype), jax.tree.map(jnp.asarray, tree))
+    The device need not exist.
+    """
+    place = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
 
-    return [abstract(tree) for tree in trained.call(1)[1:]]
+    def alone(x):
+        x = jnp.asarray(x)
+        return place(x.shape, x.dtype)
+
+    def with_agents(x):
+        x = jnp.asarray(x)
+        if x.ndim == 0:  # the number of updates
+            return place(x.shape, x.dtype)
+        return place((agents, *x.shape[1:]), x.dtype)
+
+    found = []
+    for tree in trained.call(1)[1:]:
+        abstract = alone if tree is trained.data else with_agents
+        found.append(jax.tree.map(abstract, tree))
+    return found
 
 
 def measure(name: str, agents: int, variant: str, options: Options) -> dict:
-    """A row."""
-    row = dict(script=name.split(".")[-1], agents=agents, variant=variant)
-    row |= dict(jax=importlib.metadata.version("jax"), device=describe())
+    """Returns a row."""
+    row = dict(
+        script=name.split(".")[-1],
+        agents=agents,
+        variant=variant,
+        jax=importlib.metadata.version("jax"),
+        device=describe(),
+    )
     trained = Trained(name, "paper", 1 if options.without_gpu else agents)
-    train, flags = trained.script.train_chunk.__wrapped__, FLAGS.get(variant)
-    own = lambda *inputs: train(*inputs)  # no trace of another variant is known of it
-    trained.train = jax.jit(own, static_argnums=0, donate_argnums=1, compiler_options=flags)
+    train = trained.script.train_chunk.__wrapped__
+
+    def own(*inputs):  # No trace of another variant is known of this function.
+        return train(*inputs)
+
+    flags = FLAGS.get(variant)
+    trained.train = jax.jit(own, static_argnums=0, donate_argnums=(1, 2), compiler_options=flags)
     inputs = trained.call(1)
     if options.without_gpu:
         target = dict(platform="cuda", topology="1x1x1", target_config=H200)
@@ -174,48 +272,68 @@ def measure(name: str, agents: int, variant: str, options: Options) -> dict:
         inputs = [trained.args, *shapes(trained, agents, device)]
     with changed(variant):
         compiled = trained.train.lower(*inputs).compile()
-        kernels, moved = (x / trained.rounds for x in program(compiled.as_text()))
-        row |= dict(kernels=f"{kernels:.0f}", gb=f"{moved / 1e9:.2f}")
+        kernels, moved = program(compiled.as_text())
+        row["kernels"] = f"{kernels / trained.rounds:.0f}"
+        row["gb"] = f"{moved / trained.rounds / 1e9:.2f}"
         if not options.without_gpu:
             trained.seconds(1)
             ms, _ = measure_chunk(trained, options.seconds)
-            row |= dict(ms_update=f"{ms:.3f}", ms_agent_update=f"{ms / agents:.3f}")
+            row["ms_update"] = f"{ms:.3f}"
+            row["ms_agent_update"] = f"{ms / agents:.3f}"
     return row
 
 
 def estimates(rows: list[dict]) -> str:
-    """Markdown: what an update of 40 agents would take of the scripts that were not run, in
-    proportion to its bytes, by QAM's time; hours of a method in the QAM paper's Table 1."""
-    rows = [x for x in rows if (x["agents"], x["variant"]) == ("40", VARIANTS[0])]
-    known = [float(x["ms_update"]) for x in rows if x["ms_update"] and x["script"] == "qam"]
-    ahead = {x["script"]: float(x["gb"]) for x in rows if not x["ms_update"]}
-    run = {x["script"] for x in rows if x["ms_update"]}
-    lines = [["script", "GB", "ms per agent-update", "hours"]]
-    for script, gb in ahead.items() if known and "qam" in ahead else ():
-        ms = known[0] / ahead["qam"] * gb / 40
-        if script in OFFLINE and script not in run:
+    """Returns Markdown with what an update of 40 agents would take of the scripts that were not
+    run, in proportion to its bytes, by QAM's time; hours of a method in the QAM paper's Table 1."""
+    own = [row for row in rows if (row["agents"], row["variant"]) == ("40", VARIANTS[0])]
+    run = [row for row in own if row["ms_update"]]
+    gigabytes = {row["script"]: float(row["gb"]) for row in own if not row["ms_update"]}
+    known = [float(row["ms_update"]) for row in run if row["script"] == "qam"]
+    if not known or "qam" not in gigabytes:
+        return ""
+    done = {row["script"] for row in run}
+    lines = []
+    for script, gb in gigabytes.items():
+        ms = known[0] / gigabytes["qam"] * gb / 40
+        if script in OFFLINE and script not in done:
             lines.append([script, f"{gb:g}", f"{ms:.3f}", f"{hours(ms):.0f}"])
-    return markdown(lines) if lines[1:] else ""
+    if not lines:
+        return ""
+    return markdown([["script", "GB", "ms per agent-update", "hours"], *lines])
+
+
+def scripts_of(options: Options) -> list[str]:
+    """Returns the scripts that the options name, one by one or as a group."""
+    offline = [name for name in EVERY if name.split(".")[-1] in OFFLINE]
+    groups = dict(all=EVERY, offline=offline)
+    found = []
+    for name in options.scripts:
+        found += groups.get(name, [name])
+    return found
 
 
 def main(options: Options) -> None:
+    """Measures each script, and prints the table of all rows."""
     variants = VARIANTS if options.variants == ("all",) else options.variants
-    if unknown := set(variants) - set(VARIANTS):
-        raise SystemExit(f"no variant {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
+    unknown = set(variants) - set(VARIANTS)
+    if unknown:
+        raise UserError(f"no variant {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
     if min(options.agents, default=1) < 1:
-        raise SystemExit("--agents must be at least 1")
-    groups = dict(all=EVERY, offline=[x for x in EVERY if x.split(".")[-1] in OFFLINE])
-    if options.without_gpu:  # what the scripts ask
-        jax.default_backend = lambda: "gpu"
-    for name in [y for x in options.scripts for y in groups.get(x, [x])]:
+        raise UserError("--agents must be at least 1")
+    if options.without_gpu:  # The scripts ask for it.
+        jax.default_backend = partial(str, "gpu")
+    for name in scripts_of(options):
         for agents in options.agents:
             for variant in variants:
                 row = measure(name, agents, variant, options)
                 put_row(Path(options.out), row, KEY, COLUMNS)
     rows = read_rows(Path(options.out))
-    print(markdown([COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]), estimates(rows),
-          sep="\n\n")  # fmt: skip
+    lines = [COLUMNS]
+    for row in rows:
+        lines.append([row[name] for name in COLUMNS])
+    print(markdown(lines), estimates(rows), sep="\n\n")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

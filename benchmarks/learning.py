@@ -28,17 +28,23 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
 
+from analysis.command_line import run_program
+from analysis.evaluations import organise
+from analysis.panels import panels
+from analysis.runs import ROOT, read_rows
+from analysis.statistics import interval
+from analysis.tables import cell, markdown, summaries
 from benchmarks import write_rows
-from common.envs import ONLINE
-from plot import cell, interval, markdown, organise, panels, read_rows, summaries
+from common.environments import ONLINE
+from common.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 METHODS = """meam qam qam_edit qam_fql baselines.bam baselines.fbrac baselines.fql baselines.fawac
     baselines.dac baselines.qsm baselines.dsrl baselines.fedit baselines.ifql baselines.rebrac"""
 GUIDANCE = ("plain", "mse", "linex")
@@ -53,9 +59,11 @@ ABLATIONS = {  # label -> command line
 VERSIONS = "jax jaxlib flax optax numpy ogbench mujoco gymnasium".split()
 CUBE = """--env cube-single-play-singletask-v0 --hidden-dims 256 256 --num-critics 2
     --batch-size 128 --lr 5e-4 --log-interval 1000 --eval-interval 16000 --eval-slots 1"""
-OFFLINE, FLOW = " --offline-steps 16000", " --flow-steps 5"
-# Beside QAM and ME-AM in cube-task-1: the QAM paper's values for cube-double or, where these make
-# it QAM, for cube-triple. ReBRAC has no flow, RLPD neither that nor an offline phase.
+OFFLINE = " --offline-steps 16000"
+FLOW = " --flow-steps 5"
+# These are in addition to QAM and ME-AM of cube-task-1, with the QAM paper's values for cube-double
+# or, where these make it QAM, for cube-triple. ReBRAC has no flow, RLPD neither that nor an offline
+# phase.
 CUBE_METHODS = {
     "behaviour cloning": "qam --inv-temp 0",
     "qam_edit": "qam_edit --edit-scale 0.1",
@@ -99,7 +107,25 @@ SHORT = {"FMER": SMALL, "SAC": "baselines.sac", "TD3": "baselines.td3"}
 LARGE = "--collect 1000000 --offline-steps 300000"  # transitions; ordinary size, not the 100M set
 # the kitchen's four, MuJoCo's four
 EIGHT_TASKS = [env for env in ONLINE if env not in ("multigoal", "online-ant-xy")]
-labelled = lambda scripts: {script.split(".")[-1]: script for script in scripts.split()}
+
+
+def labelled(scripts: str) -> dict[str, str]:
+    """Returns label -> script, from scripts separated by spaces: baselines.fql is fql."""
+    return {script.split(".")[-1]: script for script in scripts.split()}
+
+
+def cube_methods() -> dict[str, str]:
+    """Returns CUBE_METHODS with the flags of their lengths, which not all of them have."""
+    commands = {}
+    for label, command in CUBE_METHODS.items():
+        if label != "rlpd":
+            command += OFFLINE
+        if label not in ("rebrac", "rlpd"):
+            command += FLOW
+        commands[label] = command
+    return commands
+
+
 SUITES = {  # suite -> (label -> command line, flags of all, tasks)
     "methods": (
         {"behaviour cloning": "qam --inv-temp 0"}
@@ -118,14 +144,7 @@ SUITES = {  # suite -> (label -> command line, flags of all, tasks)
         CUBE + OFFLINE + FLOW,
         (1,),
     ),
-    "cube-methods": (
-        {
-            label: line + OFFLINE * (label != "rlpd") + FLOW * (label not in ("rebrac", "rlpd"))
-            for label, line in CUBE_METHODS.items()
-        },
-        CUBE,
-        (1,),
-    ),
+    "cube-methods": (cube_methods(), CUBE, (1,)),
     "puzzle-4x4": (sweep(0.3), f"--env puzzle-4x4 {LARGE}", (1, 2, 3, 4, 5)),
     "cube-double": (sweep(0.01), f"--env cube-double {LARGE}", (1, 2, 3, 4, 5)),
     "plane": (labelled(NINE), "--env multigoal", ()),
@@ -141,53 +160,68 @@ SUITES |= {
     "hopper": (SHORT, FEW.format("hopper", 30_000), ()),
     "kitchen": (SHORT, FEW.format("kitchen-7", 30_000), ()),
 }
-SUITES |= {
-    env if "kitchen" in env else f"mujoco-{env}": (labelled(NINE), f"--env {env}", ())
-    for env in EIGHT_TASKS
-}
+KITCHENS = [env for env in EIGHT_TASKS if "kitchen" in env]
+ROBOTS = [env for env in EIGHT_TASKS if "kitchen" not in env]
+SUITES |= {env: (labelled(NINE), f"--env {env}", ()) for env in KITCHENS}
+SUITES |= {f"mujoco-{env}": (labelled(NINE), f"--env {env}", ()) for env in ROBOTS}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    suite: Annotated[str, tyro.conf.Positional]  # methods, pointmaze, cube, halfcheetah, ...
-    seeds: int = 4  # per task: 0, 1, ...
-    only: tuple[str, ...] = ()  # labels to run (default: all)
-    dataset_dir: str = ""  # where the scripts find or make the datasets
-    run_dir: str = "runs/learning"  # where the run folders are kept
-    table: bool = False  # run nothing, print the table of what is committed
-    out: str = str(ROOT / "benchmarks/results")  # folder of CSV and JSON
+    suite: Annotated[str, tyro.conf.Positional]
+    """What to run: methods, pointmaze, cube, halfcheetah, ..."""
+    seeds: int = 4
+    """Seeds of each task: 0, 1, ..."""
+    only: tuple[str, ...] = ()
+    """Labels to run. The default is all."""
+    dataset_dir: str = ""
+    """Folder where the scripts find or make the datasets."""
+    run_dir: str = "runs/learning"
+    """Folder where the run folders are kept."""
+    table: bool = False
+    """Run nothing, and print the table of what is committed."""
+    out: str = str(ROOT / "benchmarks/results")
+    """Folder of the CSV and JSON files."""
 
 
-def launch(line):
+def launch(line: list[str]) -> None:
     """Runs a script of this repository in a process of its own: [module, flags ...]."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    subprocess.run([sys.executable, "-m", *line], check=True, env=os.environ | {"PYTHONPATH": path})
+    folders = [str(ROOT)]
+    if os.environ.get("PYTHONPATH"):
+        folders.append(os.environ["PYTHONPATH"])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
+    subprocess.run([sys.executable, "-m", *line], check=True, env=environment)
 
 
-def configuration(folder):
-    """config.json of a run: of the packages, those that matter."""
+def configuration(folder: Path) -> dict:
+    """Returns config.json of a run with only those packages that matter."""
     config = json.loads((folder / "config.json").read_text())
     packages = config["made_with"]["packages"]
     config["made_with"]["packages"] = {name: packages[name] for name in VERSIONS}
     return config
 
 
-def portable(folder):
-    """`configuration` without what is of this machine."""
+def portable(folder: Path) -> dict:
+    """Returns `configuration` without what only this machine has."""
     config = configuration(folder)
     for flag in ("name", "run_dir", "dataset_dir"):
         config["flags"].pop(flag, None)
     return config
 
 
-def run(label, command, options, flags, tasks):
-    """One run of a script. Returns its command line, configuration and evaluations."""
+def run(
+    label: str, command: str, options: Options, flags: str, tasks: tuple[int, ...]
+) -> tuple[dict, list[dict]]:
+    """Runs a script. Returns its command line with its configuration, and its evaluations."""
     module, *own = shlex.split(command)
-    name = f"{options.suite}-{'-'.join(c for c in label.replace(',', '').split() if c != '=')}"
+    words = label.replace(",", "").replace(" = ", " ").split()
+    name = "-".join([options.suite, *words])
     line = [module, *shlex.split(flags), *own]
-    line += ["--tasks", *map(str, tasks)] if tasks else []
     line += ["--num-seeds", str(options.seeds), "--name", name, "--run-dir", options.run_dir]
-    line += ["--dataset-dir", options.dataset_dir] if options.dataset_dir and tasks else []
+    if tasks:
+        line += ["--tasks", *map(str, tasks)]
+        if options.dataset_dir:
+            line += ["--dataset-dir", options.dataset_dir]
     launch(line)
     (folder,) = Path(options.run_dir, module.split(".")[-1]).glob(f"*/{name}")
     rows = read_rows(folder / "eval.csv")
@@ -197,70 +231,101 @@ def run(label, command, options, flags, tasks):
     return dict(command=shown, config=config), [dict(label=label, **row) for row in rows]
 
 
-def reported(steps, returns):
-    """The FMER paper's number: per seed, the maximum of the evaluations in the last tenth of the
-    steps. steps (n,), returns (seeds, n) -> mean and deviation (n - 1) over seeds."""
-    best = returns[:, steps >= 0.9 * steps.max()].max(1)
-    return float(best.mean()), float(best.std(ddof=1)) if len(best) > 1 else 0.0
+def reported(steps: np.ndarray, returns: np.ndarray) -> tuple[float, float]:
+    """Returns the FMER paper's number: mean and deviation (n - 1) over seeds of the best evaluation
+    in the last tenth of the steps. steps (n,), returns (seeds, n)."""
+    last = steps >= 0.9 * steps.max()
+    best = returns[:, last].max(1)
+    if len(best) == 1:
+        return float(best[0]), 0.0
+    return float(best.mean()), float(best.std(ddof=1))
 
 
-def online_table(rows):
-    """Markdown: a row per label; steps, return after each third of them (mean [interval]), and
-    `reported`."""
+def online_table(rows: list[dict]) -> str:
+    """Returns Markdown with a row per label: steps, the return after each third of them as mean
+    [interval], and `reported`."""
     lines = [["", "steps", "return at 1/3", "at 2/3", "at the end", "reported"]]
-    for label, (own,) in ((label, x.values()) for label, x in organise(rows, "return").items()):
-        steps, returns = own[0], np.concatenate([*own[1].values()])  # (seeds, n)
-        thirds = [np.argmin(abs(steps - steps[-1] * share)) for share in (1 / 3, 2 / 3, 1)]
-        cells = [cell(interval([returns[:, i]]), 1, len(returns)) for i in thirds]
+    for label, domains in organise(rows, "return").items():
+        (scores,) = domains.values()
+        steps = scores.steps
+        returns = np.concatenate(list(scores.by_task.values()))  # (seeds, n)
+        cells = []
+        for share in (1 / 3, 2 / 3, 1):
+            nearest = np.argmin(abs(steps - steps[-1] * share))
+            cells.append(cell(interval([returns[:, nearest]]), 1, len(returns)))
         best, deviation = reported(steps, returns)
-        cells.append(f"{best:.1f}" + f" ({deviation:.1f})" * (len(returns) > 1))
-        lines.append([label, f"{steps[-1]:,}", *cells])
+        text = f"{best:.1f}"
+        if len(returns) > 1:
+            text = f"{text} ({deviation:.1f})"
+        lines.append([label, f"{steps[-1]:,}", *cells, text])
     return markdown(lines)
 
 
-def table(rows):
-    """Markdown: a row per label; success per task and over all, mean [interval]; length."""
+def table(rows: list[dict]) -> str:
+    """Returns Markdown with a row per label: success per task and over all, and episode length."""
     if "success" not in rows[0]:
         return online_table(rows)
-    success, length = organise(rows, "success"), organise(rows, "length")
+    success = organise(rows, "success")
+    length = organise(rows, "length")
     columns = panels(success, "task", "success")
     lines = [["", *columns, "episode length"]]
     for label, row in summaries(success, columns).items():
-        cells = [cell(x[1], seeds=x[2]) if x else "" for x in row.values()]
-        last = np.concatenate([x[:, -1] for x in length[label][""][1].values()])
+        cells = []
+        for entry in row.values():
+            cells.append(cell(entry.numbers, seeds=entry.seeds) if entry else "")
+        (lengths,) = length[label].values()
+        last = np.concatenate([scores[:, -1] for scores in lengths.by_task.values()])
         lines.append([label, *cells, f"{last.mean():.0f}"])
     return markdown(lines)
 
 
-def kept(out, suite):
-    """Rows of <suite>.csv and runs of <suite>.json, of earlier calls."""
-    results, notes = (Path(out, f"{suite}.{end}") for end in ("csv", "json"))
-    return (read_rows(results), json.loads(notes.read_text())) if results.exists() else ([], {})
+def kept(out: str, suite: str) -> tuple[list[dict], dict]:
+    """Reads the rows of <suite>.csv and the runs of <suite>.json, which earlier calls wrote."""
+    results = Path(out, f"{suite}.csv")
+    if not results.exists():
+        return [], {}
+    notes = Path(out, f"{suite}.json")
+    return read_rows(results), json.loads(notes.read_text())
 
 
-def keep(out, suite, label, run, new, order=()):
-    """Puts a label's rows and run beside those of other labels (in the order of the labels, where
-    it is given). Returns all rows."""
+def keep(
+    out: str,
+    suite: str,
+    label: str,
+    note: dict,
+    new: list[dict],
+    order: Sequence[str] = (),
+) -> list[dict]:
+    """Writes a label's rows and note in addition to those of other labels, and returns all rows.
+
+    They are in the order of the labels, if it is given.
+    """
     rows, runs = kept(out, suite)
     rows = [row for row in rows if row["label"] != label] + new
-    rows = sorted(rows, key=lambda row: order.index(row["label"]) if order else 0)
+    if order:
+        rows = sorted(rows, key=lambda row: order.index(row["label"]))
     write_rows(Path(out, f"{suite}.csv"), rows)
-    Path(out, f"{suite}.json").write_text(json.dumps(runs | {label: run}, indent=1) + "\n")
+    Path(out, f"{suite}.json").write_text(json.dumps(runs | {label: note}, indent=1) + "\n")
     return rows
 
 
-def main(options):
+def main(options: Options) -> None:
+    """Runs a suite, and prints its table."""
     if options.suite not in SUITES:
-        raise SystemExit(f"there is no suite {options.suite}; choose one of {', '.join(SUITES)}")
+        raise UserError(f"there is no suite {options.suite}; choose one of {', '.join(SUITES)}")
     commands, flags, tasks = SUITES[options.suite]
-    if unknown := set(options.only) - set(commands):
-        raise SystemExit(f"no label {', '.join(unknown)}; choose from {', '.join(commands)}")
+    unknown = set(options.only) - set(commands)
+    if unknown:
+        raise UserError(f"no label {', '.join(unknown)}; choose from {', '.join(commands)}")
     rows, _ = kept(options.out, options.suite)
-    for label in () if options.table else options.only or commands:
+    labels = options.only or commands
+    if options.table:
+        labels = ()
+    for label in labels:
         found = run(label, commands[label], options, flags, tasks)
         rows = keep(options.out, options.suite, label, *found, order=list(commands))
     print(table(rows) if rows else "nothing was run")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -4,7 +4,7 @@
         --batch-size 64
     python -m benchmarks.online_throughput --table         prints the committed rows
 
-The loop of the scripts' `main` (act, update, environment step beside it, replay) is timed in blocks
+The loop of the scripts' `main` (act, update, environment step alongside, replay) is timed in blocks
 of `--steps`, alternating with the same loop without environments (their last answer again) and with
 as many updates in one program. The share of the second that is missing in the first is the time
 spent waiting for environments. Medians of five blocks each, after compilation. The row of a
@@ -17,19 +17,21 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from benchmarks import as_table, script_of
+from analysis.agents import script_of
+from analysis.command_line import run_program
+from analysis.runs import read_rows
+from benchmarks import as_table
 from benchmarks.throughput import put_row
-from common.data import Replay, spread
-from common.envs import EnvPool, make_env, seed_of
-from common.run import configure
-from plot import read_rows
+from common.devices import zero_metrics
+from common.env_pool import EnvPool
+from common.environments import TRAINING, env_sizes, seeds_of
+from common.errors import UserError
+from common.flags import configure
+from common.sampling import Replay
 
 KEY = ("script", "env", "agents", "hidden_dims", "batch_size", "device")
 COLUMNS = (
@@ -46,75 +48,118 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    script: str = "fmer"  # to measure, e.g. fmer or sac
+    script: str = "fmer"
+    """Script to measure, such as fmer or sac."""
     env: str = "halfcheetah"
-    agents: int = 1  # trained in one program
-    hidden_dims: tuple[int, ...] = ()  # of the networks (default: the script's own)
-    batch_size: int = 0  # (default: the script's own)
-    steps: int = 200  # of a block
-    table: bool = False  # measure nothing, print what is committed
+    """Environment."""
+    agents: int = 1
+    """Agents trained in one program."""
+    hidden_dims: tuple[int, ...] = ()
+    """Hidden-layer widths of all networks. The default is the script's own."""
+    batch_size: int = 0
+    """Batch size. The default is the script's own."""
+    steps: int = 200
+    """Steps of a block."""
+    table: bool = False
+    """Measure nothing, and print what is committed."""
     out: str = "benchmarks/results/online-throughput.csv"
+    """File of the results."""
+
+
+WAYS = ("loop", "no env", "update")
+
+
+class Training:
+    """Agents of an online script in their environments, trained as the script's main does it."""
+
+    def __init__(self, script, args, agents: int):
+        sizes = env_sizes(args.env)
+        observation_size, action_size = sizes
+        self.script = script
+        self.args = dataclasses.replace(args, action_size=action_size)
+        self.agents = [(1, seed) for seed in range(agents)]
+        self.clock = 0
+        self.state = script.create_agents(self.args, self.agents, observation_size)
+        self.replay = Replay.create(agents, 100_000, *sizes)
+        step = partial(script.train_step, self.args)
+        self.metrics = zero_metrics(step, self.state, self.replay)
+        self.envs = EnvPool([args.env] * agents)
+        self.envs.reset(seeds_of(self.agents, 0))
+        self.envs.set_actions(np.zeros((agents, 1, 1, action_size), np.float32))
+        self.transitions = self.envs.step()
+        self.replay = self.replay.append(self.transitions)
+
+    def update(self, count: int) -> None:
+        """Makes updates in one program."""
+        self.state, self.metrics = self.script.train_chunk(
+            self.args, self.state, self.metrics, self.replay, count
+        )
+
+    def step(self, with_env: bool) -> None:
+        """Acts, makes an update and, at the same time, an environment step.
+
+        Without environments the last transitions are appended again.
+        """
+        inputs = self.envs.observations, self.envs.seeds, self.envs.ages
+        self.envs.set_actions(self.script.act(self.args, self.state, *inputs, "explore"))
+        self.update(1)
+        if with_env:
+            self.transitions = self.envs.step()
+        self.replay = self.replay.append(self.transitions)
+        if with_env:
+            self.clock += 1
+            ended = self.transitions["terminals"] > 0
+            if ended.any():
+                seeds = seeds_of(self.agents, self.clock, TRAINING)
+                self.envs.reset(seeds, where=ended)
+
+    def block(self, way: str, steps: int) -> float:
+        """Returns the milliseconds of a step of the loop, or of an update."""
+        jax.block_until_ready((self.state, self.replay))
+        start = time.perf_counter()
+        if way == "update":
+            self.update(steps)
+        else:
+            for _ in range(steps):
+                self.step(with_env=way == "loop")
+        jax.block_until_ready((self.state, self.replay))
+        return 1e3 * (time.perf_counter() - start) / steps
 
 
 def measure(options: Options) -> dict:
-    script, agents = script_of(options.script), options.agents
-    if agents < 1:
-        raise SystemExit("--agents must be at least 1")
+    """Returns a row."""
+    script = script_of(options.script)
+    if options.agents < 1:
+        raise UserError("--agents must be at least 1")
     if hasattr(script.Args, "tasks"):
-        raise SystemExit(f"{options.script} is no online method")
-    own = dict(hidden_dims=options.hidden_dims, batch_size=options.batch_size)
-    own = {name: x for name, x in own.items() if x}
-    args = configure(script.Args, script.ENV_DEFAULTS, options.env, **own)
-    env, everyone = make_env(options.env), list(range(agents))
-    sizes = SimpleNamespace(observations=env.observation_space, actions=env.action_space)
-    args = dataclasses.replace(args, action_size=env.action_space.shape[0])
-    keys = jax.random.split(jax.random.PRNGKey(0), agents)
-    create = partial(script.create, args, env.observation_space.shape[0])
-    state = spread(jax.jit(jax.vmap(create))(keys))
-    replay, pool = spread(Replay.create(agents, 100_000, sizes)), EnvPool([options.env] * agents)
-    pool.start(everyone, everyone)
-    plan = np.zeros((agents, 1, args.action_size), np.float32)
-    taken = pool.step(lambda *_: plan, everyone)
-    replay = replay.append({name: x[:, None] for name, x in taken.items()})
-    shapes = jax.eval_shape(partial(script.learn, args), state, None, replay)[1]
-    sums, clock = spread(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)), 0
-
-    def block(way):
-        """Seconds of options.steps steps, or updates."""
-        nonlocal state, sums, replay, taken, clock
-        jax.block_until_ready((state, replay))
-        start = time.perf_counter()
-        if way == "update":
-            state, sums = script.train_chunk(args, state, sums, replay, options.steps)
-        for _ in range(0 if way == "update" else options.steps):
-            inputs = np.stack(pool.states), pool.seeds, pool.ages
-            plan = np.concatenate(script.act(args, state, *[x[:, None] for x in inputs], "explore"))
-            state, sums = script.train_chunk(args, state, sums, replay, 1)
-            if way == "loop":
-                taken = pool.step(lambda *_: plan, everyone)
-            replay = replay.append({name: x[:, None] for name, x in taken.items()})
-            if way == "loop":
-                over = np.flatnonzero(taken["terminals"]).tolist()
-                clock += 1
-                pool.start(over, [seed_of(i, clock) for i in over])
-        jax.block_until_ready((state, replay))
-        return 1e3 * (time.perf_counter() - start) / options.steps
-
-    ways = ("loop", "no env", "update")
-    times = np.array([[block(way) for way in ways] for _ in range(6)])[1:]  # the first compiles
-    loop, without, update = np.median(times, 0)
+        raise UserError(f"{options.script} is no online method")
+    flags = dict(hidden_dims=options.hidden_dims, batch_size=options.batch_size)
+    flags = {name: x for name, x in flags.items() if x}
+    args = configure(script.Args, script.ENV_DEFAULTS, options.env, **flags)
+    training = Training(script, args, options.agents)
+    times = []
+    for _ in range(6):
+        times.append([training.block(way, options.steps) for way in WAYS])
+    loop, without, update = np.median(times[1:], 0)  # The first round compiles.
     return dict(
-        script=script.__name__, env=options.env, agents=agents, hidden_dims=args.hidden_dims,
+        script=script.__name__,
+        env=options.env,
+        agents=options.agents,
+        hidden_dims=args.hidden_dims,
         batch_size=args.batch_size,
         device=f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-        steps_per_s=round(1e3 * agents / loop, 1), updates_per_s=round(1e3 * agents / update, 1),
-        waiting=round(max(0, 1 - without / loop), 3), ms_step=round(loop, 3),
-        ms_no_env=round(without, 3), ms_update=round(update, 3),
+        steps_per_s=round(1e3 * options.agents / loop, 1),
+        updates_per_s=round(1e3 * options.agents / update, 1),
+        waiting=round(max(0, 1 - without / loop), 3),
+        ms_step=round(loop, 3),
+        ms_no_env=round(without, 3),
+        ms_update=round(update, 3),
         jax=importlib.metadata.version("jax"),
-    )  # fmt: skip
+    )
 
 
 def main(options: Options) -> None:
+    """Measures a configuration, and prints all rows."""
     path = Path(options.out)
     if not options.table:
         put_row(path, measure(options), KEY, COLUMNS)
@@ -122,4 +167,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -10,14 +10,16 @@ drawing of the batch. Writes benchmarks/results/parts.csv.
 
 import dataclasses
 import importlib.metadata
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import jax
-import tyro
 
+from analysis.command_line import run_program
 from benchmarks.throughput import Size, Trained, describe, products, put_row, timed
-from common.data import sample
+from common.errors import UserError
+from common.sampling import sample
 
 COLUMNS = ("script", "size", "part", "device", "ms", "gflop", "gflop_per_s", "jax")
 OUT = Path(__file__).resolve().parent / "results/parts.csv"
@@ -25,48 +27,78 @@ OUT = Path(__file__).resolve().parent / "results/parts.csv"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    scripts: tuple[str, ...] = ("qam", "meam")  # offline methods
-    sizes: tuple[Size, ...] = ("small", "paper")  # see benchmarks/throughput.py
-    seconds: float = 3.0  # measured time of each part, at least
-    transitions: int = 50_000  # in the random data
+    scripts: tuple[str, ...] = ("qam", "meam")
+    """Offline methods."""
+    sizes: tuple[Size, ...] = ("small", "paper")
+    """Sizes as in benchmarks/throughput.py."""
+    seconds: float = 3.0
+    """Measured time of each part, at least."""
+    transitions: int = 50_000
+    """Transitions in the random data."""
     out: str = str(OUT)
+    """File of the results."""
 
 
-def parts(trained) -> dict:
-    """Name -> (function, arguments) of an offline script: losses with their gradients, the batch,
-    the update."""
-    script, args = trained.script, trained.args
-    one = lambda tree: jax.tree.map(lambda x: x[0], tree)
-    state, (data, replay, task) = one(trained.state), trained.inputs
-    sizes = args.batch_size, args.chunk_length, args.discount
-    draw = lambda key: sample(key, data, one(replay), task[0], *sizes)
+def first_agent(tree):
+    """Returns the arrays of the first agent."""
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def parts(trained: Trained) -> dict[str, tuple]:
+    """Returns name -> (function, arguments) of an offline script.
+
+    The parts are the batch, the losses with their gradients, and the update.
+    """
+    script = trained.script
+    args = trained.args
+    state = first_agent(trained.state)
+    data, replay, task = trained.inputs
+    replay = first_agent(replay)
+
+    def draw(key):
+        return sample(key, data, replay, task[0], args.batch_size, args.chunk_length, args.discount)
+
     batch = jax.jit(draw)(state.key)
     found = {"sample": (draw, (state.key,))}
     for name, loss in vars(script).items():
         if name.endswith("_loss"):
             function = jax.value_and_grad(partial(loss, args), has_aux=True)
             found[name] = function, (state.params, state, batch, state.key)
-    return found | {"update": (partial(script.update, args), (state, batch))}
+    found["update"] = partial(script.update, args), (state, batch)
+    return found
 
 
-def measure(name, size, options):
-    """Rows of a script."""
+def measure(name: str, size: Size, options: Options) -> Iterator[dict]:
+    """Yields the rows of a script."""
     trained = Trained(name, size, transitions=options.transitions)
     if not trained.offline:
-        raise SystemExit(f"{name} is no offline method: its updates have other parts")
+        raise UserError(f"{name} is no offline method: its updates have other parts")
     name = trained.script.__name__  # of fql and of baselines.fql
     for part, (function, arguments) in parts(trained).items():
         compiled = jax.jit(function).lower(*arguments).compile()
-        step = lambda compiled=compiled, inputs=arguments: jax.block_until_ready(compiled(*inputs))
+        step = partial(call_and_wait, compiled, arguments)
         step()
         seconds = timed(step, options.seconds)
-        flops = products(jax.make_jaxpr(function)(*arguments).jaxpr)
-        row = dict(script=name, size=size, part=part, device=describe(), ms=f"{1e3 * seconds:.3f}")
-        row |= dict(gflop=f"{flops / 1e9:.4f}", gflop_per_s=f"{flops / 1e9 / seconds:.1f}")
-        yield row | dict(jax=importlib.metadata.version("jax"))
+        gflop = products(jax.make_jaxpr(function)(*arguments).jaxpr) / 1e9
+        yield dict(
+            script=name,
+            size=size,
+            part=part,
+            device=describe(),
+            ms=f"{1e3 * seconds:.3f}",
+            gflop=f"{gflop:.4f}",
+            gflop_per_s=f"{gflop / seconds:.1f}",
+            jax=importlib.metadata.version("jax"),
+        )
+
+
+def call_and_wait(function: Callable, arguments: tuple) -> None:
+    """Calls a function on the device, and waits for its result."""
+    jax.block_until_ready(function(*arguments))
 
 
 def main(options: Options) -> None:
+    """Measures each script at each size."""
     for name in options.scripts:
         for size in options.sizes:
             for row in measure(name, size, options):
@@ -74,4 +106,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -15,34 +15,43 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import tyro
 
-from benchmarks import script_of
+from analysis.agents import script_of
+from analysis.command_line import run_program
+from analysis.runs import read_rows
 from benchmarks.learning import keep, portable, table
-from common.run import configure
-from plot import read_rows
+from common.flags import configure
 
 BITS = dict(float32=23, tf32=10, bfloat16=7)  # of the operands' mantissas
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    scripts: tuple[str, ...] = ("qam", "meam")  # offline methods, at their default
-    precisions: tuple[str, ...] = tuple(BITS)  # of float32, tf32, bfloat16
-    seeds: int = 4  # 0, 1, ...
-    dataset_dir: str = ""  # where the dataset is or is made
-    run_dir: str = "runs/precision"  # where the run folders are kept
-    out: str = str(Path(__file__).resolve().parent / "results")  # folder of CSV and JSON
+    scripts: tuple[str, ...] = ("qam", "meam")
+    """Offline methods, with their default flags."""
+    precisions: tuple[str, ...] = tuple(BITS)
+    """Any of float32, tf32, bfloat16."""
+    seeds: int = 4
+    """Seeds: 0, 1, ..."""
+    dataset_dir: str = ""
+    """Folder where the dataset is or is made."""
+    run_dir: str = "runs/precision"
+    """Folder where the run folders are kept."""
+    out: str = str(Path(__file__).resolve().parent / "results")
+    """Folder of the CSV and JSON files."""
 
 
 @contextlib.contextmanager
 def rounded(bits: int):
-    """Programs that are made within round the operands of all their products."""
+    """Makes programs that are traced within round the operands of all their products."""
     product = jax.lax.dot_general_p
     bind = product.bind
-    product.bind = lambda *operands, **how: bind(
-        *(jax.lax.reduce_precision(x, 8, bits) for x in operands), **how
-    )
+
+    def bind_rounded(*operands, **how):
+        operands = [jax.lax.reduce_precision(x, 8, bits) for x in operands]
+        return bind(*operands, **how)
+
+    product.bind = bind_rounded
     jax.clear_caches()
     try:
         yield
@@ -52,22 +61,29 @@ def rounded(bits: int):
 
 
 def main(options: Options) -> None:
+    """Trains each script in each precision, and prints the table."""
     rows = []
     for name in options.scripts:
         script = script_of(name)
         name = script.__name__.split(".")[-1]  # of its folders
         for precision in options.precisions:
             args = configure(
-                script.Args, script.ENV_DEFAULTS, script.Args.env, num_seeds=options.seeds,
-                name=precision, run_dir=options.run_dir, dataset_dir=options.dataset_dir,
-            )  # fmt: skip
+                script.Args,
+                script.ENV_DEFAULTS,
+                script.Args.env,
+                num_seeds=options.seeds,
+                name=precision,
+                run_dir=options.run_dir,
+                dataset_dir=options.dataset_dir,
+            )
             with rounded(BITS[precision]):
                 script.main(args)
-            folder, label = Path(args.run_dir, name, args.env, precision), f"{name}, {precision}"
+            folder = Path(args.run_dir, name, args.env, precision)
+            label = f"{name}, {precision}"
             new = [dict(label=label, **row) for row in read_rows(folder / "eval.csv")]
             rows = keep(options.out, "precision", label, portable(folder), new)
     print(table(rows))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -13,37 +13,44 @@ from typing import Annotated
 
 import tyro
 
-from plot import read_csv
+from analysis.command_line import run_program
+from analysis.runs import read_csv
+from analysis.tables import markdown
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
 class Options:
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]  # of runs
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders."""
 
 
 def shares(folder: Path) -> dict[str, float]:
-    """Seconds in all, seconds of evaluation and their share, of a run folder."""
-    train, evaluation = (read_csv(folder / f"{name}.csv") for name in ("train", "eval"))
+    """Returns a run's seconds in all, its seconds of evaluation, and their share."""
+    train = read_csv(folder / "train.csv")
+    evaluation = read_csv(folder / "eval.csv")
     if not (train and evaluation):
-        raise SystemExit(f"{folder} holds no train.csv and eval.csv with rows")
-    trained = dict(zip(train["step"], train["seconds"]))
-    ended = dict(zip(evaluation["step"], evaluation["seconds"]))
+        raise UserError(f"{folder} holds no train.csv and eval.csv with rows")
+    trained = dict(zip(train["step"], train["seconds"], strict=True))
+    ended = dict(zip(evaluation["step"], evaluation["seconds"], strict=True))
     spent = sum(end - trained[step] for step, end in ended.items() if step in trained)
     total = max(ended.values())
     return dict(seconds=total, evaluation=spent, share=spent / total)
 
 
 def main(options: Options) -> None:
+    """Prints a row per run."""
     if not options.folders:
-        raise SystemExit("name the folders of runs")
-    print("| run | seconds | evaluation | share |")
-    print("|---" * 4 + "|")
+        raise UserError("name the folders of runs")
+    lines = [["run", "seconds", "evaluation", "share"]]
     for folder in options.folders:
         found = shares(folder)
         name = "/".join(folder.resolve().parts[-3:])
-        print(f"| {name} | {found['seconds']:.0f} | {found['evaluation']:.0f} "
-              f"| {found['share']:.3f} |")  # fmt: skip
+        seconds = f"{found['seconds']:.0f}"
+        evaluation = f"{found['evaluation']:.0f}"
+        lines.append([name, seconds, evaluation, f"{found['share']:.3f}"])
+    print(markdown(lines))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

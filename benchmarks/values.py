@@ -15,94 +15,129 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tyro
 
+from analysis.agents import load_agents
+from analysis.command_line import run_program
+from analysis.runs import ROOT, read_flags
 from benchmarks import as_table, write_rows
-from benchmarks.learning import ROOT
-from common.data import locate
-from common.envs import make_env, resolve
-from plot import flags_of
-from video import restored
+from common.dataset_files import locate
+from common.environments import make_env, resolve
+from common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    folder: str = "runs/qam/pointmaze-medium/leak"  # of a run of qam.py or a variant, or of meam.py
-    task: int = 4  # one of the run's; of its first seed
-    dataset_dir: str = ""  # where the run found its data
+    folder: str = "runs/qam/pointmaze-medium/leak"
+    """Folder of a run of qam.py or a variant, or of meam.py."""
+    task: int = 4
+    """One of the run's tasks. The agent is that of its first seed."""
+    dataset_dir: str = ""
+    """Folder where the run found its data."""
     out: str = str(ROOT / "benchmarks/results/pointmaze-values.csv")
+    """File of the results."""
 
 
-def by_table(states, ends, goal, radius, H, discount):
-    """Value of each state: states (M, 2), ends (M,) 1 on the last of a trajectory -> (M,)."""
-    squares, index = np.unique(np.floor(states).astype(int), axis=0, return_inverse=True)
-    index = index.ravel()  # numpy 2.0.0 alone gives it two axes
+def chunk_starts(ends: np.ndarray, H: int) -> np.ndarray:
+    """Returns the rows from which a trajectory has H more; `ends` is 1 on the last of each."""
     trajectory = np.cumsum(ends) - ends
-    start = np.flatnonzero(trajectory[:-H] == trajectory[H:])
+    return np.flatnonzero(trajectory[:-H] == trajectory[H:])
+
+
+def by_table(states, ends, goal, radius, H, discount) -> np.ndarray:
+    """Returns the value of each state: states (M, 2), ends (M,) 1 on the last of each -> (M,)."""
+    squares, index = np.unique(np.floor(states).astype(int), axis=0, return_inverse=True)
+    index = index.ravel()  # NumPy 2.0.0 alone gives it two axes.
+    start = chunk_starts(ends, H)
     moves = np.zeros((len(squares), len(squares)))
     np.add.at(moves, (index[start], index[start + H]), 1)
-    often = moves >= 0.03 * np.maximum(moves.sum(1, keepdims=True), 1)
+    total = moves.sum(1, keepdims=True)
+    often = moves >= 0.03 * np.maximum(total, 1)
+    at_goal = np.linalg.norm(states - goal, axis=1) <= radius
     solved = np.zeros(len(squares), bool)
-    solved[index[np.linalg.norm(states - goal, axis=1) <= radius]] = True
-    cost, worst = -sum(discount**i for i in range(H)), -1 / (1 - discount)
+    solved[index[at_goal]] = True
+    cost = chunk_cost(H, discount)
+    worst = -1 / (1 - discount)
     value = np.where(solved, 0, worst)
     for _ in range(400):
         best = np.where(often, value, worst).max(1)
-        value = np.where(solved, 0, np.maximum(cost + discount**H * best, worst))
+        next_value = cost + discount**H * best
+        value = np.where(solved, 0, np.maximum(next_value, worst))
     return value[index]
 
 
-def measure(options: Options) -> list[dict]:
-    """A row per free cell."""
-    flags = flags_of(Path(options.folder))
+def chunk_cost(H: int, discount: float) -> float:
+    """Returns the discounted reward of H steps, each of -1."""
+    return -sum(discount**i for i in range(H))
+
+
+def check(options: Options) -> None:
+    """Raises UserError if the run is not one of a point maze with this task."""
+    flags = read_flags(Path(options.folder))
     if not flags["env"].startswith("pointmaze"):
-        raise SystemExit(f"{options.folder} is a run on {flags['env']}, which is no point maze")
+        raise UserError(f"{options.folder} is a run on {flags['env']}, which is no point maze")
     if options.task not in flags["tasks"]:
-        raise SystemExit(f"{options.folder} has no task {options.task}: it has {flags['tasks']}")
-    script, args, state, _ = restored(Path(options.folder), 2)
-    state = jax.tree.map(lambda x: x[args.tasks.index(options.task) * args.num_seeds], state)
+        raise UserError(f"{options.folder} has no task {options.task}: it has {flags['tasks']}")
+
+
+def measure(options: Options) -> list[dict]:
+    """Returns a row per free cell."""
+    check(options)
+    script, args, state, *_ = load_agents(Path(options.folder), 2)
+    agent = args.tasks.index(options.task) * args.num_seeds
+    state = jax.tree.map(lambda x: x[agent], state)
     source = resolve(args.env)
-    with np.load(locate(source, options.dataset_dir)[0]) as file:
-        states, ends = np.float32(file["observations"]), np.int64(file["terminals"])
+    path = locate(source, options.dataset_dir)[0]
+    with np.load(path) as file:
+        states = np.float32(file["observations"])
+        ends = np.int64(file["terminals"])
         actions = np.clip(np.float32(file["actions"]), -1, 1)
-    H, key = args.chunk_length, jax.random.PRNGKey(0)
-    critic = partial(script.critic, args)
+    H = args.chunk_length
+    key = jax.random.PRNGKey(0)
+    critic = partial(script.critic, args, state.params["critic"])
 
     @jax.jit
     def value(observations):
         chunks = script.sample_actions(args, state, observations, key)
-        return critic(state.params["critic"], observations, chunks).mean(0)
+        return critic(observations, chunks).mean(0)
 
-    trajectory = np.cumsum(ends) - ends
-    k = np.flatnonzero(trajectory[:-H] == trajectory[H:])
+    k = chunk_starts(ends, H)
     k = np.random.default_rng(0).choice(k, min(len(k), 20_000), replace=False)
     chunks = actions[k[:, None] + np.arange(H)].reshape(len(k), -1)
-    cost = -sum(args.discount**i for i in range(H))
-    q = np.asarray(critic(state.params["critic"], states[k], chunks).mean(0))
-    td = cost + args.discount**H * np.asarray(value(states[k + H])) - q
+    q = np.asarray(critic(states[k], chunks).mean(0))
+    next_values = np.asarray(value(states[k + H]))
+    td = chunk_cost(H, args.discount) + args.discount**H * next_values - q
     values = np.asarray(value(states[k]))
 
     env = make_env(f"{source.env}-singletask-task{options.task}-v0").unwrapped
-    info, maze, half = env.task_infos[options.task - 1], np.array(env.maze_map), env._maze_unit / 2
+    info = env.task_infos[options.task - 1]
+    maze = np.array(env.maze_map)
     goal = np.array(env.ij_to_xy(info["goal_ij"]))
     table = by_table(states, ends, goal, env._goal_tol, H, args.discount)
     places = {tuple(info["init_ij"]): "start", tuple(info["goal_ij"]): "goal"}
     rows = []
     for cell in map(tuple, np.argwhere(maze == 0).tolist()):
-        inside = (np.abs(states - np.array(env.ij_to_xy(cell))) <= half).all(1)
+        from_centre = np.abs(states - np.array(env.ij_to_xy(cell)))
+        inside = (from_centre <= env._maze_unit / 2).all(1)
         drawn = inside[k]
-        row = dict(task=options.task, cell=f"{cell[0]} {cell[1]}", place=places.get(cell, ""))
-        row |= dict(states=int(inside.sum()), value=f"{values[drawn].mean():.1f}")
-        row |= dict(td_error=f"{td[drawn].mean():.2f}", table=f"{table[inside].mean():.1f}")
+        row = dict(
+            task=options.task,
+            cell=f"{cell[0]} {cell[1]}",
+            place=places.get(cell, ""),
+            states=int(inside.sum()),
+            value=f"{values[drawn].mean():.1f}",
+            td_error=f"{td[drawn].mean():.2f}",
+            table=f"{table[inside].mean():.1f}",
+        )
         rows.append(row)
     return rows
 
 
 def main(options: Options) -> None:
+    """Prints and writes the rows."""
     rows = measure(options)
     print(as_table(rows))
     write_rows(options.out, rows)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

@@ -19,46 +19,62 @@ import numpy as np
 import psutil
 import tyro
 
-from plot import read_csv
+from analysis.command_line import run_program
+from analysis.runs import read_csv
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
 class Options:
-    pid: Annotated[int, tyro.conf.Positional] = 0  # of the process to watch
-    out: str = "watch.csv"  # where the rows go
-    interval: float = 60  # seconds between rows
-    report: str = ""  # print the slopes of these rows instead
+    pid: Annotated[int, tyro.conf.Positional] = 0
+    """Number of the process to watch."""
+    out: str = "watch.csv"
+    """File of the rows."""
+    interval: float = 60
+    """Seconds between rows."""
+    report: str = ""
+    """Print the slopes of the rows in this file instead."""
 
 
 def measure(process: psutil.Process) -> dict[str, float]:
-    """A row; raises psutil.NoSuchProcess when the process has ended."""
-    own, files = process.memory_info().rss / 2**20, process.num_fds()
-    others = 0.0
-    for one in (descendants := process.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):  # has just ended
-            others += one.memory_info().rss / 2**20
-    return dict(memory=own, workers_memory=others, files=files, processes=1 + len(descendants))
+    """Returns a row; raises psutil.NoSuchProcess when the process has ended."""
+    descendants = process.children(recursive=True)
+    others = 0
+    for one in descendants:
+        with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
+            others += one.memory_info().rss
+    return dict(
+        memory=process.memory_info().rss / 2**20,
+        workers_memory=others / 2**20,
+        files=process.num_fds(),
+        processes=1 + len(descendants),
+    )
 
 
 def slopes(path: Path) -> dict[str, float]:
-    """Growth per hour in the second half of the rows."""
+    """Returns the growth per hour in the second half of the rows."""
     columns = read_csv(path)
     hours = columns.pop("seconds") / 3600
     half = len(hours) // 2
-    return {name: float(np.polyfit(hours[half:], x[half:], 1)[0]) for name, x in columns.items()}
+    found = {}
+    for name, values in columns.items():
+        slope, _ = np.polyfit(hours[half:], values[half:], 1)
+        found[name] = float(slope)
+    return found
 
 
 def main(options: Options) -> None:
+    """Writes rows until the process ends, or prints a report."""
     if options.report:
         for name, slope in slopes(Path(options.report)).items():
             print(f"{name}: {slope:+.2f} per hour")
         return
     if Path(options.out).exists():
-        raise SystemExit(f"{options.out} is there already: choose another --out")
+        raise UserError(f"{options.out} is there already: choose another --out")
     try:
         process = psutil.Process(options.pid)
     except psutil.NoSuchProcess:
-        raise SystemExit(f"there is no process {options.pid}") from None
+        raise UserError(f"there is no process {options.pid}") from None
     start = time.time()
     with open(options.out, "x", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -69,10 +85,11 @@ def main(options: Options) -> None:
                 return
             if not file.tell():
                 writer.writerow(["seconds", *row])
-            writer.writerow([round(time.time() - start, 1), *(round(x, 1) for x in row.values())])
+            cells = [time.time() - start, *row.values()]
+            writer.writerow([round(cell, 1) for cell in cells])
             file.flush()
             time.sleep(options.interval)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    run_program(main, Options, __doc__)

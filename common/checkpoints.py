@@ -33,7 +33,8 @@ def read_checkpoint(path: Path) -> dict:
     Raises OSError, or ValueError if the file is damaged.
     """
     packed = path.read_bytes()
-    content, digest = packed[:-DIGEST], packed[-DIGEST:]
+    content = packed[:-DIGEST]
+    digest = packed[-DIGEST:]
     if hashlib.sha256(content).digest() != digest:
         raise ValueError(f"the checksum of {path.name} is wrong")
     return flax.serialization.msgpack_restore(content)
@@ -50,15 +51,20 @@ def join_parts(parts: list[tuple[int, dict]]) -> dict[str, np.ndarray]:
         start = end - rows["rewards"].shape[1]
         if start != before:
             raise ValueError(f"its replay has a gap between {before} and {start}")
-    columns = parts[0][1].keys()
-    joined = {name: np.concatenate([rows[name] for _, rows in parts], 1) for name in columns}
-    return joined | dict(size=np.int64(parts[-1][0]))
+    joined = dict(size=np.int64(parts[-1][0]))
+    for name in parts[0][1]:
+        columns = [rows[name] for _, rows in parts]
+        joined[name] = np.concatenate(columns, axis=1)
+    return joined
 
 
 def check_same_arrays(expected: Any, found: Any) -> None:
     """Raises ValueError if shapes or dtypes of two pytrees differ."""
-    kinds = [jax.tree.map(lambda x: (np.shape(x), np.result_type(x)), x) for x in (expected, found)]
-    if kinds[0] != kinds[1]:
+
+    def kind(x):
+        return np.shape(x), np.result_type(x)
+
+    if jax.tree.map(kind, expected) != jax.tree.map(kind, found):
         raise ValueError("its arrays have other shapes or types than this run's")
 
 
@@ -67,7 +73,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, run: str):
         """`run` identifies the run."""
-        self.folder, self.run = folder, run
+        self.folder = folder
+        self.run = run
         self.parts = []  # numbers of transitions at the ends of the replay's parts
         self.damaged = False  # the latest checkpoint was, and the previous one is in use
 
@@ -79,7 +86,8 @@ class Checkpoints:
         before = self.parts
         parts = list(before)
         if replay is not None and replay.rewards.size:
-            start, end = max(before, default=0), int(replay.size[0])
+            start = max(before, default=0)
+            end = int(replay.size[0])
             if end > start:
                 part = dict(run=self.run, rows=replay.since(start))
                 write_file(self.folder / PART.format(end), pack(part))
@@ -88,7 +96,8 @@ class Checkpoints:
         keep = None if self.damaged else self.folder / PREVIOUS
         content = content | dict(run=self.run, parts=np.array(parts, np.int64))
         write_file(self.folder / CHECKPOINT, pack(content), keep)
-        self.parts, self.damaged = parts, False
+        self.parts = parts
+        self.damaged = False
         self._remove_parts_except(before + parts)
 
     def _remove_parts_except(self, needed: list[int]) -> None:
@@ -131,7 +140,8 @@ class Checkpoints:
             except Exception as error:  # whatever msgpack and flax make of a damaged file
                 errors.append(f"{path} is damaged, or of another version ({error})")
                 continue
-            self.parts, self.damaged = parts, bool(errors)
+            self.parts = parts
+            self.damaged = bool(errors)
             if errors:
                 print(f"{errors[0]}: continuing from the one before, step {found['step']:,}")
             return found

@@ -32,7 +32,8 @@ def find(source: Source, dataset_dir: str) -> list[Path]:
     """
     file = f"{source.dataset}-v0.npz"
     if not dataset_dir:
-        return [folder / file for folder in (CACHE, Path("data")) if (folder / file).is_file()][:1]
+        candidates = [CACHE / file, Path("data") / file]
+        return [path for path in candidates if path.is_file()][:1]
     folder = Path(dataset_dir).expanduser()
     found = sorted(folder.glob(f"**/{source.dataset}-*.npz"))
     others = [path for path in found if not path.stem.endswith("-val") and path.name != file]
@@ -56,7 +57,8 @@ def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path
     paths = find(source, dataset_dir)
     if paths:
         return paths
-    folder, file = dataset_dir or "data", f"{source.dataset}-v0.npz"
+    folder = dataset_dir or "data"
+    file = f"{source.dataset}-v0.npz"
     try:
         if collect or source.dataset.startswith("pointmaze"):
             from common.collect import collect as collect_dataset
@@ -86,14 +88,16 @@ class BadDataset(UserError):
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Reads all arrays of an .npz file without unpickling anything."""
-    arrays, key = {}, "it"
+    arrays = {}
+    key = "it"
     try:
         with np.load(path, allow_pickle=False) as file:
             unpacked = sum(part.file_size for part in file.zip.filelist)
             if unpacked > LARGEST_RATIO * Path(path).stat().st_size:
                 raise ValueError(f"unpacked it is more than {LARGEST_RATIO} times as large")
             for part in file.zip.filelist:
-                key, stream = part.filename.removesuffix(".npy"), file.zip.open(part)
+                key = part.filename.removesuffix(".npy")
+                stream = file.zip.open(part)
                 arrays[key] = np.lib.format.read_array(stream, allow_pickle=False)
                 if stream.read(1):  # reading to the end makes zip compare the checksum
                     raise ValueError("it is longer than its array")
@@ -110,7 +114,8 @@ def check_array(path: Path, key: str, x: np.ndarray, num_rows: int) -> None:
         expected = f"{num_rows} rows of numbers in {axes} axes"
         raise BadDataset(path, f"'{key}' is {x.dtype} {x.shape}, expected {expected}")
     low, high = np.float64(LIMITS.get(key, (-1e30, 1e30)))
-    least, most = x.min(initial=0), x.max(initial=0)  # NaN if any number is
+    least = x.min(initial=0)  # NaN if any number is
+    most = x.max(initial=0)
     inside = low - 1e-4 < least <= most < high + 1e-4
     kind = "integers" if low == 0 else "numbers"
     if not inside or (kind == "integers" and (x % 1).any()):
@@ -138,7 +143,10 @@ def label(path: Path, source: Source, task: int, arrays: dict[str, np.ndarray]) 
     env = labelling_env(f"{source.env}-singletask-task{task}-v0")
     expected = [env.observation_space.shape[0], env.action_space.shape[0]]
     expected += [env.unwrapped.model.nq, getattr(env.unwrapped, "_num_buttons", 0)]
-    widths = [arrays[key].shape[1] if key in arrays else 0 for key in KEYS]
+    widths = [0, 0, 0, 0]
+    for i, key in enumerate(KEYS):
+        if key in arrays:
+            widths[i] = arrays[key].shape[1]
     if widths != expected:
         where = f"expected {expected} for {source.env}"
         raise BadDataset(path, f"{list(KEYS)} have widths {widths}, {where}")
@@ -159,7 +167,8 @@ def read(
     check_arrays(path, arrays)
     last = arrays["terminals"].astype(bool)
     rows = np.flatnonzero(~last)  # the last state of a trajectory has no transition of its own
-    rewards, masks = [], []
+    rewards = []
+    masks = []
     for task in tasks:
         label(path, source, task, arrays)
         reward = arrays["rewards"][rows]

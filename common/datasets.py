@@ -48,9 +48,12 @@ class OfflineDataset:
         self.identity = identify(paths)
         self._offline_steps = getattr(args, "offline_steps", 0)
         self._sparse = args.sparse
-        self._load, self._count = load, len(paths)
-        self._index, self._data = 0, load(0)
-        self._kept, self._loading = {}, {}  # index -> shard; index -> its future
+        self._load = load
+        self._count = len(paths)
+        self._index = 0
+        self._data = load(0)
+        self._kept = {}  # index -> shard
+        self._loading = {}  # index -> future of the shard that is being read
         self._thread = ThreadPoolExecutor(1)
         self.num_transitions, self.action_size = self._data.actions.shape
         self.observation_size = self._data.observations.shape[1]
@@ -97,7 +100,8 @@ class OfflineDataset:
         fresh = self._kept.get(index) or self._loading[index].result()
         if jax.tree.map(np.shape, fresh) != jax.tree.map(np.shape, self._data):
             raise UserError(f"bad dataset: shards 0 and {index} have different shapes")
-        self._index, self._data = index, fresh
+        self._index = index
+        self._data = fresh
 
     def relabel(self, transitions: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Labels transitions of the environments like those of the dataset."""

@@ -32,7 +32,7 @@ def agent_devices(num_agents: int) -> list[jax.Device]:
     return devices[:count]
 
 
-def put_on_agent_devices(tree: Any, num_agents: int, axes: PartitionSpec) -> Any:
+def _put_on_agent_devices(tree: Any, num_agents: int, axes: PartitionSpec) -> Any:
     devices = agent_devices(num_agents)
     if len(devices) == 1:
         return jax.device_put(tree)
@@ -49,12 +49,12 @@ def shard_over_agents(tree: Any) -> Any:
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return tree
-    return put_on_agent_devices(tree, len(leaves[0]), PartitionSpec("agents"))
+    return _put_on_agent_devices(tree, len(leaves[0]), PartitionSpec("agents"))
 
 
 def replicate(tree: Any, num_agents: int) -> Any:
     """Copies whole arrays to each of the devices that so many agents are sharded over."""
-    return put_on_agent_devices(tree, num_agents, PartitionSpec())
+    return _put_on_agent_devices(tree, num_agents, PartitionSpec())
 
 
 def over_agents(one_agent: Callable, agent_by_agent: bool = False) -> Callable:

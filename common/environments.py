@@ -35,17 +35,17 @@ class OnlineEnv(NamedTuple):
     arguments: dict = {}  # of gymnasium.make
 
 
-def kitchen(num_tasks: int) -> OnlineEnv:
+def _kitchen(num_tasks: int) -> OnlineEnv:
     arguments = dict(tasks_to_complete=KITCHEN[:num_tasks])
     return OnlineEnv("gymnasium_robotics:FrankaKitchen-v1", arguments)
 
 
 ONLINE = {
     "multigoal": OnlineEnv("MultiGoal-v0"),
-    "kitchen-1": kitchen(1),
-    "kitchen-2": kitchen(2),
-    "kitchen-4": kitchen(4),
-    "kitchen-7": kitchen(7),
+    "kitchen-1": _kitchen(1),
+    "kitchen-2": _kitchen(2),
+    "kitchen-4": _kitchen(4),
+    "kitchen-7": _kitchen(7),
     "hopper": OnlineEnv("Hopper-v5"),
     "halfcheetah": OnlineEnv("HalfCheetah-v5"),
     "walker2d": OnlineEnv("Walker2d-v5"),
@@ -189,13 +189,15 @@ class MultiGoal(gymnasium.Env):
     observation_space = gymnasium.spaces.Box(-7, 7, (2,))
     action_space = gymnasium.spaces.Box(-1, 1, (2,))
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        """Begins an episode."""
         super().reset(seed=seed)
         noise = self.np_random.standard_normal(2, np.float32)
         self.position = np.clip(np.float32(0.1) * noise, -7, 7)
         return self.position, {}
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple:
+        """Moves by the action, which costs energy."""
         action = np.clip(np.float32(action), -1, 1)
         self.position = np.clip(self.position + action, -7, 7)
         distance = ((self.position - GOALS) ** 2).sum(-1).min()  # squared, to the nearest goal
@@ -218,10 +220,12 @@ class Kitchen(gymnasium.Wrapper):
         super().__init__(env)
         self.observation_space = env.observation_space["observation"]
 
-    def reset(self, **arguments):
+    def reset(self, **arguments: Any) -> tuple:
+        """Begins an episode."""
         state, _ = self.env.reset(**arguments)
         return state["observation"], {}
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple:
+        """Plays an action."""
         state, reward, terminated, truncated, _ = self.env.step(action)
         return state["observation"], reward, terminated, truncated, {"success": terminated}

@@ -38,6 +38,8 @@ NonNegativeInt = Annotated[int, Range(0)]
 NonNegativeFloat = Annotated[float, Range(0)]
 UnitInterval = Annotated[float, Range(0, 1)]
 TaskNumber = Annotated[int, Range(1, 5)]
+OnlineStep = Annotated[int, Range(1, "online_steps")]
+StepOfRun = Annotated[int, Range(1, "total_steps")]
 Precision = Literal["default", "float32", "bfloat16"]
 
 
@@ -99,15 +101,18 @@ def describe_flags(Args: type) -> dict[str, tuple[str, str]]:
     `# --- group ---` begins a group. The comment on a flag's line, or above it, is its help.
     """
     described = {}
-    group, above = "other", []
+    group = "other"
+    above = []
     for line in inspect.getsource(Args).splitlines():
         code, _, comment = line.strip().partition("# ")
         flag = re.match(r"(\w+): ", code)
         heading = re.fullmatch(r"--- (.+) -+", comment)
         if heading:
-            group, above = heading[1], []
+            group = heading[1]
+            above = []
         elif flag:
-            described[flag[1]] = group, " ".join([*above, comment]).strip()
+            text = " ".join([*above, comment])
+            described[flag[1]] = (group, text.strip())
             above = []
         elif comment:
             above.append(comment)

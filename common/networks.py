@@ -120,18 +120,21 @@ def mish_slope(x: Array) -> Array:
 
 
 @mish_slope.defjvp
-def mish_slope_jvp(primals, tangents):
-    x, dx = primals[0], tangents[0]
+def _mish_slope_jvp(primals, tangents):
+    (x,) = primals
+    (dx,) = tangents
     e = jnp.exp(jnp.minimum(x, 20.0))
     t = tanh_softplus(e)
     sigmoid = e / (1 + e)
-    curvature = sigmoid * (1 - t * t) * (2 + x * (1 - sigmoid) - 2 * x * t * sigmoid)
+    slope_of_sum = 2 + x * (1 - sigmoid) - 2 * x * t * sigmoid
+    curvature = sigmoid * (1 - t * t) * slope_of_sum
     return mish_slope(x), curvature * dx
 
 
 @mish.defjvp
-def mish_jvp(primals, tangents):
-    x, dx = primals[0], tangents[0]
+def _mish_jvp(primals, tangents):
+    (x,) = primals
+    (dx,) = tangents
     return mish(x), mish_slope(x) * dx
 
 

@@ -64,34 +64,50 @@ def pack_rollouts(agents: list[tuple[int, int]], results: dict[str, np.ndarray])
     return content.getvalue()
 
 
+def draw_pictures(folder: Path) -> None:
+    """Lets plot.py draw a run's curve and rollouts, if it is next to common/."""
+    plot = Path(__file__).resolve().parents[1] / "plot.py"
+    if plot.exists() and b"from analysis" in plot.read_bytes():  # not one of your own
+        subprocess.run([sys.executable, plot, folder], check=False)
+
+
 class Run:
     """The folder of a run, as a context: it is locked, and signals are answered with a checkpoint.
 
     `evaluation_due` says whether an evaluation follows the step that was just logged.
     """
 
-    def __init__(self, script: str, args: Any, agents: list, data: dict, ends: tuple[int, ...]):
+    def __init__(self, script: str, args: Any, agents: list, data: dict, ends: tuple):
         """Begins or continues a run.
 
         `script` is the path of the script, `agents` has the (task, seed) of each, `data` identifies
         the dataset, and `ends` are the steps at which the phases of the run end.
         """
-        self.args, self.agents, self.ends = args, agents, ends
-        self.score, self.unit = "return", "step"
-        if hasattr(args, "tasks"):
-            self.score, self.unit = "success", "update"
+        self.args = args
+        self.agents = agents
+        self.ends = ends
+        offline = hasattr(args, "tasks")
+        self.score = "success" if offline else "return"
+        self.unit = "update" if offline else "step"
         name = args.name or "default"
-        self.folder = Path(args.run_dir).expanduser() / Path(script).stem / args.env / name
+        runs = Path(args.run_dir).expanduser()
+        self.folder = runs / Path(script).stem / args.env / name
         self.lock = lock_folder(self.folder)
         flags = json.loads(json.dumps(vars(args) | data))
-        config = self._configure(flags)
+        try:
+            config = self._configure(flags)
+        except UserError:
+            self.lock.close()  # whoever keeps the error could not start the run again
+            raise
         tracker = Tracker(name, config["id"], flags) if args.track else None
         self.checkpoints = Checkpoints(self.folder, config["id"])
         self.tables = Tables(self.folder, agents, tracker)
         self.stop = StopRequest(self.folder)
         self.step = 0
-        self.updates_per_call, self.call_began = 1, None
-        self.evaluation_due, self.last_results = False, None
+        self.updates_per_call = 1
+        self.call_began = None
+        self.evaluation_due = False
+        self.last_results = None
 
     def __enter__(self) -> "Run":
         self.stop.install()
@@ -107,14 +123,13 @@ class Run:
         """Writes and returns config.json; refuses to continue a run with other flags."""
         path = self.folder / "config.json"
         config = dict(id=uuid.uuid4().hex[:16], flags=flags, made_with=environment_info())
-        self.old_flags = flags
         if any((self.folder / name).exists() for name in (CHECKPOINT, PREVIOUS, *TABLES)):
             with file_errors(path):
                 old = json.loads(path.read_text())
                 defaults = json.loads(json.dumps(vars(type(self.args)())))
-                self.old_flags = defaults | old["flags"]  # some flags may be newer than the run
+                old_flags = defaults | old["flags"]  # some flags may be newer than the run
                 config = old | dict(flags=flags)
-            refuse_other_flags(self.folder, self.old_flags, flags)
+            refuse_other_flags(self.folder, old_flags, flags)
         if not self.args.eval_only:
             write_file(path, json.dumps(config, indent=1).encode())
         return config
@@ -130,8 +145,8 @@ class Run:
         if found is None and self.args.eval_only:
             raise UserError(f"{self.folder} holds no checkpoint that could be evaluated")
         found = found or like | dict(replay={})
-        self._check_phase(found["replay"])
         self.step = found["step"]
+        self._check_phase(found["replay"])
         self.tables.start -= found["seconds"]
         self.tables.cut(self.step)
         evaluated = self.tables.last_row["eval.csv"] >= self.step
@@ -143,12 +158,19 @@ class Run:
         return self.step, found
 
     def _check_phase(self, replay: dict) -> None:
-        """Refuses other --offline-steps once the online phase has begun."""
-        offline_steps = self.old_flags.get("offline_steps")
-        if replay and offline_steps != getattr(self.args, "offline_steps", None):
+        """Refuses --offline-steps that do not fit the updates that the run has made."""
+        if self.args.eval_only or not hasattr(self.args, "offline_steps"):
+            return
+        updates = self.step - int(replay.get("size", 0))  # in the offline phase
+        if replay and self.args.offline_steps != updates:
             raise UserError(
-                f"--offline-steps must stay {offline_steps}: the online phase of {self.folder} has "
+                f"--offline-steps must stay {updates}: the online phase of {self.folder} has "
                 "begun. To start another run, give it a --name."
+            )
+        if self.args.offline_steps < updates:
+            raise UserError(
+                f"--offline-steps must be at least {updates}, because {self.folder} has made so "
+                "many updates. To start another run, give it a --name."
             )
 
     def _describe(self, state: Any) -> None:
@@ -224,7 +246,8 @@ class Run:
             del means["success"]
         self.tables.log("eval_only.csv" if self.args.eval_only else "eval.csv", step, means)
         self.bar.write(f"{step:,} {self.unit}s: {self.score} {means[self.score].mean():.2f}")
-        self.evaluation_due, self.last_results = False, results
+        self.evaluation_due = False
+        self.last_results = results
 
     def finish(self) -> list[dict[str, str]]:
         """Keeps the paths of the last evaluation, draws the pictures, returns the evaluations."""
@@ -232,10 +255,8 @@ class Run:
         if self.last_results:
             content = pack_rollouts(self.agents, self.last_results)
             write_file(self.folder / "rollouts.npz", content)
-        plot = Path(__file__).resolve().parents[1] / "plot.py"
         if self.last_results or not (self.folder / "curve.png").exists():
-            if plot.exists() and b"def draw_rollouts" in plot.read_bytes():  # not one of your own
-                subprocess.run([sys.executable, plot, self.folder], check=False)
+            draw_pictures(self.folder)
         state = "complete" if self.step >= self.ends[-1] else "not complete"
         print(f"{self.folder} is {state}: {self.step:,} of {self.ends[-1]:,} {self.unit}s")
         return self.tables.read("eval.csv")

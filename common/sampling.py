@@ -76,7 +76,8 @@ class Replay:
     def since(self, start: int) -> dict[str, np.ndarray]:
         """Returns the transitions from number `start` on that are still there, oldest first, as
         arrays (agents, n, ...)."""
-        size, capacity = int(self.size[0]), self.rewards.shape[1]
+        size = int(self.size[0])
+        capacity = self.rewards.shape[1]
         slots = np.arange(max(start, size - capacity), size) % max(capacity, 1)
         columns = {name: x for name, x in vars(self).items() if name != "size"}
         return {name: np.asarray(x[:, slots]) for name, x in columns.items()}
@@ -85,7 +86,8 @@ class Replay:
         """Puts back what `since` returned; `transitions` also has the `size` at that time."""
         if not transitions:
             return self
-        size, capacity = int(transitions["size"]), self.rewards.shape[1]
+        size = int(transitions["size"])
+        capacity = self.rewards.shape[1]
         found = transitions["rewards"].shape[1]
         count = min(found, capacity)
         slots = np.arange(size - count, size) % max(capacity, 1)
@@ -144,14 +146,20 @@ def sample(
     last = start + valid.sum(1).astype(jnp.int32) - 1
     rewards = pick(lambda k: data.rewards[task_row, k], replay.rewards, k)
     masks = pick(lambda k: data.masks[task_row, k], replay.masks, k)
-    states, rows = data.observations, data.rows
     discounts = discount ** jnp.arange(chunk_length)
     actions = pick(lambda k: data.actions[k], replay.actions, k)
+
+    def state_before(k):
+        return data.observations[data.rows[k]]
+
+    def state_after(k):
+        return data.observations[data.rows[k] + 1]
+
     return Batch(
-        observations=pick(lambda k: states[rows[k]], replay.observations, start),
+        observations=pick(state_before, replay.observations, start),
         actions=actions.reshape(batch_size, -1),
         rewards=(discounts * rewards * valid).sum(1),
         masks=jnp.where(valid == 1, masks, 1).min(1),
-        next_observations=pick(lambda k: states[rows[k] + 1], replay.next_observations, last),
+        next_observations=pick(state_after, replay.next_observations, last),
         valid=valid[:, -1],
     )

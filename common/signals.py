@@ -22,12 +22,14 @@ class StopRequest:
         self.handlers = {}  # signal -> what was there before
 
     def install(self) -> None:
+        """Handles the signals from here on."""
         with contextlib.suppress(ValueError):  # not the main thread: signals stay as they are
             for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self.handlers[number] = signal.signal(number, self._answer)
 
     def restore(self) -> None:
+        """Gives the signals back to the handlers from before."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}

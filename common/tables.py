@@ -30,6 +30,7 @@ class Tracker:
         print(f"W&B failed; the run continues without it: {error}", file=sys.stderr)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Logs numbers by name."""
         if self.run is not None:
             try:
                 self.run.log(metrics, step=step)
@@ -37,6 +38,7 @@ class Tracker:
                 self._give_up(error)
 
     def finish(self) -> None:
+        """Ends the mirror."""
         if self.run is not None:
             try:
                 self.run.finish()
@@ -48,7 +50,9 @@ class Tables:
     """The tables in a run folder."""
 
     def __init__(self, folder: Path, agents: list[tuple[int, int]], tracker: Tracker | None = None):
-        self.folder, self.agents, self.tracker = folder, agents, tracker
+        self.folder = folder
+        self.agents = agents
+        self.tracker = tracker
         self.start = time.time()  # of the run, without the time between its parts
         self.last_row = dict.fromkeys(TABLES, 0)  # step of each table's last row
         self.lost = set()  # agents with metrics that are not finite
@@ -86,7 +90,8 @@ class Tables:
 
         Reports agents with metrics that are not finite, and stops when no other agent is left.
         """
-        path, names = self.folder / table, list(metrics)
+        path = self.folder / table
+        names = list(metrics)
         values = np.array(list(metrics.values()), float)
         self._check_finite(step, names, values)
         rows = []

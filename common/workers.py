@@ -109,12 +109,14 @@ class Worker:
         self.connection.send(names)
 
     def send(self, jobs: list[tuple]) -> None:
+        """Hands jobs to the process, which begins with them at once."""
         try:
             self.connection.send(jobs)
         except OSError:
             pass  # the process died; `receive` says so
 
     def receive(self) -> list[tuple]:
+        """Waits for the results of the jobs. Raises RuntimeError if they failed."""
         try:
             answer = self.connection.recv()
         except (EOFError, OSError):

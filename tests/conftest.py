@@ -22,7 +22,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # read when jax is imported; 
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-SLOW = ["theory/", "runs/", "environments.py", "env_pool.py"]  # in paths of files that start first: ends stay short
+# Parts of paths of the files that start first, so that no process is left alone with a long one.
+SLOW = ["theory/", "runs/", "environments.py", "env_pool.py"]
 ALONE = "theory/"  # their tests share nothing: each may go to another process
 SCRIPTS = {str(x.relative_to(ROOT).with_suffix("")) for x in scripts()}
 
@@ -44,10 +45,16 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if named else min(8, os.cpu_count() or 1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m quick` selects
 def pytest_collection_modifyitems(items):
+    from tests.helpers.quick import is_quick
+
     def rank(item):
         return next((i for i, word in enumerate(SLOW) if word in file(item.nodeid)), len(SLOW))
 
+    for item in items:
+        if is_quick(item.nodeid):
+            item.add_marker("quick")
     items.sort(key=rank)
 
 
@@ -113,10 +120,8 @@ def float64():
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working folder, which relative run folders are in, and no pictures."""
-    from common.run import Run
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Run, "finish", lambda *_: None)
+    monkeypatch.setattr("common.run.draw_pictures", lambda folder: None)
     return tmp_path
 
 

@@ -1,1 +1,1 @@
-"""What contributors run: shared blocks, diffs between methods, and generated pages."""
+"""What contributors run: shared blocks, diffs between methods, and generated pages, style."""

@@ -17,8 +17,12 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import plot
-from common.envs import resolve
+from analysis.evaluations import organise, read_results
+from analysis.panels import ALL, DOMAINS, panels
+from analysis.published import plain, read_published
+from analysis.runs import read_rows
+from analysis.tables import cell, markdown, summaries
+from common.environments import resolve
 from tools.shared_blocks import ROOT, named
 
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end generated -->\n)", re.DOTALL)
@@ -30,7 +34,7 @@ WRITE = "python -m tools.pages write"
 # family -> (file, metric, digits) of our results in the README
 OURS = dict(offline=("methods.csv", "success", 2), online=("plane.csv", "return", 1))
 # family -> the published results in the README
-SHOWN = dict(offline=plot.ALL, online="halfcheetah")
+SHOWN = dict(offline=ALL, online="halfcheetah")
 # family -> (file, what it is about) of our results on the pages of the methods
 RESULTS = dict(
     offline=[
@@ -113,7 +117,7 @@ def equation_table(script: str) -> str:
         links = ", ".join(f"[{i}](../../{script}.py#L{i})" for i in lines)
         where = f"`{function}`" if function else "header"
         rows.append([f"({number})", names[number], where, links])
-    return plot.markdown(rows) + "\n"
+    return markdown(rows) + "\n"
 
 
 # --- tuned values --------------------------------------------------------------------------------
@@ -150,6 +154,7 @@ def shown(value) -> str:
 
 
 def flag(name: str) -> str:
+    """Returns a field's flag."""
     return "--" + name.replace("_", "-")
 
 
@@ -161,29 +166,29 @@ def command_line(values: dict) -> str:
 
 def protocol_table() -> str:
     """Returns a table of the flags that a domain's protocol sets for all offline methods."""
-    protocols = {domain: resolve(domain).protocol for domain in plot.DOMAINS}
+    protocols = {domain: resolve(domain).protocol for domain in DOMAINS}
     names = list(next(iter(protocols.values())))
     rows = [["domain", *(f"`{flag(name)}`" for name in names)]]
     for domain, values in protocols.items():
         rows.append([domain, *(shown(values[name]) for name in names)])
-    return plot.markdown(rows) + "\n"
+    return markdown(rows) + "\n"
 
 
 def domain_table() -> str:
     """Returns a table with a row per offline method and tuned flag, and a column per domain."""
-    rows = [["script", "flag", *plot.DOMAINS]]
+    rows = [["script", "flag", *DOMAINS]]
     for script in named("offline"):
         defaults = class_defaults(script)
         tuned = env_defaults(script)
-        names = [name for domain in plot.DOMAINS for name in tuned.get(domain, {})]
+        names = [name for domain in DOMAINS for name in tuned.get(domain, {})]
         for name in dict.fromkeys(names):
             default = shown(ast.literal_eval(defaults[name]))
             cells = []
-            for domain in plot.DOMAINS:
+            for domain in DOMAINS:
                 known = name in tuned.get(domain, {})
                 cells.append(shown(tuned[domain][name]) if known else f"*{default}*")
             rows.append([f"`{script}.py`", f"`{flag(name)}`", *cells])
-    return plot.markdown(rows) + "\n"
+    return markdown(rows) + "\n"
 
 
 def small_table() -> str:
@@ -191,7 +196,7 @@ def small_table() -> str:
     tuned = {}  # environment -> script -> {flag: value}
     for script in named("offline") + named("online"):
         for environment, values in env_defaults(script).items():
-            if environment not in plot.DOMAINS:
+            if environment not in DOMAINS:
                 tuned.setdefault(environment, {})[script] = values
     rows = [["environment", "script", "flags"]]
     for environment, scripts in tuned.items():
@@ -204,7 +209,7 @@ def small_table() -> str:
         for script, values in scripts.items():
             own = {name: values[name] for name in values if (name, values[name]) not in common}
             rows.append([environment, f"`{script}.py`", command_line(own)])
-    return plot.markdown(rows) + "\n"
+    return markdown(rows) + "\n"
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -213,33 +218,33 @@ def small_table() -> str:
 @cache
 def ours(file: str, metric: str, digits: int) -> dict[str, tuple[str, int]]:
     """Returns label -> (result at the end of its runs, in words, and the number of steps)."""
-    found = plot.organise(plot.read_results(ROOT / "benchmarks/results" / file), metric)
-    rows = plot.summaries(found, plot.panels(found, plot.ALL, metric))
+    found = organise(read_results(ROOT / "benchmarks/results" / file), metric)
+    rows = summaries(found, panels(found, ALL, metric))
     results = {}
     for label, row in rows.items():
-        step, numbers, seeds = row[plot.ALL]
+        step, numbers, seeds = row[ALL]
         word = "seed" if seeds == 1 else "seeds"
-        results[label] = (f"{plot.cell(numbers, digits, seeds)}, {seeds} {word}", step)
+        results[label] = (f"{cell(numbers, digits, seeds)}, {seeds} {word}", step)
     return results
 
 
 def published_offline() -> dict[str, dict[str, str]]:
     """Returns domain -> method -> success after at most 1M steps."""
     found = {}
-    curves = plot.read_published("success")
-    for domain in [*plot.DOMAINS, plot.ALL]:
-        dataset = domain if domain == plot.ALL else resolve(domain).dataset
+    curves = read_published("success")
+    for domain in [*DOMAINS, ALL]:
+        dataset = domain if domain == ALL else resolve(domain).dataset
         found[domain] = {}
-        for method, (steps, values) in curves[dataset, plot.ALL].items():
+        for method, (steps, values) in curves[dataset, ALL].items():
             last = values[steps <= 1_000_000][-1]
-            found[domain][plot.plain(method)] = plot.cell(last, 3)
+            found[domain][plain(method)] = cell(last, 3)
     return found
 
 
 def published_online() -> dict[str, dict[str, str]]:
     """Returns environment -> method -> entry of the FMER paper's Table 2."""
     found = {}
-    for row in plot.read_rows(ROOT / "benchmarks/published/fmer_published.csv"):
+    for row in read_rows(ROOT / "benchmarks/published/fmer_published.csv"):
         if row["table"] != "table2":
             continue
         environment = row["env"].lower().removesuffix("-v5").replace("-n", "-")
@@ -248,7 +253,7 @@ def published_online() -> dict[str, dict[str, str]]:
             mean = int(float(row["mean"]) + 0.5)
             deviation = int(float(row["std"]) + 0.5)
             text = f"{mean} ({deviation})"
-        found.setdefault(environment, {})[plot.plain(row["method"])] = text
+        found.setdefault(environment, {})[plain(row["method"])] = text
     return found
 
 
@@ -261,8 +266,8 @@ def published(kind: str) -> dict[str, dict[str, str]]:
 def labels_of(script: str, labels) -> list[str]:
     """Returns the labels that belong to a script, as "ME-AM" or "cgql plain" do."""
     name = Path(script).name
-    same = plot.plain(name)
-    return [label for label in labels if name == label.split(" ")[0] or plot.plain(label) == same]
+    same = plain(name)
+    return [label for label in labels if name == label.split(" ")[0] or plain(label) == same]
 
 
 def result_table(script: str) -> str:
@@ -288,14 +293,14 @@ def result_table(script: str) -> str:
             above = [rows[where][0]] if where in rows else []
             rows[where] = ["<br>".join([*above, *texts]) + f" {link}", "-"]
     for domain, theirs in published(kind).items():
-        known = [label for label in labels if plot.plain(label) in theirs]
+        known = [label for label in labels if plain(label) in theirs]
         if known:
-            where = "all 50 tasks" if domain == plot.ALL else domain
-            texts = [with_variant(label, theirs[plot.plain(label)]) for label in known]
+            where = "all 50 tasks" if domain == ALL else domain
+            texts = [with_variant(label, theirs[plain(label)]) for label in known]
             rows.setdefault(where, ["-", "-"])[1] = "<br>".join(texts)
     lines = [["", "ours", "published"]]
     lines += [[where, *row] for where, row in rows.items()]
-    return f"{EXPLAINED[kind]}\n\n{plot.markdown(lines)}\n"
+    return f"{EXPLAINED[kind]}\n\n{markdown(lines)}\n"
 
 
 def readme_table(kind: str, text: str) -> str:
@@ -303,13 +308,13 @@ def readme_table(kind: str, text: str) -> str:
     mine = ours(*OURS[kind])
     theirs = published(kind)[SHOWN[kind]]
 
-    def write(row):
+    def fill(row):
         labels = labels_of(row[2], mine)
         our_cell = "<br>".join(mine[label][0] for label in labels) or "-"
-        their_cell = "<br>".join(theirs.get(plot.plain(label), "-") for label in labels) or "-"
+        their_cell = "<br>".join(theirs.get(plain(label), "-") for label in labels) or "-"
         return f"{row[1]} {our_cell} | {their_cell} |"
 
-    return ROW.sub(write, text)
+    return ROW.sub(fill, text)
 
 
 # --- pages ---------------------------------------------------------------------------------------

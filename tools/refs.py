@@ -30,7 +30,8 @@ def scripts() -> list[Path]:
 
 def comments(source: str) -> Iterator[tuple[int, str]]:
     """Line and text of every comment; a comment that goes on in the next line is one."""
-    block, last = [], None
+    block = []
+    last = None
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type != tokenize.COMMENT:
             continue
@@ -107,6 +108,7 @@ def problems() -> list[str]:
 
 
 def main(command: list[str]) -> None:
+    """Checks or writes the page."""
     if command == ["write"]:
         PAGE.write_text(written(PAGE.read_text()))
     elif command == ["check"]:

@@ -37,7 +37,7 @@ def scripts() -> list[Path]:
 def family(source: str) -> str:
     """Offline or online, by a script's text: the length of an online method's run is a number of
     environment steps alone."""
-    return "online" if re.search(r"^    total_steps: ", source, re.M) else "offline"
+    return "online" if re.search(r"^    total_steps: \w", source, re.M) else "offline"
 
 
 def named(kind: str) -> list[str]:
@@ -56,45 +56,63 @@ def canonical_blocks() -> dict[str, dict[str, re.Match]]:
     return {kind: blocks(path.read_text()) for kind, path in CANONICAL.items()}
 
 
+def difference(source: str, name: str, canonical: re.Match, own: re.Match) -> str:
+    """Says how a script's block differs from the canonical one in the script `source`."""
+    theirs = canonical["text"].splitlines()
+    lines = own["text"].splitlines()
+    diff = "\n".join(difflib.unified_diff(theirs, lines, source, name, lineterm="", n=1))
+    return (
+        f"{name}: block '{own['name']}' differs from {source}. Edit it there and run "
+        f"`python -m tools.shared_blocks write`.\n{diff}"
+    )
+
+
+def script_problems(path: Path, canonical: dict[str, re.Match]) -> list[str]:
+    """Returns a text for every block of a script that is missing, unknown, different, or a fork
+    that nobody declared."""
+    text = path.read_text()
+    source = CANONICAL[family(text)].name
+    name = str(path.relative_to(ROOT))
+    own = blocks(text)
+    found = []
+    opened = text.count("# --- shared:") + text.count("# --- forked:")
+    if opened != len(own):
+        found.append(f"{name}: a fence is not closed, or a block occurs twice")
+    for block in canonical.keys() - own.keys():
+        found.append(f"{name}: block '{block}' is missing")
+    for block, match in own.items():
+        if match["kind"] == "forked":
+            if (name, block) not in FORKS:
+                found.append(f"{name}: fork of '{block}' is not listed in FORKS")
+        elif block not in canonical:
+            found.append(f"{name}: block '{block}' does not exist in {source}")
+        elif match["text"] != canonical[block]["text"]:
+            found.append(difference(source, name, canonical[block], match))
+    return found
+
+
 def problems() -> list[str]:
-    """One text per block that is missing, unknown, different, or an undeclared fork."""
-    texts, found = canonical_blocks(), []
+    """Returns the problems of all scripts."""
+    canonical = canonical_blocks()
+    found = []
     for path in scripts():
         kind = family(path.read_text())
-        source, canonical = CANONICAL[kind].name, texts[kind]
-        name, own = str(path.relative_to(ROOT)), blocks(path.read_text())
-        opened = path.read_text().count("# --- shared:") + path.read_text().count("# --- forked:")
-        if opened != len(own):
-            found.append(f"{name}: a fence is not closed, or a block occurs twice")
-        for block in canonical.keys() - own.keys():
-            found.append(f"{name}: block '{block}' is missing")
-        for block, match in own.items():
-            if match["kind"] == "forked":
-                if (name, block) not in FORKS:
-                    found.append(f"{name}: fork of '{block}' is not listed in FORKS")
-            elif block not in canonical:
-                found.append(f"{name}: block '{block}' does not exist in {source}")
-            elif match["text"] != canonical[block]["text"]:
-                lines = canonical[block]["text"].splitlines(), match["text"].splitlines()
-                diff = "\n".join(difflib.unified_diff(*lines, source, name, lineterm="", n=1))
-                found.append(
-                    f"{name}: block '{block}' differs from {source}. Edit it there and run "
-                    f"`python -m tools.shared_blocks write`.\n{diff}"
-                )
+        found.extend(script_problems(path, canonical[kind]))
     return found
 
 
 def write() -> list[str]:
     """Replaces every shared block by the canonical text; returns the changed scripts."""
-    texts, changed = canonical_blocks(), []
+    families = canonical_blocks()
+    changed = []
     for path in scripts():
         old = path.read_text()
-        canonical = texts[family(old)]
+        canonical = families[family(old)]
 
-        def replace(match):
-            known = match["kind"] == "shared" and match["name"] in canonical
-            text = canonical[match["name"]]["text"] if known else match["text"]
-            return match[0].replace(match["text"], text)
+        def replace(match: re.Match, canonical: dict[str, re.Match] = canonical) -> str:
+            if match["kind"] == "forked" or match["name"] not in canonical:
+                return match[0]
+            return match[0].replace(match["text"], canonical[match["name"]]["text"])
 
         new = FENCE.sub(replace, old)
         if new != old:

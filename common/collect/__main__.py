@@ -1,4 +1,4 @@
-"""The command `python -m common.collect` (see docs/data.md)."""
+"""The command `python -m common.collect` (see docs/guides/data.md)."""
 
 import sys
 from collections.abc import Sequence

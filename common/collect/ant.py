@@ -8,6 +8,7 @@ Workers of a training run import this module: no jax here.
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -17,7 +18,7 @@ from ogbench.online_locomotion.wrappers import GymXYWrapper
 WEIGHTS = Path(__file__).with_name("ant.npz")
 
 
-def make_online_ant(**options) -> gymnasium.Env:
+def make_online_ant(**options: Any) -> gymnasium.Env:
     """Makes the environment in which the expert learns.
 
     The ant also observes a direction, which changes every 100 steps; the reward is the distance

@@ -19,7 +19,7 @@ from common.collect import storage, workers
 from common.collect.__main__ import main
 from common.collect.plan import make_plan
 from common.collect.storage import exclusive, find_damage, replacing
-from tests.conftest import ROOT
+from tools.shared_blocks import ROOT
 
 MAZE = "pointmaze-medium-stitch"
 SIZE = 2000  # 10 training episodes and one for validation, each in a part

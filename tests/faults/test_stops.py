@@ -1,13 +1,12 @@
 """Runs that are interrupted by signals and kills, and continued: what they leave equals what an
-uninterrupted run leaves, bit by bit (but for the columns `seconds`).
+uninterrupted run leaves, bit by bit (except for the columns `seconds`).
 
 `FAULTS=9 pytest -s tests/faults/test_stops.py -k kills` kills every script, and the collection of a
 dataset, so many times, at random moments. (Two kills of most are part of CI:
 test_killed_and_continued of tests/runs/test_script_runs.py.)
 """
 
-import gc
-import importlib
+import dataclasses
 import os
 import random
 import signal
@@ -17,10 +16,14 @@ import time
 
 import pytest
 
-from common.envs import EnvPool
-from common.run import CHECKPOINT, Run
+import fmer
+import qam
+from common.checkpoints import CHECKPOINT
+from common.env_pool import EnvPool
+from common.errors import UserError
+from common.run import Run
 from tests.helpers.flags import tiny_args, tiny_online, tiny_ppo
-from tests.helpers.runs import assert_same, checkpoint, command, rows, start, traced
+from tests.helpers.runs import assert_same, checkpoint, command, folder_of, rows, start
 from tools.shared_blocks import ROOT, named
 
 KILLS = int(os.environ.get("FAULTS", 0))  # of every script
@@ -37,15 +40,11 @@ def pytest_generate_tests(metafunc):
 def args(script, module, dataset_dir):
     """Of a run of seconds: offline and online, on the plane, or in worker processes."""
     if script == "baselines/ppo":
-        return tiny_ppo("hopper")
+        return tiny_ppo("hopper", eval_interval=48)
     if script in named("online"):
         return tiny_online(module, "hopper" if script == "baselines/sac" else "multigoal")
     apart = dict(online_steps=24, start_training=10) if script == "baselines/rlpd" else {}
     return tiny_args(module, dataset_dir, **apart)
-
-
-def folder_of(script, args):
-    return os.path.abspath(f"runs/{os.path.basename(script)}/{args.env}/{args.name}")
 
 
 @pytest.fixture(scope="module")
@@ -60,30 +59,42 @@ def reference(script, module, args, tmp_path_factory):
 # --- signals -------------------------------------------------------------------------------------
 
 
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+
+
 @pytest.fixture(autouse=True)
 def heeded():
     """Signals as in a terminal: a shell that runs the tests in the background has them ignored."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 # Per start of the run: after so many calls of a function a signal comes (then the run is repeated).
-MOMENTS = [("chunk", 1), ("play", 2), ("chunk", 2), ("play", 3), ("save", 1), ("play", 9)]
+MOMENTS = [
+    ("chunk", 1),  # nothing is there yet that could be saved
+    ("chunk", 2),
+    ("play", 2),
+    ("chunk", 2),
+    ("play", 3),
+    ("save", 1),
+    ("play", 9),
+]
 
 
-def interrupted(monkeypatch, module, script, args, kind, calls, number):
+def interrupted(monkeypatch, module, args, kind, calls, number):
     """Runs until a signal comes, in a call of the given kind. -> what SystemExit said, or "" where
     the run is complete before."""
     count = []
+    before = signal.getsignal(number)
 
     def wrap(original):
         def function(*arguments, **more):
-            own = kind != "save" or str(arguments[1]).endswith(CHECKPOINT)
-            if own and not (kind == "chunk" and traced(arguments[1])):
+            if kind != "save" or str(arguments[1]).endswith(CHECKPOINT):
                 count.append(0)
                 if len(count) == calls:
                     os.kill(os.getpid(), number)
@@ -91,36 +102,34 @@ def interrupted(monkeypatch, module, script, args, kind, calls, number):
 
         return function
 
-    names = [name for name in ("train_chunk", "train_on_plane") if hasattr(module, name)]
-    owners = dict(chunk=[(module, name) for name in names])
-    owners |= dict(play=[(EnvPool, "step")], save=[(os, "replace")])
+    owners = dict(chunk=(module, "train_chunk"), play=(EnvPool, "step"), save=(os, "replace"))
     with monkeypatch.context() as patch:
-        for owner, name in owners[kind]:
-            patch.setattr(owner, name, wrap(getattr(owner, name)))
+        owner, name = owners[kind]
+        patch.setattr(owner, name, wrap(getattr(owner, name)))
         try:
             module.main(args)
             return ""
         except SystemExit as error:
-            assert len(count) >= calls and signal.getsignal(number) != Run._stop
+            assert len(count) >= calls and signal.getsignal(number) == before
             return str(error)
 
 
 def test_signals(script, module, args, reference, here, monkeypatch):
-    """SIGTERM and SIGINT while a chunk is trained, environments are stepped, a file is written:
-    the run saves first, says how to continue, and the same command does."""
+    """Each signal while a chunk is trained, environments are stepped, a file is written: the run
+    saves what is unsaved first, says how to continue, and the same command does."""
     steps = []
     for i, (kind, calls) in enumerate(MOMENTS):
-        number = (signal.SIGTERM, signal.SIGINT)[i % 2]
-        gc.collect()  # the folder's lock and the workers
-        said = interrupted(monkeypatch, module, script, args, kind, calls, number)
+        said = interrupted(monkeypatch, module, args, kind, calls, SIGNALS[i % 3])
         if not said:
             break
         assert said.endswith("is saved. Repeat the command to continue.") and "\n" not in said
-        steps.append(checkpoint(folder_of(script, args))["step"])
+        if i == 0:
+            assert set(os.listdir(folder_of(script, args))) == {".lock", "config.json"}
+        else:
+            steps.append(checkpoint(folder_of(script, args))["step"])
     assert len(steps) >= 4 and steps == sorted(steps) and 0 < steps[0], steps
     usual = [int(row["step"]) for row in rows(reference, "eval")]  # is saved there in any case
     assert steps[0] not in usual, (steps, usual)
-    gc.collect()
     module.main(args)
     assert_same(folder_of(script, args), reference)
 
@@ -128,21 +137,107 @@ def test_signals(script, module, args, reference, here, monkeypatch):
 def test_ignored_signals_stay_ignored(here, dataset_dir):
     """As in a shell's background, where Ctrl-C is meant for others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    run = Run("script", tiny_args(importlib.import_module("qam"), dataset_dir), [(1, 0)], {})
-    run.restore({})
+    with Run("script", tiny_args(qam, dataset_dir), [(1, 0)], {}, (24,)) as run:
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            assert signal.getsignal(number) == run.stop._answer
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    assert signal.getsignal(signal.SIGTERM) == Run._stop
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
+def test_two_runs_in_one_process(here, monkeypatch):
+    """One after the other, and one within the other: neither knows of the other, and handlers of
+    signals are in the end what they were. Two runs in one folder are refused."""
+    mine = lambda *_: None
+    signal.signal(signal.SIGTERM, mine)
+    args = tiny_online(fmer, name="first")
+    inner = dataclasses.replace(args, name="second")
+    original, seen = fmer.evaluate, []
+
+    def evaluate(*arguments):
+        if not seen:
+            seen.append(signal.getsignal(signal.SIGTERM))
+            with pytest.raises(UserError, match="in use by another process"):
+                fmer.main(args)
+            fmer.main(inner)
+            assert signal.getsignal(signal.SIGTERM) == seen[0] != mine
+        return original(*arguments)
+
+    monkeypatch.setattr(fmer, "evaluate", evaluate)
+    fmer.main(args)
+    assert signal.getsignal(signal.SIGTERM) == mine
+    fmer.main(dataclasses.replace(args, name="third"))
+    for other in ("second", "third"):
+        other = dataclasses.replace(args, name=other)
+        assert_same(folder_of("fmer", args), folder_of("fmer", other))
+
+
+def test_main_again_after_an_error(here, monkeypatch):
+    """In a notebook, which keeps the last errors with all that they refer to: an interrupted run
+    and a refused one hold neither the folder nor the signals."""
+    args = tiny_online(fmer)
+    original, calls = fmer.train_chunk, []
+
+    def interrupt(*arguments):
+        calls.append(0)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fmer, "train_chunk", interrupt)
+        with pytest.raises(KeyboardInterrupt) as first:
+            fmer.main(args)
+    assert checkpoint(folder_of("fmer", args))["step"] == 24
+    with pytest.raises(UserError, match="critic_lr") as second:
+        fmer.main(dataclasses.replace(args, critic_lr=0.5))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert len(fmer.main(args)) == 3 * 2
+    assert first.tb and second.tb
+    whole = dataclasses.replace(args, name="whole")
+    fmer.main(whole)
+    assert_same(folder_of("fmer", args), folder_of("fmer", whole))
+
+
+STUCK = """
+import os, runpy, sys, time
+def fsync(file):
+    if "checkpoint" in os.readlink(f"/proc/self/fd/{file}"):
+        time.sleep(600)
+os.fsync = fsync
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_the_second_signal_ends_at_once(here):
+    """Where saving takes forever: the first one of a kind is answered, the second one kills."""
+    args = tiny_online(fmer)
+    line = [sys.executable, "-c", STUCK, *command("fmer", args)[1:]]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    while not os.path.exists(f"{folder_of('fmer', args)}/{CHECKPOINT}.tmp"):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+        line = ""
+        while "saving" not in line:
+            line = process.stderr.readline()
+            assert line, "the process has ended"
+        assert f"{number.name}: saving after this step; repeat it to end at once" in line
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=20) == -signal.SIGHUP
+    assert not os.path.exists(f"{folder_of('fmer', args)}/{CHECKPOINT}")
 
 
 def test_ctrl_c(here, dataset_dir):
     """Ctrl-C reaches the whole group of processes, the workers of environments as well: the run
     saves all the same, and ends with one line."""
-    script, module = "qam", importlib.import_module("qam")
-    args = tiny_args(module, dataset_dir, online_steps=3000, log_interval=500, eval_interval=3008)
+    script = "qam"
+    args = tiny_args(qam, dataset_dir, online_steps=3000, log_interval=500, eval_interval=3008)
     line = command(script, args)
     how = dict(stderr=subprocess.PIPE, text=True, start_new_session=True)
     process = subprocess.Popen(line, **how)
-    while not os.path.exists(f"{folder_of(script, args)}/train.csv"):
+    while not os.path.exists(f"{folder_of(script, args)}/eval.csv"):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)

@@ -9,6 +9,7 @@ ENV = "pointmaze-medium"
 # Two agents; evaluations and checkpoints at 8, 10, 16 and 24, of which 16 is the online phase's
 # sixth step: in the middle of an episode, and of the plan of five actions that began with it.
 TINY = dict(
+    name="default",
     tasks=(1, 2),
     offline_steps=10,
     online_steps=14,
@@ -32,6 +33,7 @@ def tiny_args(module, folder, **flags):
 
 
 ONLINE_SIZES = dict(  # flags that make any online script small
+    name="default",
     num_seeds=2,
     eval_episodes=2,
     eval_slots=2,
@@ -69,9 +71,15 @@ def tiny_online(module, env="multigoal", **flags):
 
 
 PPO_SIZES = dict(
-    num_seeds=2, eval_episodes=2, eval_slots=2, workers=1, hidden_dims=(16, 16), batch_size=8,
+    name="default",
+    num_seeds=2,
+    eval_episodes=2,
+    eval_slots=2,
+    workers=1,
+    hidden_dims=(16, 16),
+    batch_size=8,
     epochs=2,
-)  # fmt: skip
+)
 
 
 PPO_LENGTHS = dict(
@@ -79,10 +87,15 @@ PPO_LENGTHS = dict(
         total_steps=100, rollout_steps=24, num_envs=2, log_interval=30, eval_interval=40
     ),
     hopper=dict(
-        total_steps=64, rollout_steps=16, num_envs=1, log_interval=16, eval_interval=30,
-        eval_episodes=1, eval_slots=1,
+        total_steps=64,
+        rollout_steps=16,
+        num_envs=1,
+        log_interval=16,
+        eval_interval=30,
+        eval_episodes=1,
+        eval_slots=1,
     ),
-)  # fmt: skip
+)
 
 
 def tiny_ppo(env="multigoal", **flags):

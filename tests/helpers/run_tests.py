@@ -2,14 +2,12 @@
 Fixtures `script`, `module` and `args` are those of the importing file, or of tests/conftest.py."""
 
 import dataclasses
-import json
 import os
 import random
 import shutil
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,10 +15,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from common.data import Shards, read
-from common.envs import TRAINING, make_env, resolve, seed_of
 
-from common.run import Run
+from common.dataset_files import read
+from common.environments import TRAINING, make_env, resolve, seed_of
+from common.errors import UserError
 from tests.helpers.flags import ENV, TINY
 from tests.helpers.runs import (
     assert_same,
@@ -28,10 +26,11 @@ from tests.helpers.runs import (
     clean,
     command,
     contents,
+    fake_episodes,
+    flags_of,
     rows,
     run_folder,
     start,
-    traced,
 )
 from tools.shared_blocks import ROOT
 
@@ -51,7 +50,8 @@ def reference(script, module, args, tmp_path_factory):
     """Folder that an uninterrupted run was started in, and the numbers of compiled programs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("reference"))
-        module.train_chunk.clear_cache(), module.act.clear_cache()
+        module.train_chunk.clear_cache()
+        module.act.clear_cache()
         module.main(args)
         return run_folder(script), (module.train_chunk._cache_size(), module.act._cache_size())
 
@@ -61,8 +61,7 @@ def test_files(reference):
     """Configuration, both tables, checkpoint, and the paths of the last evaluation."""
     names = {"config.json", "train.csv", "eval.csv", "checkpoint.msgpack", "rollouts.npz"}
     assert names <= set(os.listdir(reference[0]))
-    with open(f"{reference[0]}/config.json") as file:
-        flags = json.load(file)["flags"]
+    flags = flags_of(reference[0])
     assert flags["batch_size"] == TINY["batch_size"] and flags["env"] == ENV
     assert checkpoint(reference[0])["step"] == 24
 
@@ -119,34 +118,49 @@ def test_killed_and_continued(script, args, reference, here):
 
 
 def test_finished_run_stays(script, module, args, reference, here):
-    """The command of a finished run does nothing."""
+    """The command of a finished run does nothing, and `main` returns the rows of its eval.csv."""
     shutil.copytree(reference[0], run_folder(script))
     before = contents(run_folder(script))
-    module.main(args)
+    found = module.main(args)
     assert contents(run_folder(script)) == before == contents(reference[0])
+    for row in found:
+        assert float(row.pop("seconds")) >= 0
+    assert found == rows(reference[0], "eval")
 
 
 def test_eval_only(script, module, args, reference, here):
     """--eval-only plays the episodes of the last evaluation again, into a table of its own."""
     shutil.copytree(reference[0], run_folder(script))
+    before = contents(reference[0])
     module.main(dataclasses.replace(args, eval_only=True))
     after = contents(run_folder(script))
     assert rows(run_folder(script), "eval_only") == rows(reference[0], "eval")[-2:]
-    assert after.keys() - contents(reference[0]).keys() == {"eval_only.csv"}
-    assert contents(reference[0]).items() <= after.items()
-    result = module.main(dataclasses.replace(args, eval_only=True, eval_episodes=3))
-    assert result["success"].shape == (2, 3)
+    assert after.keys() - before.keys() == {"eval_only.csv"}
+    with np.load(f"{run_folder(script)}/rollouts.npz") as file:
+        again = {name: file[name] for name in file}
+    with np.load(f"{reference[0]}/rollouts.npz") as file:
+        assert again.keys() == set(file)
+        for name, x in again.items():
+            np.testing.assert_array_equal(x, file[name])
+    for name in before.keys() - {"rollouts.npz"}:  # its zip directory has the time
+        assert after[name] == before[name], name
+    module.main(dataclasses.replace(args, eval_only=True, eval_episodes=3))
+    with np.load(f"{run_folder(script)}/rollouts.npz") as file:
+        assert len([name for name in file if name.startswith("path")]) == 2 * 3
+        assert file["success"].shape == (2, 3)
+    for name in before.keys() - {"rollouts.npz"}:
+        assert contents(run_folder(script))[name] == before[name], name
 
 
 def test_eval_only_needs_a_checkpoint(module, args, here):
-    with pytest.raises(SystemExit, match="no checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint"):
         module.main(dataclasses.replace(args, eval_only=True))
 
 
 def test_other_flags_are_refused(script, module, args, reference, here):
-    """Another value in the same folder: one message that names the flag, and nothing changes."""
+    """Another value in the same folder: a message that names the flag, and nothing changes."""
     shutil.copytree(reference[0], run_folder(script))
-    with pytest.raises(SystemExit, match=f"lr: {args.lr} there, 0.5 now"):
+    with pytest.raises(UserError, match=f"lr: {args.lr} there, 0.5 now"):
         module.main(dataclasses.replace(args, lr=0.5))
     assert contents(run_folder(script)) == contents(reference[0])
 
@@ -154,9 +168,8 @@ def test_other_flags_are_refused(script, module, args, reference, here):
 @every_script
 def test_help(script, module, tmp_path):
     """--help lists every flag and touches nothing."""
-    line = [sys.executable, *start(script, ROOT), "--help"]
-    variables = clean(tmp_path) | ({"PYTHONPATH": str(ROOT)} if "/" in script else {})
-    answer = subprocess.run(line, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    line = [sys.executable, *start(script), "--help"]
+    answer = subprocess.run(line, cwd=tmp_path, env=clean(tmp_path), capture_output=True, text=True)
     assert answer.returncode == 0 and not answer.stderr
     for field in dataclasses.fields(module.Args):
         flag = "--" + field.name.replace("_", "-")
@@ -208,56 +221,68 @@ def three_shards(folder):
 class Pool:
     """In place of `EnvPool`: writes down what is asked of it, and answers with random numbers."""
 
-    def __init__(self, names, workers, each=1):
-        self.names = [name for name in names for _ in range(each)]
-        self.pools.append(self.names)
+    def __init__(self, names, slots, workers):
+        self.shape = len(names), slots
+        self.made.append((names, slots))
+        n = np.arange(len(names) * slots).reshape(self.shape)
+        self.observations = np.stack([n, n], -1).astype(np.float32)
+        self.seeds, self.ages = np.uint32(10 * n), np.int32(100 * n)
 
-    def ask(self, policy):
+    def need_actions(self):
+        return True
+
+    def random_actions(self, action_size):
+        return "random"
+
+    def set_actions(self, plans):
         """Every slot gets the actions of its agent, by its own state, seed and age."""
-        n = np.arange(len(self.names))
-        plans = policy(np.float32([n, n]).T, np.uint32(10 * n), np.int32(100 * n))
-        numbers = 111 * n + 1000 * (n * len(AGENTS) // len(n))
-        np.testing.assert_array_equal(plans, numbers[:, None, None] * np.ones((5, 2)))
+        if isinstance(plans, str):  # RLPD's random actions
+            return
+        agents, slots = self.shape
+        numbers = 111 * np.arange(agents * slots).reshape(self.shape)
+        numbers += 1000 * np.arange(agents)[:, None]
+        np.testing.assert_array_equal(plans, numbers[..., None, None] * np.ones((5, 2)))
 
-    def start(self, slots, seeds):
-        self.started.extend((len(self.taken), i, seed) for i, seed in zip(slots, seeds))
+    def reset(self, seeds, where=None):
+        where = np.ones(self.shape, bool) if where is None else where
+        for agent, slot in np.argwhere(where):
+            assert slot == 0
+            self.started.append((len(self.taken), agent, seeds[agent, slot]))
 
-    def step(self, policy, slots):
-        if policy.__name__ == "policy":  # and not RLPD's random actions
-            self.ask(policy)
-        rng, n = np.random.default_rng(len(self.taken)), len(slots)
-        shapes = dict.fromkeys(("observations", "actions", "next_observations"), (n, 2))
-        row = {k: rng.normal(size=x) for k, x in (shapes | dict(masks=n, success=n)).items()}
-        row |= dict(rewards=-rng.integers(0, 4, n), terminals=rng.uniform(size=n) < 0.3)
-        self.taken.append({k: np.float32(x) for k, x in row.items()})
+    def step(self):
+        rng = np.random.default_rng(len(self.taken))
+        shapes = dict.fromkeys(("observations", "actions", "next_observations"), (*self.shape, 2))
+        shapes |= dict(masks=self.shape, success=self.shape)
+        row = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+        row["rewards"] = -rng.integers(0, 4, self.shape)
+        row["terminals"] = rng.uniform(size=self.shape) < 0.3
+        self.taken.append({name: np.float32(x) for name, x in row.items()})
         return dict(self.taken[-1])
 
-    def play(self, policy, seeds):
-        self.ask(policy)
-        rng = np.random.default_rng(len(self.played))
-        out = {k: rng.uniform(size=seeds.shape) for k in ("success", "return", "length")}
-        self.played.append((seeds.tolist(), out))
-        return out | dict(path=np.frompyfunc(lambda _: [], 1, 1)(seeds))
-
-    save = lambda self: dict(seeds=np.zeros(4), ages=np.zeros(4), plans={})
-    load = lambda *_: None
+    def save(self):
+        return dict(seeds=np.zeros(4))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["dense", "sparse"])
 def loop(request, script, module, args, tmp_path_factory):
     """A run of four agents, whose shards swap every four updates, with all but the loop replaced:
     the k-th update of agent i has the metric 1000 i + k, and does nothing but count. -> arguments,
-    folder, the states before each call of `train_chunk`, the calls, and the class of the pools."""
+    folder, the states before each call of `train_chunk`, the calls, the class of the pools, and the
+    evaluations."""
     states, calls, N = [], [], len(AGENTS)
     count = lambda: sum(call["updates"] for call in calls)
 
-    def train_chunk(args, state, data, replay, task, updates):
-        if traced(state):
-            return state, dict(number=jnp.zeros(N))
+    def train_step(args, data, state, replay, task_row):
+        return state, dict(number=jnp.zeros(()), updates=jnp.zeros(()))
+
+    def train_chunk(args, state, metrics, data, replay, task_rows, updates):
         numbers = 1000 * np.arange(N)[:, None] + count() + 1 + np.arange(updates)
         states.append(state)
-        calls.append(dict(data=data, replay=jax.device_get(replay), task=task, updates=updates))
-        return state.replace(key=state.key + np.uint32(updates)), dict(number=numbers.sum(1))
+        replay = jax.tree.map(np.array, replay)  # a copy, because the run overwrites it
+        calls.append(dict(data=data, replay=replay, task_rows=task_rows, updates=updates))
+        new = dict(number=numbers.sum(1), updates=np.full(N, updates))
+        metrics = {name: metrics[name] + x for name, x in new.items()}
+        return state.replace(key=state.key + np.uint32(updates)), metrics
 
     def act(args, state, observations, seeds, ages):
         if calls:  # with the latest state
@@ -270,13 +295,16 @@ def loop(request, script, module, args, tmp_path_factory):
     args = dataclasses.replace(args, dataset_dir=str(folder), sparse=request.param, **FOUR)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        pool = type("Own", (Pool,), {name: [] for name in ("pools", "started", "taken", "played")})
-        new = dict(train_chunk=train_chunk, act=act, EnvPool=pool)
-        for name, value in (new | dict(Shards=partial(Shards, interval=4))).items():
+        pool = type("OwnPool", (Pool,), dict(made=[], started=[], taken=[]))
+        episodes = fake_episodes()
+        new = dict(train_step=train_step, train_chunk=train_chunk, act=act)
+        new |= dict(EnvPool=pool, Episodes=episodes)
+        for name, value in new.items():
             patch.setattr(module, name, value)
-        patch.setattr(Run, "finish", lambda *_: None)
+        patch.setattr("common.datasets.SWAP_INTERVAL", 4)
+        patch.setattr("common.run.draw_pictures", lambda folder: None)
         module.main(args)
-        return args, run_folder(script), states, calls, pool
+        return args, run_folder(script), states, calls, pool, episodes.played
 
 
 def steps_of(args):
@@ -299,23 +327,23 @@ def test_agents_start_apart(loop):
 def test_every_update_has_its_data(loop):
     """The shard of its time, counted on from the offline phase, and the rewards of the agent's own
     task; the replay holds what was stepped so far, with rewards as --sparse asks for."""
-    args, _, _, calls, pool = loop
+    args, _, _, calls, pool, _ = loop
     files, source, updates = Path(args.dataset_dir), resolve(ENV), iter(steps_of(args))
     labelled = lambda i, task: read(files / SHARD.format(i), source, (task,), args.sparse, False)
     own = [[labelled(i, task) for task, _ in AGENTS] for i in range(3)]
     swaps, now = getattr(args, "offline_steps", 0) // 4, 0
     for call in calls:
         steps = [next(updates) for _ in range(call["updates"])]
-        now = steps[-1][1] if steps else now + 1
+        now = steps[-1][1]
         times = [step // 4 if not online else swaps + online // 4 for step, online in steps]
         number = int(call["data"].observations[0, 0])
         assert {x % 3 for x in times} <= {number}
-        for task, data in zip(call["task"], own[number], strict=True):
-            np.testing.assert_array_equal(call["data"].rewards[task], data.rewards[0])
-            np.testing.assert_array_equal(call["data"].masks[task], data.masks[0])
+        for row, data in zip(call["task_rows"], own[number], strict=True):
+            np.testing.assert_array_equal(call["data"].rewards[row], data.rewards[0])
+            np.testing.assert_array_equal(call["data"].masks[row], data.masks[0])
         assert call["replay"].size.tolist() == [now] * len(AGENTS)
         for name in pool.taken[0].keys() - {"success"} if now else ():
-            taken = np.stack([row[name] for row in pool.taken[:now]], 1)
+            taken = np.concatenate([row[name] for row in pool.taken[:now]], 1)
             if name == "rewards" and args.sparse:
                 taken = np.where(taken < 0, -1, 0)
             np.testing.assert_array_equal(getattr(call["replay"], name)[:, :now], taken)
@@ -326,10 +354,11 @@ def test_every_update_has_its_data(loop):
 def test_evaluations_have_their_seeds(loop):
     """Those of (seed, task, step, episode), offline and online; scores are means over an agent's
     episodes."""
-    args, folder, _, _, pool = loop
-    steps, lines = sorted({int(row["step"]) for row in rows(folder, "eval")}), rows(folder, "eval")
-    assert len(pool.played) == len(steps) >= 3
-    for i, (step, (seeds, out)) in enumerate(zip(steps, pool.played)):
+    args, folder, _, _, _, played = loop
+    lines = rows(folder, "eval")
+    steps = sorted({int(line["step"]) for line in lines})
+    assert len(played) == len(steps) >= 3
+    for i, (step, (seeds, out)) in enumerate(zip(steps, played)):
         assert seeds == [[seed_of(s, t, step, e) for e in range(3)] for t, s in AGENTS]
         for j, line in enumerate(lines[4 * i : 4 * i + 4]):
             assert (int(line["task"]), int(line["seed"]), int(line["step"])) == (*AGENTS[j], step)
@@ -340,12 +369,12 @@ def test_evaluations_have_their_seeds(loop):
 def test_environments_are_those_of_the_agents(loop):
     """By name, for evaluations and for training, where each episode has a seed of its own: of
     (seed, task, 0), then of the step at which the one before ended."""
-    args, _, _, _, pool = loop
+    args, _, _, _, pool, _ = loop
     names = [f"{ENV}-singletask-task{task}-v0" for task, _ in AGENTS]
-    assert pool.pools == [[name for name in names for _ in range(3)], names]
+    assert pool.made == [(names, 3), (names, 1)]
     expected = [(0, i, seed_of(seed, task, 0)) for i, (task, seed) in enumerate(AGENTS)]
     for step, row in enumerate(pool.taken, 1):
-        over = [i for i in range(len(AGENTS)) if row["terminals"][i]]
+        over = [i for i in range(len(AGENTS)) if row["terminals"][i, 0]]
         expected += [(step, i, seed_of(*AGENTS[i][::-1], step, TRAINING)) for i in over]
     assert pool.started == expected and len(expected) > 20
 

@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-import gc
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoints import read_checkpoint
-from common.run import Run
+from common.checkpoints import CHECKPOINT, Checkpoints, read_checkpoint
+from common.tables import Tables
 from tests.helpers.flags import ENV
 from tools.shared_blocks import ROOT, named
 
@@ -24,8 +24,14 @@ class Stop(Exception):
 
 
 def run_folder(script):
+    """The folder of a tiny run in the working folder."""
     env = ENV if script in OFFLINE else "multigoal"
     return os.path.abspath(f"runs/{os.path.basename(script)}/{env}/default")
+
+
+def folder_of(script, args):
+    """The folder of a run with these arguments in the working folder."""
+    return os.path.abspath(f"runs/{os.path.basename(script)}/{args.env}/{args.name}")
 
 
 def rows(folder, table):
@@ -35,95 +41,153 @@ def rows(folder, table):
     return [{name: x for name, x in line.items() if name != "seconds"} for line in lines]
 
 
+def flags_of(folder):
+    """The flags in config.json."""
+    return json.loads((Path(folder) / "config.json").read_text())["flags"]
+
+
+def capacity(folder):
+    """The number of transitions that the replay of a run holds."""
+    flags = flags_of(folder)
+    if "online_steps" in flags:
+        return flags["online_steps"]
+    return min(flags.get("replay_size", 0), flags["total_steps"])
+
+
+def join_replay(folder, ends):
+    """Puts a replay together from its parts: name -> (agents, n, ...), from the oldest transition
+    on, and `size`, the number of all that there were. {} where it is empty."""
+    if not ends:
+        return {}
+    parts = []
+    for end in ends:
+        part = read_checkpoint(Path(folder) / f"replay-{end}.msgpack")["rows"]
+        assert not parts or part["rewards"].shape[1] == end - ends[len(parts) - 1]
+        parts.append(part)
+    slots = capacity(folder)
+    replay = dict(size=ends[-1])
+    for name in parts[0]:
+        whole = np.concatenate([part[name] for part in parts], 1)
+        assert whole.shape[1] >= min(slots, ends[-1])
+        replay[name] = whole[:, -slots:]
+    return replay
+
+
 def checkpoint(folder):
-    """With the replay put together from its parts, slot by slot: {} where it is empty."""
-    content = read_checkpoint(Path(folder) / "checkpoint.msgpack")
-    if "replay" in content["tree"]:
-        slots, *ends = content["tree"]["replay"].tolist()
-        parts = [read_checkpoint(Path(folder) / f"replay-{end}.msgpack") for end in ends]
-        content["tree"]["replay"] = replay = {}
-        for end, part in zip(ends, parts):
-            for name, x in part.items():
-                shape = x.shape[0], min(slots, ends[-1]), *x.shape[2:]
-                whole = replay.setdefault(name, np.full(shape, np.nan, x.dtype))
-                for i in range(x.shape[1]):
-                    whole[:, (end - x.shape[1] + i) % slots] = x[:, i]
-            replay["size"] = np.full(len(x), end)
-    return {name: x for name, x in content.items() if name != "seconds"}
+    """A run's checkpoint with its replay, without what no two runs have in common."""
+    content = read_checkpoint(Path(folder) / CHECKPOINT)
+    content["replay"] = join_replay(folder, content.pop("parts").tolist())
+    del content["seconds"], content["run"]
+    return content
 
 
 def contents(folder):
     """Name -> bytes of all files in a run folder."""
     names = sorted(name for name in os.listdir(folder) if name != ".lock")
-    return {name: open(f"{folder}/{name}", "rb").read() for name in names}
+    return {name: (Path(folder) / name).read_bytes() for name in names}
+
+
+def assert_same_arrays(one, two):
+    """Two pytrees are the same, bit by bit."""
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        assert np.asarray(x).dtype == np.asarray(y).dtype
+        np.testing.assert_array_equal(x, y)
 
 
 def assert_same(folder, other):
     """Two runs left the same, bit by bit."""
     for table in ("train", "eval"):
         assert rows(folder, table) == rows(other, table)
-    one, two = checkpoint(folder), checkpoint(other)
-    assert jax.tree.structure(one) == jax.tree.structure(two)
-    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two)):
-        assert np.asarray(x).dtype == np.asarray(y).dtype
-        np.testing.assert_array_equal(x, y)
+    assert_same_arrays(checkpoint(folder), checkpoint(other))
 
 
-def start(script, root):
-    """How a script is started: `python qam.py`, but `python -m baselines.fql` (in `root`)."""
-    return ["-m", script.replace("/", ".")] if "/" in script else [f"{root}/{script}.py"]
+def start(script, root=ROOT):
+    """How a script is started, from any folder."""
+    return [f"{root}/{script}.py"]
 
 
 def command(script, args, *more, root=ROOT):
     """The command line of a run with these arguments."""
     line = [sys.executable, *start(script, root)]
     for field in dataclasses.fields(args):
-        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        value = getattr(args, field.name)
+        flag = "--" + field.name.replace("_", "-")
         if isinstance(value, bool):
             line.append(flag if value else flag.replace("--", "--no-", 1))
         elif field.name != "action_size":
-            line += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+            values = value if isinstance(value, tuple) else [value]
+            line += [flag, *map(str, values)]
     return [*line, *more]
 
 
-def stop_at(monkeypatch, method, table, step):
-    """Lets `Run.log` or `Run.save` raise after its work at this step."""
-    original = getattr(Run, method)
+def stop_at(monkeypatch, file, step):
+    """Lets a run raise Stop as soon as it has written to a file, which is a table or the
+    checkpoint, at this step or later."""
+    log, save = Tables.log, Checkpoints.save
 
-    def stopping(run, *arguments):
-        original(run, *arguments)
-        if arguments[: len(table)] == table and arguments[len(table)] >= step:
+    def stopping_log(tables, table, now, metrics):
+        log(tables, table, now, metrics)
+        if table == file and now >= step:
             raise Stop
 
-    monkeypatch.setattr(Run, method, stopping)
+    def stopping_save(checkpoints, content, replay=None):
+        save(checkpoints, content, replay)
+        if file == CHECKPOINT and content["step"] >= step:
+            raise Stop
+
+    monkeypatch.setattr(Tables, "log", stopping_log)
+    monkeypatch.setattr(Checkpoints, "save", stopping_save)
 
 
 def run_until_stop(module, args):
-    """Runs; a Stop from within leaves nothing behind but the run folder."""
+    """Runs; a Stop from within leaves nothing behind except the run folder."""
     try:
         module.main(args)
-        raise AssertionError("the run was not stopped")
     except Stop:
-        pass
-    gc.collect()  # the folder's lock and the workers
-
-
-def traced(tree):
-    """Whether a call is one for the shapes of its results only."""
-    return isinstance(jax.tree.leaves(tree)[0], jax.core.Tracer)
+        return
+    raise AssertionError("the run was not stopped")
 
 
 def poisoned(train, agent, calls):
     """`train_chunk` after whose `calls`-th call an agent's numbers are NaN."""
     count = []
 
+    def spoil(x):
+        return x.at[agent].set(jnp.nan) if x.dtype == jnp.float32 else x
+
     def train_chunk(*arguments):
-        state, *rest = train(*arguments)
-        count.extend([0] * (not traced(state)))
-        spoil = lambda x: x.at[agent].set(jnp.nan) if x.dtype == jnp.float32 else x
-        return (jax.tree.map(spoil, state) if len(count) == calls else state), *rest
+        state, metrics = train(*arguments)
+        count.append(0)
+        if len(count) == calls:
+            state = jax.tree.map(spoil, state)
+        return state, metrics
 
     return train_chunk
+
+
+class FakeEpisodes:
+    """In place of `Episodes`: one step ends all, with random results. `played` is a list of its
+    seeds and results."""
+
+    def __init__(self, pool, seeds):
+        self.pool, self.running = pool, True
+        generator = np.random.default_rng(len(self.played))
+        self.results = {name: generator.uniform(size=seeds.shape) for name in self.names}
+        self.played.append((seeds.tolist(), dict(self.results)))
+        self.results["path"] = np.empty(seeds.shape, object)
+        for episode in np.ndindex(seeds.shape):
+            self.results["path"][episode] = []
+
+    names = ("success", "return", "length")
+
+    def step(self):
+        self.running = False
+
+
+def fake_episodes():
+    """A class like `FakeEpisodes` with a list of its own."""
+    return type("OwnEpisodes", (FakeEpisodes,), dict(played=[]))
 
 
 def clean(folder):
@@ -131,3 +195,8 @@ def clean(folder):
     drop = ("PYTHONPATH", "JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "MPLCONFIGDIR")
     kept = {name: x for name, x in os.environ.items() if name not in drop}
     return kept | dict(HOME=str(folder), PYTHONDONTWRITEBYTECODE="1")
+
+
+def quick(folder):
+    """Like `clean`, with jax's settings for tests."""
+    return clean(folder) | {name: x for name, x in os.environ.items() if name.startswith("JAX_")}

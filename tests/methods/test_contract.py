@@ -1,6 +1,6 @@
 """What every script promises, checked on its text and syntax tree: the same flags mean the same,
-sections come in the same order, equations are tagged, nothing happens on import, files stay short;
-and how the networks that they share start.
+sections come in the same order, equations are tagged, nothing happens on import; and
+how the networks that they share start.
 """
 
 import ast
@@ -48,19 +48,35 @@ DIFFERENT = dict(
 # flags of online methods with the values of each method's own paper, under the same type and help
 OWN_VALUES = """reward_scale critic_lr alpha_lr act_candidates flow_steps diffusion_steps
 schedule beta_scale start_scale noise_scale alpha_init alpha_period""".split()
+LOOP = "create_agents act train_step train_chunk evaluate main"
 ORDER = dict(
-    offline="Args ENV_DEFAULTS State create update create_agents act train_step train_chunk "
-    "evaluate main".split(),
-    online="Args ENV_DEFAULTS State create sample_actions update MODES create_agents act "
-    "train_step train_chunk evaluate main".split(),
+    offline=f"Args ENV_DEFAULTS State create update {LOOP}".split(),
+    online=f"Args ENV_DEFAULTS State create sample_actions update MODES {LOOP}".split(),
 )
+WAY_TO_COMMON = """if __name__ == '__main__':
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))"""
 APART = ["baselines.ppo"]  # on-policy: no replay, and a loop of its own
 
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=NAMES)
 
 
+NUMBERS = dict.fromkeys(("int", "PositiveInt", "NonNegativeInt"), int)
+NUMBERS |= dict.fromkeys(("float", "PositiveFloat", "NonNegativeFloat", "UnitInterval"), float)
+
+
+def help_of(lines, node):
+    """The comments above a field, except headings, and the one on its line."""
+    above = []
+    for line in reversed(lines[: node.lineno - 1]):
+        if not line.startswith("    # ") or line.startswith("    # --- "):
+            break
+        above.insert(0, line.removeprefix("    # "))
+    last = lines[node.end_lineno - 1].partition("  # ")[2]
+    return " ".join([*above, last]).strip()
+
+
 def flags(path):
-    """field -> (annotation, default, comment) of a script's Args."""
+    """field -> (annotation, default, help) of a script's Args."""
     source = path.read_text()
     lines = source.splitlines()
     args = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "Args")
@@ -69,7 +85,7 @@ def flags(path):
         node.target.id: (
             ast.unparse(node.annotation),
             ast.unparse(node.value),
-            lines[node.end_lineno - 1].partition("  # ")[2],
+            help_of(lines, node),
         )
         for node in fields
     }
@@ -116,7 +132,8 @@ def test_families_of_scripts():
         assert ("total_steps" in known) == (name in online)
         assert ({"tasks", "dataset_dir"} <= known) == (name in offline)
     assert shared_blocks.family("total_steps: int = 1") == "offline"  # no field of a class
-    assert shared_blocks.family("class Args:\n    total_steps: int = 1") == "online"
+    for kind in ("int", "PositiveInt"):
+        assert shared_blocks.family(f"class Args:\n    total_steps: {kind} = 1") == "online"
 
 
 def test_the_optimisers_step_is_the_same():
@@ -144,16 +161,6 @@ def test_families():
     assert not found, "\n".join(found)
 
 
-def test_sizes():
-    """A script has at most 480 lines, common/ 1,025, without what collects (docs/design.md)."""
-    sizes = {path.name: len(path.read_text().splitlines()) for path in SCRIPTS}
-    assert max(sizes.values()) <= 480, sizes
-    common = {p.name: len(p.read_text().splitlines()) for p in (ROOT / "common").glob("*.py")}
-    for path in (ROOT / "common/collect").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 250, path
-    assert sum(common.values()) <= 1025, common
-
-
 @pytest.mark.parametrize("kind", DIFFERENT)
 def test_flags_mean_the_same_everywhere(kind):
     """A flag has the same type, default and help in every script of a family, unless DIFFERENT says
@@ -173,7 +180,7 @@ def test_flags_are_explained_and_typed(path):
     module = importlib.import_module(NAMES[SCRIPTS.index(path)])
     for name, (annotation, _, comment) in flags(path).items():
         assert len(comment) > 10, f"--{name} has no help"
-        kind = {"int": int, "float": float, "bool": bool, "str": str}.get(annotation)
+        kind = (NUMBERS | dict(bool=bool, str=str)).get(annotation)
         assert kind is None or type(getattr(module.Args, name)) is kind, name
 
 
@@ -190,10 +197,16 @@ def test_sections_come_in_order(path):
 
 @each_script
 def test_importing_does_nothing(path):
-    """Only definitions and constants at the top level; no script imports another one."""
+    """Only definitions and constants at the top level, and in baselines, where they are started,
+    the way to common/; no script imports another one."""
     body = ast.parse(path.read_text()).body
     assert ast.get_docstring(ast.parse(path.read_text()))
+    conditions = [node for node in body[1:-1] if isinstance(node, ast.If)]
+    expected = [WAY_TO_COMMON] if path.parent.name == "baselines" else []
+    assert [ast.unparse(node) for node in conditions] == expected
     for node in body[1:-1]:
+        if node in conditions:
+            continue
         kinds = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef, ast.Assign)
         assert isinstance(node, kinds), ast.unparse(node)[:80]
         if isinstance(node, ast.Assign):

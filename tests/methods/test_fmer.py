@@ -730,7 +730,7 @@ def test_target_entropy():
 
 
 def test_class_holds_the_values_of_the_paper_or_of_the_page():
-    """What no other test would miss (docs/fmer.md names the sources)."""
+    """What no other test would miss (docs/methods/fmer.md names the sources)."""
     args = fmer.Args()
     assert (args.flow_steps, args.num_candidates, args.batch_size) == (10, 8, 256)
     assert (args.solver, args.weights, args.squash) == ("euler", "soft", "tanh")

@@ -1,9 +1,9 @@
 """Real runs of every online script, of seconds each, as tests/runs/test_script_runs.py has them for
-the offline ones. Most are on the plane `multigoal`, whose whole training is one program on the
-device, and compared with one uninterrupted run per script: 72 steps, of which 10 are random;
-evaluations and checkpoints are at steps 24, 48 (the replay of 40 is overwritten by then) and 72.
-Others are on `hopper` in worker processes: 32 steps, of which 20 are random, checkpoints at 8, 16,
-24 (in an episode, after the replay of 20 was overwritten) and 32.
+the offline ones. Most are on the plane `multigoal`, which is stepped in this process, and compared
+with one uninterrupted run per script: 72 steps, of which 10 are random; evaluations and checkpoints
+are at steps 24, 48 (the replay of 40 is overwritten by then) and 72. Others are on `hopper` in
+worker processes: 32 steps, of which 20 are random, checkpoints at 8, 16, 24 (in an episode, after
+the replay of 20 was overwritten) and 32.
 
 What depends on a script's own state and acting is tested for all of them (`every_script`), what
 only the shared blocks decide for one.
@@ -11,11 +11,11 @@ only the shared blocks decide for one.
 
 import dataclasses
 import importlib
-import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import flax.struct
 import jax
@@ -24,9 +24,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from common.data import Replay
-from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, Slot, multigoal, seed_of
+from common.checkpoints import CHECKPOINT
+from common.environments import MULTIGOAL_STEPS, TRAINING, seed_of
+from common.errors import UserError
+from common.sampling import Replay
+from common.workers import Slot
 from tests.helpers.flags import ONLINE_LENGTHS, tiny_online
+from tests.helpers.plane import plane
 from tests.helpers.run_tests import (  # noqa: F401 (tests that run here, too)
     pytest_generate_tests,
     test_eval_only,
@@ -40,11 +44,16 @@ from tests.helpers.run_tests import (  # noqa: F401 (tests that run here, too)
 )
 from tests.helpers.runs import (
     assert_same,
+    assert_same_arrays,
     checkpoint,
     clean,
     command,
     contents,
+    fake_episodes,
+    flags_of,
+    folder_of,
     poisoned,
+    quick,
     rows,
     run_until_stop,
     stop_at,
@@ -65,23 +74,17 @@ def args(module):
     return tiny_online(module)
 
 
-def folder_of(script, args):
-    """The run's folder in the working folder."""
-    return os.path.abspath(f"runs/{os.path.basename(script)}/{args.env}/{args.name}")
-
-
 def programs(module):
-    """Numbers of compiled programs: training, training on the plane, acting."""
-    functions = module.train_chunk, module.train_on_plane, module.act
-    return tuple(function._cache_size() for function in functions)
+    """Numbers of compiled programs: training, acting."""
+    return module.train_chunk._cache_size(), module.act._cache_size()
 
 
 def uninterrupted(script, module, args, path):
     """Folder of a run, and the numbers of programs that were compiled for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        for function in (module.train_chunk, module.train_on_plane, module.act):
-            function.clear_cache()
+        module.train_chunk.clear_cache()
+        module.act.clear_cache()
         module.main(args)
         return folder_of(script, args), programs(module)
 
@@ -99,13 +102,6 @@ def references(script, module, reference, tmp_path_factory):
     return dict(multigoal=(tiny_online(module), *reference), hopper=(args, *hopper))
 
 
-def replay_of(folder):
-    """The checkpoint's transitions, from the oldest on: name -> (agents, n, ...)."""
-    replay = dict(checkpoint(folder)["tree"]["replay"])
-    size, capacity = int(replay.pop("size")[0]), replay["rewards"].shape[1]
-    return {name: np.roll(x, -(size % capacity), 1) for name, x in replay.items()}
-
-
 # --- what a run leaves ---------------------------------------------------------------------------
 
 
@@ -113,8 +109,7 @@ def check_run(script, folder, args):
     """Files, tables and checkpoint of a run that has ended, and the last evaluation's paths."""
     names = {"config.json", "train.csv", "eval.csv", "checkpoint.msgpack", "rollouts.npz"}
     assert names <= set(os.listdir(folder))
-    with open(f"{folder}/config.json") as file:
-        flags = json.load(file)["flags"]
+    flags = flags_of(folder)
     assert (flags["env"], flags["total_steps"]) == (args.env, args.total_steps)
     steps = range(1, args.total_steps + 1)
     halts = [n for n in steps if n % args.eval_interval == 0 or n == args.total_steps]
@@ -128,11 +123,10 @@ def check_run(script, folder, args):
         assert [int(x["seed"]) for x in lines] == seeds * len(expected)
         assert {x["task"] for x in lines} == {"1"}
         assert np.isfinite([[float(x) for x in line.values()] for line in lines]).all()
-    tree, capacity = checkpoint(folder)["tree"], min(args.replay_size, args.total_steps)
-    assert checkpoint(folder)["step"] == args.total_steps
-    assert tree["replay"]["size"].tolist() == [args.total_steps] * len(seeds)
-    assert tree["replay"]["rewards"].shape == (len(seeds), capacity)
-    assert np.abs(tree["replay"]["actions"]).max() <= 1
+    content, capacity = checkpoint(folder), min(args.replay_size, args.total_steps)
+    assert content["step"] == content["replay"]["size"] == args.total_steps
+    assert content["replay"]["rewards"].shape == (len(seeds), capacity)
+    assert np.abs(content["replay"]["actions"]).max() <= 1
     with np.load(f"{folder}/rollouts.npz") as file:
         paths = [file[f"path{i}"] for i in range(len(seeds) * args.eval_episodes)]
         assert f"path{len(paths)}" not in file
@@ -155,13 +149,12 @@ def test_files(script, module, args, reference):
 
 @every_script
 def test_number_of_programs(module, reference):
-    """On the plane: one of training, whatever the chunks, and one per mode of evaluations."""
-    assert reference[1] == (0, 1, len(module.MODES))
+    """One of training, one of acting in it, and one per mode of evaluations."""
+    assert reference[1] == (1, 1 + len(module.MODES))
 
 
 def test_number_of_programs_with_workers(module, references):
-    """One of training, one of acting in it, and one per mode of evaluations."""
-    assert references["hopper"][2] == (1, 0, 1 + len(module.MODES))
+    assert references["hopper"][2] == (1, 1 + len(module.MODES))
 
 
 def test_files_with_workers(script, references):
@@ -171,13 +164,12 @@ def test_files_with_workers(script, references):
 @pytest.mark.parametrize("env, steps", [("multigoal", 72), ("hopper", 32)])
 def test_transitions(script, module, here, monkeypatch, env, steps):
     """The replay holds the actions that were executed, in [-1, 1], and what they led to: playing
-    each episode from its seed gives the same observations, rewards, masks and ends, bit by bit with
-    workers. No transition joins two episodes, not at a time-out either, and a time-out's mask is 1.
-    """
+    each episode from its seed gives the same observations, rewards, masks and ends, bit by bit. No
+    transition joins two episodes, not at a time-out either, and a time-out's mask is 1."""
     monkeypatch.setattr(module, "update", lambda args, state, batch: (state, {}))
     args = tiny_online(module, env, replay_size=1000, eval_interval=1000, name="whole")
     module.main(args)
-    replay = replay_of(folder_of(script, args))
+    replay = checkpoint(folder_of(script, args))["replay"]
     over = replay["terminals"] > 0
     assert replay["rewards"].shape == (2, steps) and np.abs(replay["actions"]).max() <= 1
     assert (over.sum(1) >= 1).all() and not np.array_equal(over[0], over[1])
@@ -185,8 +177,19 @@ def test_transitions(script, module, here, monkeypatch, env, steps):
     follow, after = replay["observations"][:, 1:], replay["next_observations"][:, :-1]
     same = (follow == after).all(-1)
     np.testing.assert_array_equal(same, ~over[:, :-1])
+    slot = Slot(env)
+    for i, seed in enumerate((args.seed, args.seed + 1)):
+        (state,) = slot.start(seed_of(seed, 1, 0))
+        for k in range(steps):
+            np.testing.assert_array_equal(replay["observations"][i, k], state)
+            state, *flags, _ = slot.step(replay["actions"][i, k])
+            np.testing.assert_array_equal(replay["next_observations"][i, k], state)
+            stored = [replay[name][i, k] for name in ("rewards", "masks", "terminals")]
+            np.testing.assert_array_equal(stored, np.float32(flags))
+            if over[i, k]:
+                (state,) = slot.start(seed_of(seed, 1, k + 1, TRAINING))
     if env == "multigoal":
-        position, reward, reached = multigoal(replay["observations"], replay["actions"])
+        position, reward, reached = plane(replay["observations"], replay["actions"])
         np.testing.assert_array_equal(replay["next_observations"], position)
         np.testing.assert_allclose(replay["rewards"], reward, rtol=1e-5, atol=1e-4)
         np.testing.assert_array_equal(replay["masks"], 1 - reached)
@@ -196,17 +199,6 @@ def test_transitions(script, module, here, monkeypatch, env, steps):
             lengths = np.diff(np.flatnonzero(ends), prepend=-1)
             assert (lengths[masks[ends] == 1] == MULTIGOAL_STEPS).all()
             assert (lengths <= MULTIGOAL_STEPS).all()
-        return
-    slot = Slot(env)
-    for i, seed in enumerate((args.seed, args.seed + 1)):
-        state = slot.start(seed_of(seed, 1, 0))
-        for k in range(steps):
-            np.testing.assert_array_equal(replay["observations"][i, k], state)
-            state, *flags, _ = slot.step(replay["actions"][i, k])
-            np.testing.assert_array_equal(replay["next_observations"][i, k], state)
-            stored = [replay[name][i, k] for name in ("rewards", "masks", "terminals")]
-            np.testing.assert_array_equal(stored, np.float32(flags))
-            state = slot.start(seed_of(seed, 1, k + 1, TRAINING)) if over[i, k] else state
 
 
 # --- repetition and continuation -----------------------------------------------------------------
@@ -217,7 +209,7 @@ def test_repeats_and_continues(script, module, args, reference, here, monkeypatc
     """Stopped between two checkpoints and continued: the same tables and checkpoint, bit by bit, in
     the same program. (A script whose run did not repeat would not continue so, either.)"""
     with monkeypatch.context() as patch:
-        stop_at(patch, "log", ("train",), 60)
+        stop_at(patch, "train.csv", 60)
         run_until_stop(module, args)
     before = programs(module)
     assert checkpoint(folder_of(script, args))["step"] == 48
@@ -226,20 +218,20 @@ def test_repeats_and_continues(script, module, args, reference, here, monkeypatc
     assert programs(module) == before
 
 
-STOPS = dict(  # method, table and step of the stop; step of the checkpoint then
+STOPS = dict(  # file and step of the stop; step of the checkpoint then
     multigoal=[
-        ("log", ("train",), 18, None),
-        ("log", ("train",), 24, None),
-        ("save", (), 24, 24),
-        ("log", ("eval",), 24, 24),
-        ("save", (), 48, 48),
-        ("log", ("train",), 54, 48),
+        ("train.csv", 18, None),
+        ("train.csv", 24, None),
+        (CHECKPOINT, 24, 24),
+        ("eval.csv", 24, 24),
+        (CHECKPOINT, 48, 48),
+        ("train.csv", 54, 48),
     ],
     hopper=[
-        ("save", (), 8, 8),  # in the random phase
-        ("log", ("train",), 24, 16),
-        ("save", (), 24, 24),  # in an episode, after the replay was overwritten
-        ("log", ("train",), 28, 24),
+        (CHECKPOINT, 8, 8),  # in the random phase
+        ("train.csv", 24, 16),
+        (CHECKPOINT, 24, 24),  # in an episode, after the replay was overwritten
+        ("train.csv", 28, 24),
     ],
 )
 
@@ -250,14 +242,14 @@ def test_continues_bit_by_bit(script, module, references, here, monkeypatch, env
     is any or after the replay was overwritten, at a log, an evaluation, in the random phase, in an
     episode: the end is the same."""
     args, folder, _ = references[env]
-    for method, table, step, left in STOPS[env]:
+    for file, step, left in STOPS[env]:
         with monkeypatch.context() as patch:
-            stop_at(patch, method, table, step)
+            stop_at(patch, file, step)
             run_until_stop(module, args)
-        assert os.path.exists(f"{folder_of(script, args)}/checkpoint.msgpack") == bool(left)
+        assert os.path.exists(f"{folder_of(script, args)}/{CHECKPOINT}") == bool(left)
         if left:
             content = checkpoint(folder_of(script, args))
-            ages = content["tree"]["pool"]["ages"]
+            ages = content["envs"]["ages"]
             assert content["step"] == left and (0 < ages).all() and (ages < 20).all()
     module.main(args)
     assert_same(folder_of(script, args), folder)
@@ -271,11 +263,11 @@ def test_forked_scripts_with_workers(name, tmp_path, monkeypatch):
     args = tiny_online(module, "hopper")
     folder, count = uninterrupted(name, module, args, tmp_path)
     check_run(name, folder, args)
-    assert count == (1, 0, 1 + len(module.MODES))
+    assert count == (1, 1 + len(module.MODES))
     (tmp_path / "again").mkdir()
     monkeypatch.chdir(tmp_path / "again")
     with monkeypatch.context() as patch:
-        stop_at(patch, "log", ("train",), 28)
+        stop_at(patch, "train.csv", 28)
         run_until_stop(module, args)
     assert checkpoint(folder_of(name, args))["step"] == 24
     module.main(args)
@@ -287,10 +279,10 @@ def test_an_episode_longer_than_the_replay(script, module, here, monkeypatch):
     watched(monkeypatch, module)
     args = tiny_online(module, "hopper", replay_size=5, name="short")
     with monkeypatch.context() as patch:
-        stop_at(patch, "save", (), 8)
+        stop_at(patch, CHECKPOINT, 8)
         run_until_stop(module, args)
     before = contents(folder_of(script, args))
-    with pytest.raises(SystemExit, match="^[^\n]*longer than the replay[^\n]*$"):
+    with pytest.raises(UserError, match="^[^\n]*longer than the replay[^\n]*$"):
         module.main(args)
     assert contents(folder_of(script, args)) == before
 
@@ -322,17 +314,17 @@ def test_evaluating_more_often_changes_no_training(script, module, references, h
     assert rows(folder_of(script, other), "train") == rows(folder, "train")
     often, seldom = rows(folder_of(script, other), "eval"), rows(folder, "eval")
     assert len(often) == 2 * len(seldom) and [x for x in often if x in seldom] == seldom
-    trees = [checkpoint(path)["tree"] for path in (folder_of(script, other), folder)]
-    for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
-        np.testing.assert_array_equal(x, y)
+    assert_same_arrays(*(checkpoint(path) for path in (folder_of(script, other), folder)))
 
 
 def test_agents_alone_and_together(script, module, args, reference, here):
     """The second agent is the same without the first one beside it."""
     alone = dataclasses.replace(args, num_seeds=1, seed=args.seed + 1, name="alone")
     module.main(alone)
-    one, both = (checkpoint(path)["tree"] for path in (folder_of(script, alone), reference[0]))
-    for x, y in zip(*(jax.tree.leaves((t["state"]["params"], t["replay"])) for t in (one, both))):
+    one, both = (checkpoint(path) for path in (folder_of(script, alone), reference[0]))
+    assert one["replay"].pop("size") == both["replay"].pop("size")
+    trees = [jax.tree.leaves((x["state"]["params"], x["replay"])) for x in (one, both)]
+    for x, y in zip(*trees, strict=True):
         np.testing.assert_allclose(x[0], y[1], rtol=1e-3, atol=1e-3)
     agents = both["replay"]["actions"]
     assert not np.array_equal(agents[0], agents[1])
@@ -341,9 +333,9 @@ def test_agents_alone_and_together(script, module, args, reference, here):
 def test_other_flags_are_refused(script, module, args, reference, here):
     """Another value in the same folder: one message that names the flag, and nothing changes."""
     shutil.copytree(reference[0], folder_of(script, args))
-    with pytest.raises(SystemExit, match=f"critic_lr: {args.critic_lr} there, 0.5 now"):
+    with pytest.raises(UserError, match=f"critic_lr: {args.critic_lr} there, 0.5 now"):
         module.main(dataclasses.replace(args, critic_lr=0.5))
-    with pytest.raises(SystemExit, match="total_steps: 72 there, 96 now"):
+    with pytest.raises(UserError, match="total_steps: 72 there, 96 now"):
         module.main(dataclasses.replace(args, total_steps=96))
     assert contents(folder_of(script, args)) == contents(reference[0])
 
@@ -390,7 +382,7 @@ def test_when_updates_come(script, module, here, monkeypatch, env, every, log):
 
 def test_number_of_updates(module, args, reference):
     """Counted by the optimisers, and equal to what schedules plan with."""
-    state, updates = checkpoint(reference[0])["tree"]["state"], 72 - 10
+    state, updates = checkpoint(reference[0])["state"], 72 - 10
     assert module.planned_updates(args) == updates and state["step"].tolist() == [updates] * 2
     for name, optimizer in state["opt_state"].items():
         assert optimizer["0"]["count"].tolist() == [updates] * 2, name
@@ -407,7 +399,7 @@ def test_random_phase(script, module, here, monkeypatch, env):
     watched(monkeypatch, module)
     args = tiny_online(module, env, **flags)
     module.main(args)
-    replay = replay_of(folder_of(script, args))
+    replay = checkpoint(folder_of(script, args))["replay"]
     first, rest = np.split(replay["actions"], [300], 1)
     assert (rest == 0.5).all() and len(np.unique(first)) == first.size
     assert np.abs(first).max() <= 1
@@ -437,7 +429,7 @@ def test_noise_is_fresh(script, module, here, monkeypatch, env):
     monkeypatch.setattr(module, "sample_actions", sample_actions)
     args = tiny_online(module, env, **flags, name="fresh")
     module.main(args)
-    actions = replay_of(folder_of(script, args))["actions"][:, 1:]
+    actions = checkpoint(folder_of(script, args))["replay"]["actions"][:, 1:]
     assert len(np.unique(actions)) == actions.size
     assert scipy.stats.kstest(actions.ravel(), "uniform", (-1, 2)).pvalue > 1e-3
     jax.effects_barrier()
@@ -459,9 +451,11 @@ def test_batches(module, monkeypatch, steps):
     replay = Replay(**jax.tree.map(jnp.array, fields), size=jnp.full(2, steps))
     args, filled = tiny_online(module, batch_size=1000), min(steps, capacity)
     monkeypatch.setattr(module, "update", lambda args, state, batch: (state, vars(batch)))
+    learn = jax.vmap(partial(module.train_step, args))
     state, batches = State(jax.vmap(jax.random.PRNGKey)(jnp.arange(2))), []
     for _ in range(2):
-        state, batch = module.learn(args, state, None, replay)
+        state, batch = learn(state, replay)
+        assert batch["updates"].tolist() == [1, 1]
         for i, name in enumerate(names):
             np.testing.assert_array_equal(batch[name], 100 * i + batch["observations"])
         rows = np.asarray(batch["observations"], int) - capacity * np.arange(2)[:, None]
@@ -490,7 +484,7 @@ def test_evaluations_use_their_modes(script, module, here, monkeypatch, env):
     args = tiny_online(module, env, **flags)
     module.main(args)
     assert set(asked) == {"explore", "slow", "fast"}
-    assert (replay_of(folder_of(script, args))["actions"][:, 6:] == 0).all()
+    assert (checkpoint(folder_of(script, args))["replay"]["actions"][:, 6:] == 0).all()
     last = rows(folder_of(script, args), "eval")[-2:]
     assert list(last[0])[3:] == ["return", "length", "fast_return", "fast_length"]
     if env == "multigoal":  # from about (0.1, 0) to the goal at (5, 0)
@@ -502,21 +496,14 @@ def test_evaluations_use_their_modes(script, module, here, monkeypatch, env):
 def test_agents_start_apart(script, module, here, monkeypatch):
     """Networks and random numbers of two agents differ from the first; their evaluations, in every
     mode, have the seeds of (seed, task, step, episode), and scores are means over an agent's."""
-    played = []
-
-    def play(pool, policy, seeds):
-        rng = np.random.default_rng(len(played))
-        out = {name: rng.uniform(size=seeds.shape) for name in ("success", "return", "length")}
-        played.append((seeds.tolist(), out))
-        return out
-
     watched(monkeypatch, module)
-    monkeypatch.setattr(EnvPool, "play", play)
+    episodes = fake_episodes()
+    monkeypatch.setattr(module, "Episodes", episodes)
     args = tiny_online(
         module, "hopper", total_steps=5, eval_interval=3, eval_episodes=3, name="apart"
     )
     module.main(dataclasses.replace(args, warmup_steps=4))
-    state = checkpoint(folder_of(script, args))["tree"]["state"]
+    state = checkpoint(folder_of(script, args))["state"]
     leaves = jax.tree_util.tree_leaves_with_path(state["params"])
     kernels = [x for path, x in leaves if "kernel" in jax.tree_util.keystr(path)]
     assert len(kernels) > 5 and all(x.any() for x in kernels)
@@ -524,15 +511,15 @@ def test_agents_start_apart(script, module, here, monkeypatch):
         assert (x[0] != x[1]).any()
     lines = rows(folder_of(script, args), "eval")
     assert [int(x["step"]) for x in lines] == [3, 3, 5, 5]
-    for i, (seeds, out) in enumerate(played):
+    for i, (seeds, out) in enumerate(episodes.played):
         at, mode = divmod(i, len(module.MODES))
-        prefix = f"{module.MODES[mode]}_" * bool(mode)
+        prefix = f"{module.MODES[mode]}_" if mode else ""
         for j, line in enumerate(lines[2 * at : 2 * at + 2]):
             who = int(line["seed"]), int(line["task"]), int(line["step"])
             assert who[0] == args.seed + j and seeds[j] == [seed_of(*who, e) for e in range(3)]
             for name in ("return", "length"):
                 assert float(line[prefix + name]) == pytest.approx(out[name][j].sum() / 3)
-    assert len(played) == 2 * len(module.MODES)
+    assert len(episodes.played) == 2 * len(module.MODES)
 
 
 # --- failures ------------------------------------------------------------------------------------
@@ -542,33 +529,34 @@ def test_nan_stops_the_run(script, module, args, reference, here, monkeypatch, c
     """NaN of one agent after the other: step, agent and metric are named; with the last agent the
     run ends, and the last checkpoint stays."""
     with monkeypatch.context() as patch:
-        stop_at(patch, "log", ("eval",), 24)
+        stop_at(patch, "eval.csv", 24)
         run_until_stop(module, args)
-    path, original = folder_of(script, args), module.train_on_plane
+    path, original = folder_of(script, args), module.train_chunk
     before = contents(path)
 
     def broken(*arguments):
-        state, sums, *rest = original(*arguments)
-        return state, sums | dict(critic_loss=jnp.array([jnp.nan, jnp.nan])), *rest
+        state, sums = original(*arguments)
+        return state, sums | dict(critic_loss=jnp.array([jnp.nan, jnp.nan]))
 
-    monkeypatch.setattr(module, "train_on_plane", broken)
-    with pytest.raises(SystemExit, match="critic_loss of task 1, seed 1 is not finite at step 30"):
+    monkeypatch.setattr(module, "train_chunk", broken)
+    with pytest.raises(UserError, match="critic_loss of task 1, seed 1 is not finite at step 30"):
         module.main(args)
     assert "critic_loss of task 1, seed 0 is not finite at step 30" in capsys.readouterr().err
     assert contents(path) == before
 
 
-@pytest.mark.parametrize("env, train", [("multigoal", "train_on_plane"), ("hopper", "train_chunk")])
-def test_one_agent_diverges(script, module, references, here, monkeypatch, capsys, env, train):
+@pytest.mark.parametrize("env", ONLINE_LENGTHS)
+def test_one_agent_diverges(script, module, references, here, monkeypatch, capsys, env):
     """The other one is the same, bit by bit, and the run says who is lost."""
     args, folder, _ = references[env]
-    monkeypatch.setattr(module, train, poisoned(getattr(module, train), 1, 5))
+    monkeypatch.setattr(module, "train_chunk", poisoned(module.train_chunk, 1, 5))
     module.main(args)
     said = [line for line in capsys.readouterr().err.splitlines() if "not finite" in line]
     assert len(said) == 1 and f"task 1, seed {args.seed + 1} is" in said[0]
-    mine, others = checkpoint(folder_of(script, args))["tree"], checkpoint(folder)["tree"]
+    mine, others = checkpoint(folder_of(script, args)), checkpoint(folder)
+    assert mine["replay"].pop("size") == others["replay"].pop("size")
     for name in ("state", "replay"):
-        for x, y in zip(jax.tree.leaves(mine[name]), jax.tree.leaves(others[name])):
+        for x, y in zip(jax.tree.leaves(mine[name]), jax.tree.leaves(others[name]), strict=True):
             np.testing.assert_array_equal(x[0], y[0])
     mine, others = (rows(path, "eval") for path in (folder_of(script, args), folder))
     assert mine[0::2] == others[0::2] and len(mine) == len(others)
@@ -580,31 +568,58 @@ def test_one_agent_diverges(script, module, references, here, monkeypatch, capsy
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("fmer.py --env cube-double", "'cube-double' is an environment of the offline methods"),
-        ("qam.py --env multigoal", "'multigoal' is an environment of the online methods"),
+        ("fmer.py --env cube-double", ("--env cube-double is an offline environment", "meam.py")),
+        ("meam.py --env multigoal", ("--env multigoal is an online environment", "fmer.py")),
+        ("fmer.py --env no-such-env", ("unknown environment 'no-such-env'",)),
+        ("baselines/td3.py --name a/b", ("--name 'a/b' must be the name of a folder",)),
+        ("baselines/ppo.py --eval-only", ("holds no checkpoint",)),
     ],
 )
-def test_environments_of_the_other_family(tmp_path, line, words):
-    """One clear line, and no folder. (tests/common/test_run.py has all other flags that are
-    refused.)"""
+def test_mistakes_end_in_one_line(tmp_path, line, words):
+    """One line that begins with `error:`, exit code 1, and no run. (tests/common/test_flags.py has
+    all other flags that are refused.)"""
     script, *flags = line.split()
     line = [sys.executable, f"{ROOT}/{script}", *flags]
     answer = subprocess.run(line, cwd=tmp_path, env=clean(tmp_path), capture_output=True, text=True)
     assert answer.returncode == 1 and not answer.stdout
-    assert answer.stderr.startswith(words) and answer.stderr.count("\n") == 1
-    assert not list(tmp_path.rglob("*"))
+    assert answer.stderr.startswith("error: ") and answer.stderr.count("\n") == 1
+    for word in words:
+        assert word in answer.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    left = [path.name for path in files if ".compiled" not in path.parts]
+    assert left == ([".lock"] if "--eval-only" in flags else [])
+
+
+def test_both_ways_to_start_a_baseline(tmp_path):
+    """`python baselines/td3.py` in any folder equals `python -m baselines.td3` next to it; without
+    --name the run's name is made of the flags that were changed, and main's rows are as before."""
+    module = importlib.import_module("baselines.td3")
+    args = tiny_online(module, total_steps=14, eval_interval=14, name="")
+    lines = dict(
+        path=command("baselines/td3", args),
+        module=[sys.executable, "-m", "baselines.td3", *command("baselines/td3", args)[2:]],
+    )
+    folders = []
+    for way, line in lines.items():
+        (tmp_path / way).mkdir()
+        variables = quick(tmp_path) | (dict(PYTHONPATH=str(ROOT)) if way == "module" else {})
+        subprocess.run(line, cwd=tmp_path / way, env=variables, check=True, capture_output=True)
+        (folder,) = (tmp_path / way / "runs/td3/multigoal").iterdir()
+        folders.append(folder)
+    assert_same(*folders)
+    assert folders[0].name == folders[1].name
+    assert {"hidden-dims=16-16", "total-steps=14", "num-seeds=2"} <= {*folders[0].name.split(",")}
 
 
 @pytest.mark.parametrize("name", FULLY + [name for name in EVERY if "/" in name][-1:])
 def test_copied_out(name, tmp_path):
-    """The script and common/ are all that a run needs."""
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    shutil.copy(ROOT / f"{name}.py", tmp_path / f"{name}.py")
+    """The script and common/ are all that a run needs; a baseline may then be next to common/."""
+    flat = tmp_path / f"{os.path.basename(name)}.py"
+    shutil.copy(ROOT / f"{name}.py", flat)
     shutil.copytree(ROOT / "common", tmp_path / "common")
     module = importlib.import_module(name.replace("/", "."))
     short = tiny_online(module, total_steps=4, warmup_steps=2, eval_episodes=1)
-    variables = clean(tmp_path) | {k: v for k, v in os.environ.items() if k.startswith("JAX_")}
-    line = command(name, short, root=tmp_path)
-    subprocess.run(line, cwd=tmp_path, env=variables, check=True, capture_output=True)
+    line = command(flat.stem, short, root=tmp_path)
+    subprocess.run(line, cwd=tmp_path, env=quick(tmp_path), check=True, capture_output=True)
     folder = tmp_path / "runs" / os.path.basename(name) / "multigoal" / "default"
     assert checkpoint(folder)["step"] == 4

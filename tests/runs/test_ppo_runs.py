@@ -5,7 +5,6 @@ two agents with two environments each on the plane, four rollouts of 24 steps, o
 middle of episodes. On `hopper` an agent has one environment and rollouts of 16 steps."""
 
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -17,8 +16,12 @@ import numpy as np
 import pytest
 
 from baselines import ppo
-from common.envs import MULTIGOAL_STEPS, TRAINING, EnvPool, multigoal, seed_of
+from common.checkpoints import CHECKPOINT
+from common.env_pool import EnvPool, Episodes
+from common.environments import MULTIGOAL_STEPS, TRAINING, seed_of
+from common.errors import UserError
 from tests.helpers.flags import PPO_LENGTHS, tiny_ppo
+from tests.helpers.plane import plane
 from tests.helpers.run_tests import (  # noqa: F401 (tests that run here, too)
     test_eval_only,
     test_eval_only_needs_a_checkpoint,
@@ -31,18 +34,21 @@ from tests.helpers.run_tests import (  # noqa: F401 (tests that run here, too)
 )
 from tests.helpers.runs import (
     assert_same,
+    assert_same_arrays,
     checkpoint,
-    clean,
     command,
     contents,
+    flags_of,
+    folder_of,
+    quick,
     rows,
     run_until_stop,
+    start,
     stop_at,
-    traced,
 )
 from tools.shared_blocks import ROOT
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "find_modules")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +66,14 @@ def args():
     return tiny_ppo()
 
 
-def folder_of(args):
-    """The run's folder in the working folder."""
-    return os.path.abspath(f"runs/ppo/{args.env}/{args.name}")
-
-
 def uninterrupted(args, path):
     """Folder of a run, and the numbers of programs that were compiled for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        ppo.train_chunk.clear_cache(), ppo.act.clear_cache()
+        ppo.train_chunk.clear_cache()
+        ppo.act.clear_cache()
         ppo.main(args)
-        return folder_of(args), (ppo.train_chunk._cache_size(), ppo.act._cache_size())
+        return folder_of("ppo", args), (ppo.train_chunk._cache_size(), ppo.act._cache_size())
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +93,9 @@ def spied(monkeypatch):
     """Every rollout that is learnt from, as a list that fills."""
     seen, train = [], ppo.train_chunk
 
-    def spy(args, state, rollout):
-        if not traced(rollout):
-            seen.append({name: np.array(x) for name, x in rollout.items()})
-        return train(args, state, rollout)
+    def spy(args, state, metrics, rollout):
+        seen.append({name: np.array(x) for name, x in rollout.items()})
+        return train(args, state, metrics, rollout)
 
     monkeypatch.setattr(ppo, "train_chunk", spy)
     return seen
@@ -112,8 +113,7 @@ def test_files(references, env):
     args, folder, _ = references[env]
     names = {"config.json", "train.csv", "eval.csv", "checkpoint.msgpack", "rollouts.npz"}
     assert names <= set(os.listdir(folder))
-    with open(f"{folder}/config.json") as file:
-        flags = json.load(file)["flags"]
+    flags = flags_of(folder)
     assert (flags["env"], flags["rollout_steps"]) == (env, args.rollout_steps)
     for table, expected in zip(("train", "eval"), HALTS[env]):
         lines = rows(folder, table)
@@ -124,8 +124,9 @@ def test_files(references, env):
     assert [*rows(folder, "eval")[0]] == ["task", "seed", "step", "return", "length"]
     content = checkpoint(folder)
     assert content["step"] == HALTS[env][1][-1]
-    ages, past = content["tree"]["pool"]["ages"], content["tree"]["past"]
-    assert (ages > 0).all() and past.shape[1] == ages.max() and np.abs(past).max() <= 1
+    ages, played = content["envs"]["ages"], content["played"]
+    assert (ages > 0).all() and played.shape[:3] == (*ages.shape, ages.max())
+    assert np.abs(played).max() <= 1
 
 
 def test_number_of_programs(references):
@@ -135,7 +136,7 @@ def test_number_of_programs(references):
 
 def test_number_of_updates(args, reference):
     """As planned: 4 rollouts, 2 epochs of 3 minibatches; statistics of all 96 steps."""
-    state = checkpoint(reference[0])["tree"]["state"]
+    state = checkpoint(reference[0])["state"]
     assert ppo.planned_updates(args) == 24
     counts = [x for x in jax.tree.leaves(state["opt_state"]) if x.dtype == np.int32]
     assert len(counts) == 2 and all(x.tolist() == [24, 24] for x in counts)  # of Adam and its rate
@@ -147,24 +148,25 @@ def test_rows_are_means(here, monkeypatch):
     """Of the updates' metrics, over all rollouts since the last row; of returns and lengths, over
     an agent's episodes, which have the seeds of (seed, task, step, episode). Agents start apart."""
     args, count, train = tiny_ppo(name="means"), iter(range(100)), ppo.train_chunk
-    started, played, play = [], [], EnvPool.play
+    started, played, begin = [], [], Episodes.__init__
 
-    def numbered(args, state, rollout):
-        started.extend([] if traced(state) or started else [jax.device_get(state)])
-        state, metrics = train(args, state, rollout)
-        value = 0 if traced(state) else next(count)
-        return state, metrics | dict(kl=jnp.array([value, 10.0 * value]))
+    def numbered(args, state, metrics, rollout):
+        if not started:
+            started.append(jax.tree.map(np.array, state))
+        before = jnp.array(metrics["kl"])
+        state, metrics = train(args, state, metrics, rollout)
+        return state, metrics | dict(kl=before + next(count) * jnp.array([1.0, 10.0]))
 
-    def watch(pool, policy, seeds):
-        played.append((seeds.tolist(), play(pool, policy, seeds)))
-        return played[-1][1]
+    def watch(episodes, pool, seeds):
+        begin(episodes, pool, seeds)
+        played.append((seeds.tolist(), episodes.results))
 
     monkeypatch.setattr(ppo, "train_chunk", numbered)
-    monkeypatch.setattr(EnvPool, "play", watch)
+    monkeypatch.setattr(Episodes, "__init__", watch)
     ppo.main(args)
-    found = [float(x["kl"]) for x in rows(folder_of(args), "train")]
+    found = [float(x["kl"]) for x in rows(folder_of("ppo", args), "train")]
     assert found == [0.5, 5, 2, 20, 3, 30]
-    lines = rows(folder_of(args), "eval")
+    lines = rows(folder_of("ppo", args), "eval")
     for (seeds, out), step, pair in zip(played, (48, 96), (lines[:2], lines[2:]), strict=True):
         assert seeds == [[seed_of(seed, 1, step, e) for e in range(2)] for seed in (0, 1)]
         for i, line in enumerate(pair):
@@ -183,19 +185,20 @@ def test_transitions(here, monkeypatch):
     leave the box. No step joins two episodes, also not from rollout to rollout, and a time-out's
     mask is 1. Each episode starts from a seed of its own."""
     args, seen, started = tiny_ppo(name="seen"), spied(monkeypatch), []
-    start = EnvPool.start
+    reset = EnvPool.reset
 
-    def watch(pool, slots, seeds):
-        started.extend([*seeds] * (len(pool.names) == 4 and len(pool.plans[0]) == 0))
-        return start(pool, slots, seeds)
+    def watch(pool, seeds, where=None):
+        if pool.shape == (2, 2):
+            started.extend(seeds.ravel() if where is None else seeds[where])
+        return reset(pool, seeds, where)
 
-    monkeypatch.setattr(EnvPool, "start", watch)
+    monkeypatch.setattr(EnvPool, "reset", watch)
     args = dataclasses.replace(args, eval_interval=1000, eval_slots=1)
     ppo.main(args)
     assert len(seen) == 4 and seen[0]["actions"].shape == (2, 2, 12, 2)
     whole = {name: np.concatenate([x[name] for x in seen], 2) for name in seen[0]}
     s, after, over = whole["observations"], whole["next_observations"], whole["terminals"] > 0
-    position, reward, reached = multigoal(s, whole["actions"])
+    position, reward, reached = plane(s, whole["actions"])
     np.testing.assert_allclose(after, position, atol=1e-6)
     np.testing.assert_allclose(whole["rewards"], reward, rtol=1e-4, atol=1e-3)
     np.testing.assert_array_equal(whole["masks"], 1 - reached)
@@ -207,15 +210,13 @@ def test_transitions(here, monkeypatch):
     assert timed_out.any()
     for ends, clock in zip(over.reshape(4, -1), timed_out.reshape(4, -1)):
         lengths = np.diff(np.flatnonzero(ends), prepend=-1)
-        assert (lengths[clock[ends]] == MULTIGOAL_STEPS).all() and (
-            lengths <= MULTIGOAL_STEPS
-        ).all()
+        assert (lengths[clock[ends]] == MULTIGOAL_STEPS).all()
+        assert (lengths <= MULTIGOAL_STEPS).all()
     first = [seed_of(seed, 1, e, TRAINING) for seed in (0, 1) for e in range(2)]
-    later = [
-        seed_of(agent, 1, 2 * (t + 1) + e, TRAINING)
-        for t in range(48) for agent in range(2) for e in range(2) if over[agent, e, t]
-    ]  # fmt: skip
-    assert started[-len(later) - 4 :] == first + later and len(set(first + later)) == 4 + len(later)
+    later = []
+    for step, agent, e in np.argwhere(over.transpose(2, 0, 1)):
+        later.append(seed_of(agent, 1, 2 * (step + 1) + e, TRAINING))
+    assert started == first + later and len(set(started)) == 4 + len(later)
 
 
 def test_statistics_are_frozen_while_playing(here, monkeypatch):
@@ -235,19 +236,19 @@ def test_statistics_are_frozen_while_playing(here, monkeypatch):
 
 # --- repetition and continuation -----------------------------------------------------------------
 
-STOPS = dict(  # method, table and step of the stop; step of the checkpoint then
+STOPS = dict(  # file and step of the stop; step of the checkpoint then
     multigoal=[
-        ("log", ("train",), 48, None),
-        ("save", (), 48, 48),
-        ("log", ("train",), 72, 48),
-        ("log", ("train",), 96, 48),
-        ("save", (), 96, 96),
+        ("train.csv", 48, None),
+        (CHECKPOINT, 48, 48),
+        ("train.csv", 72, 48),
+        ("train.csv", 96, 48),
+        (CHECKPOINT, 96, 96),
     ],
     hopper=[
-        ("log", ("train",), 16, None),
-        ("log", ("train",), 48, 32),
-        ("log", ("train",), 64, 32),
-        ("log", ("eval",), 64, 64),
+        ("train.csv", 16, None),
+        ("train.csv", 48, 32),
+        ("train.csv", 64, 32),
+        ("eval.csv", 64, 64),
     ],
 )
 
@@ -257,94 +258,94 @@ def test_continues_bit_by_bit(references, here, monkeypatch, env):
     """Stopped again and again, with rows after the last checkpoint or exactly at one, and continued
     in the middle of episodes that began in other rollouts: the end is the same."""
     args, folder, _ = references[env]
-    for method, table, step, left in STOPS[env]:
+    for file, step, left in STOPS[env]:
         with monkeypatch.context() as patch:
-            stop_at(patch, method, table, step)
+            stop_at(patch, file, step)
             run_until_stop(ppo, args)
-        assert os.path.exists(f"{folder_of(args)}/checkpoint.msgpack") == bool(left)
-        assert not left or checkpoint(folder_of(args))["step"] == left
+        path = folder_of("ppo", args)
+        assert os.path.exists(f"{path}/{CHECKPOINT}") == bool(left)
+        assert not left or checkpoint(path)["step"] == left
     ppo.main(args)
-    assert_same(folder_of(args), folder)
+    assert_same(folder_of("ppo", args), folder)
 
 
 def test_stopped_in_a_rollout(args, reference, here, monkeypatch):
     """Its steps are lost, and played again."""
     step, calls = EnvPool.step, []
 
-    def stopping(pool, policy, slots):
-        calls.append(len(slots) == 4 and policy is not None)
+    def stopping(pool):
+        calls.append(pool.shape == (2, 2))
         if sum(calls) == 29:
             raise KeyboardInterrupt
-        return step(pool, policy, slots)
+        return step(pool)
 
     with monkeypatch.context() as patch:
         patch.setattr(EnvPool, "step", stopping)
         with pytest.raises(KeyboardInterrupt):
             ppo.main(dataclasses.replace(args, eval_slots=1))
-    assert checkpoint(folder_of(args))["step"] == 48
+    assert checkpoint(folder_of("ppo", args))["step"] == 48
     ppo.main(args)
-    assert rows(folder_of(args), "train") == rows(reference[0], "train")
+    assert rows(folder_of("ppo", args), "train") == rows(reference[0], "train")
 
 
 def test_workers_change_nothing(references, here):
     """Two processes that step the environments of training and evaluations."""
     args, folder, _ = references["hopper"]
     ppo.main(dataclasses.replace(args, workers=2))
-    assert_same(folder_of(args), folder)
+    assert_same(folder_of("ppo", args), folder)
 
 
 def test_evaluating_more_often_changes_no_training(args, reference, here):
     """At every rollout's end: the same updates; evaluations of the same step are the same."""
     other = dataclasses.replace(args, eval_interval=20)
     ppo.main(other)
-    often, seldom = rows(folder_of(other), "eval"), rows(reference[0], "eval")
+    often, seldom = rows(folder_of("ppo", other), "eval"), rows(reference[0], "eval")
     assert len(often) == 8 and [x for x in often if x in seldom] == seldom
-    last = rows(folder_of(other), "train")[-4:]
+    last = rows(folder_of("ppo", other), "train")[-4:]
     assert last == rows(reference[0], "train")[-4:]
-    trees = [checkpoint(path)["tree"] for path in (folder_of(other), reference[0])]
-    for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
-        np.testing.assert_array_equal(x, y)
+    assert_same_arrays(checkpoint(folder_of("ppo", other)), checkpoint(reference[0]))
 
 
 def test_agents_alone_and_together(args, reference, here):
     """The second agent is the same without the first one beside it."""
     alone = dataclasses.replace(args, num_seeds=1, seed=1, name="alone")
     ppo.main(alone)
-    one, both = (checkpoint(path)["tree"] for path in (folder_of(alone), reference[0]))
+    one, both = (checkpoint(path) for path in (folder_of("ppo", alone), reference[0]))
     parts = [
         [t["state"][name] for name in ("params", "statistics", "returns")] for t in (one, both)
     ]
     for x, y in zip(*map(jax.tree.leaves, parts), strict=True):
         np.testing.assert_allclose(x[0], y[1], rtol=1e-3, atol=1e-3)
-    assert not np.allclose(both["past"][:2], both["past"][2:])
-    assert not np.allclose(both["past"][0], both["past"][1])
+    played = both["played"]  # (agents, environments, steps, 2)
+    assert not np.allclose(played[0], played[1])
+    assert not np.allclose(played[0, 0], played[0, 1])
 
 
 def test_other_flags_are_refused(args, reference, here):
     """Another value in the same folder: one message that names the flag, and nothing changes."""
-    shutil.copytree(reference[0], folder_of(args))
-    with pytest.raises(SystemExit, match=f"lr: {args.lr} there, 0.5 now"):
+    shutil.copytree(reference[0], folder_of("ppo", args))
+    with pytest.raises(UserError, match=f"lr: {args.lr} there, 0.5 now"):
         ppo.main(dataclasses.replace(args, lr=0.5))
-    with pytest.raises(SystemExit, match="num_envs: 2 there, 4 now"):
+    with pytest.raises(UserError, match="num_envs: 2 there, 4 now"):
         ppo.main(dataclasses.replace(args, num_envs=4))
-    assert contents(folder_of(args)) == contents(reference[0])
+    assert contents(folder_of("ppo", args)) == contents(reference[0])
 
 
 def test_nan_stops_the_run(args, reference, here, monkeypatch):
     """NaN of all agents: step, agent and metric are named, and the last checkpoint stays."""
     with monkeypatch.context() as patch:
-        stop_at(patch, "log", ("eval",), 48)
+        stop_at(patch, "eval.csv", 48)
         run_until_stop(ppo, args)
-    before, original = contents(folder_of(args)), ppo.train_chunk
+    before, original = contents(folder_of("ppo", args)), ppo.train_chunk
 
     def broken(*arguments):
         state, metrics = original(*arguments)
         return state, metrics | dict(critic_loss=jnp.array([jnp.nan, jnp.nan]))
 
     monkeypatch.setattr(ppo, "train_chunk", broken)
-    with pytest.raises(SystemExit, match="critic_loss of task 1, seed 1 is not finite at step 72"):
+    with pytest.raises(UserError, match="critic_loss of task 1, seed 1 is not finite at step 72"):
         ppo.main(args)
-    assert contents(folder_of(args)) == before
+    assert contents(folder_of("ppo", args)) == before
 
 
 def test_copied_out(script, tmp_path):
@@ -354,8 +355,7 @@ def test_copied_out(script, tmp_path):
     shutil.copytree(ROOT / "common", tmp_path / "common")
     short = tiny_ppo(total_steps=24, eval_episodes=1)
     line = command(script, short, root=tmp_path)
-    variables = clean(tmp_path) | {k: v for k, v in os.environ.items() if k.startswith("JAX_")}
-    subprocess.run(line, cwd=tmp_path, env=variables, check=True, capture_output=True)
+    subprocess.run(line, cwd=tmp_path, env=quick(tmp_path), check=True, capture_output=True)
     assert checkpoint(tmp_path / "runs/ppo/multigoal/default")["step"] == 24
 
 
@@ -365,5 +365,5 @@ def test_several_agents_with_wide_networks(tmp_path):
     flags = "--num-seeds 2 --hidden-dims 64 64 64 --rollout-steps 64 --batch-size 32 --epochs 1"
     flags += " --total-steps 64 --log-interval 64 --eval-interval 64 --eval-episodes 1"
     flags += f" --eval-slots 1 --workers 1 --run-dir {tmp_path}"
-    line = [sys.executable, "-m", "baselines.ppo", *flags.split()]
+    line = [sys.executable, *start("baselines/ppo"), *flags.split()]
     subprocess.run(line, cwd=tmp_path, check=True, timeout=200)

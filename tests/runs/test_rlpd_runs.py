@@ -8,7 +8,6 @@ import dataclasses
 import os
 import shutil
 import subprocess
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,11 @@ import pytest
 import scipy.stats
 
 from baselines import rlpd
-from common.data import Shards, locate
-from common.envs import resolve, seed_of
+from common.checkpoints import CHECKPOINT
+from common.dataset_files import locate
+from common.env_pool import EnvPool
+from common.environments import resolve, seed_of
+from common.errors import UserError
 from tests.helpers.flags import ENV, tiny_args
 from tests.helpers.run_tests import (  # noqa: F401 (tests that run here, too)
     loop,
@@ -44,17 +46,16 @@ from tests.helpers.run_tests import (  # noqa: F401 (tests that run here, too)
 from tests.helpers.runs import (
     assert_same,
     checkpoint,
-    clean,
     command,
+    quick,
     rows,
     run_folder,
     run_until_stop,
     stop_at,
-    traced,
 )
 from tools.shared_blocks import ROOT
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "find_modules")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 FIRST = 10  # step with the first update
 
 
@@ -86,9 +87,9 @@ def test_tables(reference):
 
 def test_replay_is_saved_whole(reference):
     """The checkpoint holds every transition, and none of the empty slots; there were 15 updates."""
-    tree = checkpoint(reference[0])["tree"]
-    replay, count = tree["replay"], tree["state"]["opt_state"]["0"]["count"]
-    assert replay["rewards"].shape == (2, 24) and replay["size"].tolist() == [24, 24]
+    content = checkpoint(reference[0])
+    replay, count = content["replay"], content["state"]["opt_state"]["0"]["count"]
+    assert replay["rewards"].shape == (2, 24) and replay["size"] == 24
     assert count.tolist() == [24 - FIRST + 1] * 2
     online = replay["observations"]
     assert not np.array_equal(online[0], online[1])
@@ -102,26 +103,43 @@ def test_number_of_programs(reference):
 
 
 @pytest.mark.parametrize(
-    "method, table, step, left",
+    "file, step, left",
     [
-        ("log", ("train",), 8, 0),
-        ("save", (), 8, 8),
-        ("log", ("train",), 12, 8),
-        ("log", ("train",), 16, 8),
-        ("log", ("eval",), 16, 16),
-        ("log", ("train",), 18, 16),
+        (CHECKPOINT, 8, 8),
+        ("eval.csv", 8, 8),
+        ("train.csv", 12, 8),
+        ("train.csv", 16, 8),
+        ("eval.csv", 16, 16),
+        ("train.csv", 18, 16),
     ],
-    ids=["before any", "before training", "training", "at checkpoint", "in a plan", "later"],
+    ids=["checkpoint", "before training", "training", "before a checkpoint", "in a plan", "later"],
 )
-def test_continues_bit_by_bit(
-    script, module, args, reference, here, monkeypatch, method, table, step, left
-):
+def test_continues_bit_by_bit(script, module, args, reference, here, monkeypatch, file, step, left):
     """Stopped at a step, with the last checkpoint at step `left`, and continued."""
     with monkeypatch.context() as patch:
-        stop_at(patch, method, table, step)
+        stop_at(patch, file, step)
         run_until_stop(module, args)
     if left:
         assert checkpoint(run_folder(script))["step"] == left
+    module.main(args)
+    assert_same(run_folder(script), reference[0])
+
+
+def test_continues_before_any_checkpoint(script, module, args, reference, here, monkeypatch):
+    """An interrupted `main` can be called again, in the same process."""
+    step, calls = EnvPool.step, []
+
+    def interrupted(pool):
+        calls.append(pool)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return step(pool)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EnvPool, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            module.main(args)
+    assert set(os.listdir(run_folder(script))) == {".lock", "config.json"}
     module.main(args)
     assert_same(run_folder(script), reference[0])
 
@@ -139,11 +157,11 @@ def test_first_actions_are_uniform(script, module, args, here, monkeypatch):
 
     monkeypatch.setattr(module, "act", spy)
     with monkeypatch.context() as patch:
-        stop_at(patch, "log", ("eval",), 150)
+        stop_at(patch, "eval.csv", 150)
         run_until_stop(module, args)
     assert len(asked) == 200  # the evaluation's: 1000 steps in plans of 5
     module.main(args)
-    actions = checkpoint(run_folder(script))["tree"]["replay"]["actions"]
+    actions = checkpoint(run_folder(script))["replay"]["actions"]
     assert (actions[:, 300:] == 0.5).all() and len(asked) == 601
     first = actions[:, :300]
     assert len(np.unique(first)) == first.size and np.abs(first).max() <= 1
@@ -160,12 +178,14 @@ def test_first_actions_are_uniform(script, module, args, here, monkeypatch):
 def test_agents_alone_and_together(script, module, args, reference, here):
     """The agent of task 2 is the same without task 1 beside it."""
     module.main(dataclasses.replace(args, tasks=(2,), name="alone"))
-    alone = checkpoint(os.path.abspath(f"runs/rlpd/{ENV}/alone"))["tree"]
-    both = checkpoint(reference[0])["tree"]
+    alone = checkpoint(os.path.abspath(f"runs/rlpd/{ENV}/alone"))
+    both = checkpoint(reference[0])
+    assert alone["replay"].pop("size") == both["replay"].pop("size")
     np.testing.assert_array_equal(
         alone["replay"]["actions"][0, : FIRST - 1], both["replay"]["actions"][1, : FIRST - 1]
     )
-    for x, y in zip(*(jax.tree.leaves((t["state"]["params"], t["replay"])) for t in (alone, both))):
+    trees = [jax.tree.leaves((x["state"]["params"], x["replay"])) for x in (alone, both)]
+    for x, y in zip(*trees, strict=True):
         np.testing.assert_allclose(x[0], y[1], rtol=1e-3, atol=1e-3)
 
 
@@ -179,23 +199,22 @@ def test_shards_swap_the_offline_half(script, module, args, here, dataset_dir, m
         np.savez(f"pointmaze-medium-navigate-{i}.npz", **arrays | dict(actions=actions[i]))
     assert len(locate(resolve(ENV), str(here))) == 3
     args = dataclasses.replace(args, dataset_dir=str(here))
-    monkeypatch.setattr(module, "Shards", partial(Shards, interval=8))
+    monkeypatch.setattr("common.datasets.SWAP_INTERVAL", 8)
     seen, train = [], module.train_chunk
 
-    def spy(args, state, data, replay, task, updates):
-        if not traced(data.actions):
-            seen.append((np.asarray(data.actions[0]), replay.size.tolist(), updates))
-        return train(args, state, data, replay, task, updates)
+    def spy(args, state, metrics, data, replay, task_rows, updates):
+        seen.append((np.array(data.actions[0]), replay.size.tolist(), updates))
+        return train(args, state, metrics, data, replay, task_rows, updates)
 
     monkeypatch.setattr(module, "train_chunk", spy)
     module.main(args)
-    assert len(seen) == 24
-    for step, (first, size, updates) in enumerate(seen, 1):
-        assert size == [step, step] and updates == (step >= FIRST)
+    assert len(seen) == 24 - FIRST + 1
+    for step, (first, size, updates) in enumerate(seen, FIRST):
+        assert size == [step, step] and updates == 1
         np.testing.assert_array_equal(first, np.float32(actions[step // 8 % 3][0]))
     shutil.move(run_folder(script), "whole")
     with monkeypatch.context() as patch:
-        stop_at(patch, "save", (), 16)
+        stop_at(patch, CHECKPOINT, 16)
         run_until_stop(module, args)
     module.main(args)
     assert_same(run_folder(script), "whole")
@@ -210,7 +229,7 @@ def test_nan_stops_the_run(script, module, args, here, monkeypatch):
         return state, metrics | dict(critic_loss=jnp.array([jnp.nan, jnp.nan]))
 
     monkeypatch.setattr(module, "train_chunk", broken)
-    with pytest.raises(SystemExit, match="critic_loss of task 2, seed 0 is not finite at step 12"):
+    with pytest.raises(UserError, match="critic_loss of task 2, seed 0 is not finite at step 12"):
         module.main(args)
     assert checkpoint(run_folder(script))["step"] == 8
 
@@ -222,6 +241,5 @@ def test_copied_out(script, args, tmp_path):
     shutil.copytree(ROOT / "common", tmp_path / "common")
     short = dataclasses.replace(args, online_steps=6, start_training=5, eval_episodes=1)
     line = command(script, short, root=tmp_path)
-    variables = clean(tmp_path) | {k: v for k, v in os.environ.items() if k.startswith("JAX_")}
-    subprocess.run(line, cwd=tmp_path, env=variables, check=True, capture_output=True)
+    subprocess.run(line, cwd=tmp_path, env=quick(tmp_path), check=True, capture_output=True)
     assert checkpoint(tmp_path / "runs/rlpd" / ENV / "default")["step"] == 6

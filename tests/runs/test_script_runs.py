@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from common.checkpoints import CHECKPOINT
+from common.errors import UserError
 from tests.helpers.flags import ENV, tiny_args
 from tests.helpers.run_tests import (  # noqa: F401 (tests that run here, too)
     every_script,
@@ -43,12 +45,15 @@ from tests.helpers.run_tests import (  # noqa: F401 (tests that run here, too)
     test_workers_and_slots_change_nothing,
 )
 from tests.helpers.runs import (
+    Stop,
     assert_same,
+    assert_same_arrays,
     checkpoint,
-    clean,
     command,
     contents,
+    flags_of,
     poisoned,
+    quick,
     rows,
     run_folder,
     run_until_stop,
@@ -65,6 +70,10 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 @pytest.fixture(scope="module")
 def args(module, dataset_dir):
     return tiny_args(module, dataset_dir)
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
 
 
 # --- what a run leaves ---------------------------------------------------------------------------
@@ -84,8 +93,8 @@ def test_tables(reference):
 
 def test_replay_is_saved_whole(reference):
     """The checkpoint holds every online transition, and none of the empty slots."""
-    replay = checkpoint(reference[0])["tree"]["replay"]
-    assert replay["rewards"].shape == (2, 14) and replay["size"].tolist() == [14, 14]
+    replay = checkpoint(reference[0])["replay"]
+    assert replay["rewards"].shape == (2, 14) and replay["size"] == 14
     online = replay["observations"]
     assert not np.array_equal(online[0], online[1])
     np.testing.assert_array_equal(online[:, 1:], replay["next_observations"][:, :-1])
@@ -106,21 +115,21 @@ def test_continues_in_both_phases(script, module, args, reference, here, monkeyp
     """Stopped offline, then within an online episode, and continued: bit for bit the same."""
     for step in (9, 18):
         with monkeypatch.context() as patch:
-            stop_at(patch, "log", ("train",), step)
+            stop_at(patch, "train.csv", step)
             run_until_stop(module, args)
     module.main(args)
     assert_same(run_folder(script), reference[0])
 
 
 @pytest.mark.parametrize(
-    "method, table, step",
+    "file, step",
     [
-        ("log", ("train",), 9),
-        ("log", ("train",), 16),
-        ("save", (), 16),
-        ("log", ("eval",), 16),
-        ("log", ("train",), 18),
-        ("save", (), 24),
+        ("train.csv", 9),
+        ("train.csv", 16),
+        (CHECKPOINT, 16),
+        ("eval.csv", 16),
+        ("train.csv", 18),
+        (CHECKPOINT, 24),
     ],
     ids=[
         "offline",
@@ -131,20 +140,111 @@ def test_continues_in_both_phases(script, module, args, reference, here, monkeyp
         "end",
     ],
 )
-def test_continues_bit_by_bit(
-    script, module, args, reference, here, monkeypatch, method, table, step
-):
-    """Stopped at a step, with rows after the last checkpoint or exactly at one, and continued."""
+def test_continues_bit_by_bit(script, module, args, reference, here, monkeypatch, file, step):
+    """Stopped at a step, with rows after the last checkpoint or exactly at one, and continued: an
+    evaluation that is missing at a checkpoint is made up for."""
     with monkeypatch.context() as patch:
-        stop_at(patch, method, table, step)
+        stop_at(patch, file, step)
         run_until_stop(module, args)
-    left = {9: 8, 16: 10, 18: 16}[step] if (method, table) == ("log", ("train",)) else step
+    left = {9: 8, 16: 10, 18: 16}[step] if file == "train.csv" else step
     assert checkpoint(run_folder(script))["step"] == left
+    evaluated = max(int(row["step"]) for row in rows(run_folder(script), "eval"))
+    assert (evaluated < left) == (file == CHECKPOINT)
     module.main(args)
     assert_same(run_folder(script), reference[0])
 
 
-# --- what the loop asks for ----------------------------------------------------------------------
+def test_a_missing_evaluation_stays_due(script, module, args, reference, here, monkeypatch):
+    """Also where the run is stopped a second time before it, and --eval-only does not count."""
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            stop_at(patch, CHECKPOINT, 8)
+            patch.setattr(module, "evaluate", interrupt)
+            with pytest.raises((Stop, KeyboardInterrupt)):
+                module.main(args)
+        assert not os.path.exists(f"{run_folder(script)}/eval.csv")
+    module.main(dataclasses.replace(args, eval_only=True))
+    assert not os.path.exists(f"{run_folder(script)}/eval.csv")
+    module.main(args)
+    assert_same(run_folder(script), reference[0])
+
+
+@pytest.mark.parametrize("seconds, expected", [(0.0, [1] * 30), (1e9, [1, 2, 4, 8, 5, 10])])
+def test_length_of_calls_changes_nothing(
+    script, module, args, reference, here, monkeypatch, seconds, expected
+):
+    """A call has one update where a single one takes long; where it takes no time, twice as many
+    as the call before, up to the next step at which something is due: the same bits."""
+    original, calls = module.train_chunk, []
+
+    def spy(args, state, metrics, data, replay, task_rows, updates):
+        calls.append(updates)
+        return original(args, state, metrics, data, replay, task_rows, updates)
+
+    monkeypatch.setattr(module, "train_chunk", spy)
+    monkeypatch.setattr("common.run.SECONDS_PER_CALL", seconds)
+    module.main(args)
+    assert_same(run_folder(script), reference[0])
+    calls.clear()
+    longer = dataclasses.replace(args, name="longer", online_steps=0, eval_interval=100)
+    longer = dataclasses.replace(longer, offline_steps=30, log_interval=20)
+    module.main(longer)
+    assert calls == expected
+
+
+def test_more_updates(script, module, args, reference, here):
+    """A larger --offline-steps continues a finished run: bit for bit as in one long run, whose rows
+    it also has where the shorter run's end is no step that is logged in any case. So does
+    --online-steps after the offline phase."""
+    for length in (3, 8, 10):
+        module.main(dataclasses.replace(args, offline_steps=length, online_steps=0))
+        assert checkpoint(run_folder(script))["step"] == length
+    assert flags_of(run_folder(script))["offline_steps"] == 10
+    module.main(args)
+    assert rows(run_folder(script), "eval")[2:] == rows(reference[0], "eval")
+    assert rows(run_folder(script), "train") == rows(reference[0], "train")
+    assert_same_arrays(checkpoint(run_folder(script)), checkpoint(reference[0]))
+
+
+def test_more_environment_steps(script, module, args, reference, here):
+    """A larger --online-steps continues a finished run, too."""
+    module.main(dataclasses.replace(args, online_steps=6))
+    module.main(args)
+    assert_same(run_folder(script), reference[0])
+
+
+def test_other_phases_are_refused(script, module, args, reference, here, monkeypatch):
+    """Once the online phase has begun, --offline-steps stays, however often somebody tries; before,
+    it is at least the number of updates made. Nothing changes in the folder but the flags."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, CHECKPOINT, 10)
+        run_until_stop(module, args)
+    for _ in range(2):
+        with pytest.raises(UserError, match="--offline-steps must be at least 10"):
+            module.main(dataclasses.replace(args, offline_steps=9))
+    with monkeypatch.context() as patch:
+        stop_at(patch, CHECKPOINT, 16)
+        run_until_stop(module, args)
+    before = contents(run_folder(script))
+    del before["config.json"]
+    for steps in (9, 9, 12, 12, 0):
+        with pytest.raises(UserError, match="--offline-steps must stay 10"):
+            module.main(dataclasses.replace(args, offline_steps=steps))
+        assert before.items() <= contents(run_folder(script)).items()
+    module.main(args)
+    assert_same(run_folder(script), reference[0])
+
+
+def test_intervals_are_free(script, module, args, reference, here, monkeypatch):
+    """Other intervals continue a run, with the same updates."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, "train.csv", 9)
+        run_until_stop(module, args)
+    module.main(dataclasses.replace(args, log_interval=2, eval_interval=12, eval_episodes=1))
+    assert [int(row["step"]) for row in rows(run_folder(script), "eval")][::2] == [8, 10, 12, 24]
+    mine, others = checkpoint(run_folder(script)), checkpoint(reference[0])
+    for name in ("state", "replay", "envs"):
+        assert_same_arrays(mine[name], others[name])
 
 
 # --- failures ------------------------------------------------------------------------------------
@@ -152,7 +252,7 @@ def test_continues_bit_by_bit(
 
 def test_divergence_stops_the_run(script, module, args, here):
     """A learning rate of 1e30: the run ends with a message, without a checkpoint of infinities."""
-    with pytest.raises(SystemExit, match=r"\w+ of task 2, seed 0 is not finite at step \d+"):
+    with pytest.raises(UserError, match=r"\w+ of task 2, seed 0 is not finite at step \d+"):
         module.main(dataclasses.replace(args, lr=1e30))
     assert not os.path.exists(f"{run_folder(script)}/checkpoint.msgpack")
 
@@ -161,7 +261,7 @@ def test_nan_stops_the_run(script, module, args, here, monkeypatch, capsys):
     """NaN of one agent after the other: step, agent and metric are named; with the last agent the
     run ends, and the last checkpoint stays."""
     with monkeypatch.context() as patch:
-        stop_at(patch, "save", (), 8)
+        stop_at(patch, CHECKPOINT, 8)
         run_until_stop(module, args)
     before, original = contents(run_folder(script))["checkpoint.msgpack"], module.train_chunk
 
@@ -170,7 +270,7 @@ def test_nan_stops_the_run(script, module, args, here, monkeypatch, capsys):
         return state, metrics | dict(critic_loss=jnp.array([jnp.nan, jnp.nan]))
 
     monkeypatch.setattr(module, "train_chunk", broken)
-    with pytest.raises(SystemExit, match="critic_loss of task 2, seed 0 is not finite at step 9"):
+    with pytest.raises(UserError, match="critic_loss of task 2, seed 0 is not finite at step 9"):
         module.main(args)
     assert "critic_loss of task 1, seed 0 is not finite at step 9" in capsys.readouterr().err
     assert contents(run_folder(script))["checkpoint.msgpack"] == before
@@ -186,10 +286,11 @@ def test_one_agent_diverges(script, module, args, reference, here, monkeypatch, 
     for table in ("train", "eval"):
         mine, others = (rows(folder, table) for folder in (run_folder(script), reference[0]))
         assert mine[0::2] == others[0::2] and len(mine) == len(others)
-    mine, others = (checkpoint(folder)["tree"] for folder in (run_folder(script), reference[0]))
+    mine, others = (checkpoint(folder) for folder in (run_folder(script), reference[0]))
     assert all(np.isnan(x[1]).all() for x in jax.tree.leaves(mine["state"]["params"]))
+    assert mine["replay"].pop("size") == others["replay"].pop("size")
     for name in ("state", "replay"):
-        for x, y in zip(jax.tree.leaves(mine[name]), jax.tree.leaves(others[name])):
+        for x, y in zip(jax.tree.leaves(mine[name]), jax.tree.leaves(others[name]), strict=True):
             np.testing.assert_array_equal(x[0], y[0])
 
 
@@ -211,7 +312,6 @@ def test_copied_out(script, args, tmp_path):
     shutil.copytree(ROOT / "common", tmp_path / "common")
     short = dataclasses.replace(args, offline_steps=2, online_steps=0, eval_episodes=1)
     line = command(script, short, root=tmp_path)
-    variables = clean(tmp_path) | {k: v for k, v in os.environ.items() if k.startswith("JAX_")}
-    subprocess.run(line, cwd=tmp_path, env=variables, check=True, capture_output=True)
+    subprocess.run(line, cwd=tmp_path, env=quick(tmp_path), check=True, capture_output=True)
     folder = tmp_path / "runs" / os.path.basename(script) / ENV / "default"
     assert checkpoint(folder)["step"] == 2

@@ -2,7 +2,7 @@
 the policy finds the modes, its entropy follows the target, the effective number of candidates
 comes to rest, and without the entropy it all collapses.
 
-How many modes survive is left open: at an entropy of -d one usually does (docs/fmer.md).
+How many modes survive is left open: at an entropy of -d one usually does (docs/methods/fmer.md).
 """
 
 import jax

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from analysis.agents import load_agents, script_of
+from analysis.runs import read_rows
 from baselines import sac
 from benchmarks import (
     ant,
@@ -23,7 +25,6 @@ from benchmarks import (
     online_throughput,
     parts,
     precision,
-    script_of,
     throughput,
     values,
 )
@@ -34,11 +35,10 @@ from benchmarks.shares import main as shares_main
 from benchmarks.shares import shares
 from benchmarks.values import by_table
 from common.collect import ant as common_ant
-from common.envs import GOALS, make_env
-from common.run import parse
-from plot import read_rows
+from common.environments import GOALS, make_env
+from common.errors import UserError
+from common.flags import parse
 from tests.helpers.messages import stops
-from video import restored
 
 AGENTS = 2
 
@@ -289,11 +289,12 @@ def test_variants_of_a_program():
 def test_shapes_of_many_agents():
     """What `train_chunk` takes for three agents, from one: the data and the count have no axis."""
     trained = throughput.Trained("baselines.rebrac", "small", 1, 100)
-    state, data, replay, task, updates = gpu.shapes(trained, 3, jax.devices()[0])
-    assert {x.shape[0] for x in jax.tree.leaves((state, replay, task))} == {3}
+    inputs = gpu.shapes(trained, 3, jax.devices()[0])
+    state, metrics, data, replay, task, updates = inputs
+    assert {x.shape[0] for x in jax.tree.leaves((state, metrics, replay, task))} == {3}
     assert data.actions.shape == trained.data.actions.shape and updates.shape == ()
-    kept = jax.eval_shape(trained.train, trained.args, state, data, replay, task, updates)[0]
-    assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, state)
+    kept = jax.eval_shape(trained.train, trained.args, *inputs)
+    assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, (state, metrics))
 
 
 def test_estimated_times():
@@ -321,7 +322,7 @@ def test_share_of_evaluation(tmp_path):
     (tmp_path / "train.csv").write_text(head + "1,0,5,20,0\n1,0,10,45,0\n1,0,20,85,0\n")
     (tmp_path / "eval.csv").write_text(head + "1,0,10,50,0\n1,0,20,100,0\n")
     assert shares(tmp_path) == dict(seconds=100, evaluation=20, share=0.2)
-    with pytest.raises(SystemExit, match="holds no train.csv and eval.csv"):
+    with pytest.raises(UserError, match="holds no train.csv and eval.csv"):
         shares(tmp_path / "nothing")
 
 
@@ -450,7 +451,7 @@ def test_where_failed_episodes_go(tmp_path):
     failures.main(failures.Options((tmp_path,), out=str(out)))
     assert [row["tilt_norm"] for row in read_rows(out)] == ["", ""]
     before = out.read_bytes()
-    with pytest.raises(SystemExit, match="folders"):
+    with pytest.raises(UserError, match="folders"):
         failures.main(failures.Options((), out=str(out)))
     for name, env in (("cube", "cube-single"), ("unfinished", "pointmaze-medium")):
         folder = tmp_path / name
@@ -496,11 +497,11 @@ def test_the_ants_expert_is_a_runs_policy(tmp_path, monkeypatch):
     """`walk` with what is kept of a run of sac.py gives the mode of its policy."""
     monkeypatch.setattr(common_ant, "WEIGHTS", tmp_path / "ant.npz")
     flags = "--env online-ant-xy --total-steps 30 --warmup-steps 20 --hidden-dims 16 8 --workers 1"
-    flags += " --eval-interval 30 --eval-episodes 1 --batch-size 4 --replay-size 30"
+    flags += " --eval-interval 30 --eval-episodes 1 --batch-size 4 --replay-size 30 --name default"
     sac.main(parse(sac.Args, sac.ENV_DEFAULTS, [*flags.split(), "--run-dir", str(tmp_path)]))
     folder = tmp_path / "sac/online-ant-xy/default"
     ant.keep(folder, common_ant.WEIGHTS)
-    _, args, state, _ = restored(folder, 29)
+    _, args, state, *_ = load_agents(folder, 29)
     states = np.random.default_rng(0).normal(size=(5, 31))  # with x and y, and a direction
     one = jax.tree.map(lambda x: x[0], state)
     expected = sac.sample_actions(args, one, np.float32(states[:, 2:]), None, "eval")

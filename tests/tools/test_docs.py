@@ -9,7 +9,7 @@ import pytest
 import tyro
 from matplotlib.mathtext import MathTextParser
 
-from common.run import parse
+from common.flags import parse
 from tools.shared_blocks import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
@@ -71,6 +71,13 @@ def test_result_files(page):
     place = r"(?:(?<!/)|(?<=benchmarks/))results/"
     for name in re.findall(place + r"([\w.-]+\.(?:csv|json))", page.read_text()):
         assert (ROOT / "benchmarks/results" / name).exists(), name
+
+
+def test_pages_that_code_names():
+    """A comment, docstring or message that names a page of the docs names one that exists."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.py")]:
+        for name in re.findall(r"docs/[\w/-]+\.md", path.read_text()):
+            assert (ROOT / name).exists(), f"{path.relative_to(ROOT)}: {name}"
 
 
 def test_every_result_file_is_explained():

@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 
+from analysis import published
+from analysis.panels import DOMAINS
 from tools import pages
 from tools.pages import BLOCK, ROOT, ROW, named
 
@@ -75,7 +77,7 @@ def test_tuned_page_has_every_value(script):
         for name, value in values.items():
             flag = pages.flag(name)
             text = pages.shown(value)
-            if environment in pages.plot.DOMAINS:
+            if environment in DOMAINS:
                 assert domains[f"`{script}.py`", f"`{flag}`"][environment] == text
             else:
                 assert f"{flag} {text} " in shared + own, (environment, name)
@@ -101,7 +103,7 @@ def test_lines(script):
 def copy(tmp_path, monkeypatch):
     """A copy of what the pages are made from."""
     monkeypatch.setattr(pages, "ROOT", tmp_path)
-    monkeypatch.setattr(pages.plot, "ROOT", tmp_path)
+    monkeypatch.setattr(published, "ROOT", tmp_path)
     for name in ("docs", "baselines", "benchmarks/results", "benchmarks/published"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for path in [ROOT / "README.md", *ROOT.glob("*.py")]:

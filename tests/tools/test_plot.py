@@ -14,10 +14,13 @@ import scipy.stats
 from matplotlib.colors import to_rgb
 
 import plot
+from analysis import published, run_figures, style
+from analysis.evaluations import IGNORED, method_names, organise, read_results, read_runs
+from analysis.statistics import centre, interval
 from benchmarks import multigoal
-from common.envs import make_env
-from common.run import FREE
-from plot import Options, interval, main, organise
+from common.environments import make_env
+from common.flags import FREE
+from plot import Options, main
 from tests.helpers.messages import stops
 from tools.shared_blocks import ROOT
 
@@ -41,7 +44,7 @@ def run_folder(root, script="qam", env="cube-double", name="default", tasks=(1, 
 
 
 def found(*folders, metric="success"):
-    return organise(plot.read_runs(folders), metric)
+    return organise(read_runs(folders), metric)
 
 
 # --- statistics ----------------------------------------------------------------------------------
@@ -55,14 +58,14 @@ def found(*folders, metric="success"):
 ])  # fmt: skip
 def test_interquartile_mean(values, iqm):
     """By hand, and scipy's trimmed mean: a quarter at each end, rounded down, is left out."""
-    assert plot.centre([np.array(values, float)], iqm=True) == pytest.approx(iqm)
+    assert centre([np.array(values, float)], iqm=True) == pytest.approx(iqm)
     assert scipy.stats.trim_mean(values, 0.25) == pytest.approx(iqm)
     tasks = np.array_split(np.random.default_rng(0).permutation(values), 2)
-    assert plot.centre(tasks, iqm=True) == pytest.approx(iqm)  # of all tasks together
+    assert centre(tasks, iqm=True) == pytest.approx(iqm)  # of all tasks together
 
 
 def test_every_task_counts_the_same_in_a_mean():
-    assert plot.centre([np.array([1.0, 1, 1, 1]), np.array([0.0])]) == 0.5
+    assert centre([np.array([1.0, 1, 1, 1]), np.array([0.0])]) == 0.5
 
 
 @pytest.mark.parametrize("iqm", [False, True])
@@ -106,7 +109,7 @@ def test_seeds_of_several_folders_are_joined(tmp_path):
     np.testing.assert_allclose(numbers[2][:, 1], [score(2, seed, 200) for seed in range(4)])
     assert list(found(a, b, d)) == ["qam", "meam"]
     assert list(found(a, c)) == ["qam", "qam, inv_temp 0.5"]
-    assert len(list(organise(plot.read_results(a / "eval.csv"), "success"))) == 1
+    assert len(list(organise(read_results(a / "eval.csv"), "success"))) == 1
 
 
 def test_names_of_methods():
@@ -117,12 +120,22 @@ def test_names_of_methods():
             run(env="cube-double", rho=0.3, w=1), run("cgql", guidance="mse"),
             run("cgql", guidance="plain"), run("qam", rho=1, w=2),
             run("qam", rho=1, w=3)]  # fmt: skip
-    assert plot.method_names(runs) == [
+    assert method_names(runs) == [
         "meam", "meam", "meam, w 0.5", "meam, rho 0.1", "meam", "cgql mse", "cgql", "qam, w 2",
         "qam, w 3"]  # fmt: skip
     combinations = [run(a=a, b=b, c=c) for a, b, c in itertools.product((1, 2), (1, 2, 3), (1, 2))]
-    assert len(set(plot.method_names(combinations))) == 12
-    assert set(FREE) <= set(plot.IGNORED)
+    assert len(set(method_names(combinations))) == 12
+    assert set(FREE) <= set(IGNORED)
+
+
+def test_lengths_of_runs():
+    """A longer run is the same method. A longer offline phase before an online one is another."""
+    run = lambda **steps: ("qam", dict(env="scene", **steps))
+    longer = [run(offline_steps=5, online_steps=0), run(offline_steps=9, online_steps=0)]
+    assert method_names(longer) == ["qam", "qam"]
+    both = [run(offline_steps=5, online_steps=5), run(offline_steps=9, online_steps=5)]
+    assert method_names(both) == ["qam, offline_steps 5", "qam, offline_steps 9"]
+    assert method_names([both[0], run(offline_steps=5, online_steps=9)]) == ["qam", "qam"]
 
 
 def test_offline_and_online_runs_together(tmp_path, capsys):
@@ -159,7 +172,8 @@ def test_missing_seeds_are_named(tmp_path, capsys):
 def test_no_common_step(tmp_path):
     a = run_folder(tmp_path, name="a", steps=(100,))
     b = run_folder(tmp_path, name="b", steps=(150,), seeds=(2,))
-    stops("qam, cube-double-play", "no step that all its seeds have", call=lambda: found(a, b))
+    words = "qam, cube-double-play", "no step was evaluated for all tasks and seeds"
+    stops(*words, call=lambda: found(a, b))
 
 
 def test_agents_that_are_there_twice(tmp_path, capsys):
@@ -168,7 +182,8 @@ def test_agents_that_are_there_twice(tmp_path, capsys):
     numbers = found(a, b)["qam"]["cube-double-play"][1][1]
     np.testing.assert_allclose(numbers[:, 0], [0.1, 0.15, 0.2 + 0.5])
     said = capsys.readouterr().err.splitlines()
-    assert said == [f"{b} repeats {a}, which counts: task 1, seed 1; task 2, seed 1"]
+    agents = "task 1, seed 1; task 2, seed 1"
+    assert said == [f"Skipping agents of {b} that {a} holds as well: {agents}"]
 
 
 def test_files_that_have_the_same_agents(tmp_path, capsys):
@@ -181,25 +196,14 @@ def test_files_that_have_the_same_agents(tmp_path, capsys):
     numbers = found(a, b, a)["one"]["cube-double-play"][1][1]
     np.testing.assert_allclose(numbers[:, 0], [0.25, 0.5])
     said = capsys.readouterr().err.splitlines()
-    assert said == [f"{b} repeats {a}, which counts: one, task 1, seed 0"]
+    assert said == [f"Skipping agents of {b} that {a} holds as well: one, task 1, seed 0"]
     folder = run_folder(tmp_path, tasks=(1,), seeds=(0,))
     c.write_text(head + "qam,1,0,100,0.75\n")
     c.with_suffix(".json").write_text('{"flags": {"env": "cube-double"}}')
     numbers = found(c, folder)["qam"]["cube-double-play"][1][1]
     np.testing.assert_allclose(numbers, [[score(1, 0, step) for step in STEPS]])
     said = capsys.readouterr().err.splitlines()
-    assert said == [f"{c} repeats {folder}, which counts: qam, task 1, seed 0"]
-
-
-def test_shares_of_several_hosts(tmp_path, capsys):
-    """The folder above them stands for all; a missing share is said."""
-    for i in (0, 1):
-        folder = run_folder(tmp_path, name=f"run/share-{i}-of-3", seeds=(i,))
-    (single,) = found(*plot.expand(folder.parent)).values()
-    assert single["cube-double-play"][1][1].shape == (2, 2)
-    assert capsys.readouterr().err == f"{folder.parent} holds 2 of 3 shares\n"
-    main(Options(paths=(str(folder.parent),)))
-    assert all((folder.parent / f"share-{i}-of-3/curve.png").exists() for i in (0, 1))
+    assert said == [f"Skipping agents of {c} that {folder} holds as well: qam, task 1, seed 0"]
 
 
 def test_a_run_that_has_just_begun(tmp_path, capsys):
@@ -209,7 +213,7 @@ def test_a_run_that_has_just_begun(tmp_path, capsys):
     with open(a / "eval.csv", "a") as file:
         file.write("1,0,300")
     assert found(a, b)["qam"]["cube-double-play"][0].tolist() == [100, 200]
-    assert capsys.readouterr().err == f"{b} has no evaluation yet: left out\n"
+    assert capsys.readouterr().err == f"Skipping {b}: it has no evaluation yet.\n"
 
 
 # --- published numbers ---------------------------------------------------------------------------
@@ -218,10 +222,10 @@ def test_a_run_that_has_just_begun(tmp_path, capsys):
 def test_published_success():
     """Of the paper: QAM after 1M steps 44.4 [43.6, 45.2] on all tasks, 64.2 [62.2, 66.2] on
     cube-double; RLPD after 500,000 steps of its own 60.0. Means of tasks are those of domains."""
-    published = plot.read_published("success")
-    every = [(env, task) for env, task in published if env != "all" and task != "all"]
+    papers = published.read_published("success")
+    every = [(env, task) for env, task in papers if env != "all" and task != "all"]
     assert len(every) == 50
-    of = lambda method, pairs: plot.published_curve(published, method, pairs)
+    of = lambda method, pairs: published.published_curve(papers, method, pairs)
     steps, numbers = of("qam", every)
     assert steps.tolist() == list(range(50_000, 1_500_001, 50_000))
     np.testing.assert_allclose(numbers[19], [0.444, 0.436, 0.452])
@@ -243,21 +247,21 @@ def test_published_success():
 
 def test_published_returns():
     """FMER's table 2 on MuJoCo, accomplished tasks of its table 7 in the kitchen."""
-    published = plot.read_published("return")
-    assert len(published) == 8 and {len(own) for own in published.values()} == {9}
-    steps, numbers = plot.published_curve(published, "sac", [("halfcheetah", 1)])
+    papers = published.read_published("return")
+    assert len(papers) == 8 and {len(own) for own in papers.values()} == {9}
+    steps, numbers = published.published_curve(papers, "sac", [("halfcheetah", 1)])
     assert steps.tolist() == [1_000_000] and numbers[0, 0] == 10295.33
-    assert plot.published_curve(published, "sac_flow", [("kitchen-4", 4)])[1][0, 0] < 4
-    assert plot.published_curve(published, "PPO", [("kitchen-7", 7)])[1][0, 0] == 0.6
+    assert published.published_curve(papers, "sac_flow", [("kitchen-4", 4)])[1][0, 0] < 4
+    assert published.published_curve(papers, "PPO", [("kitchen-7", 7)])[1][0, 0] == 0.6
 
 
 def test_methods_of_published_curves():
-    published = plot.read_published("success")
+    papers = published.read_published("success")
     labels = ["meam", "qam_edit", "QAM, tau 3", "cgql plain"]
-    choose = lambda *names: plot.choose_published(published, names, labels)
+    choose = lambda *names: published.choose_published(papers, names, labels)
     assert sorted(choose("own")) == ["CGQL", "QAM", "QAM-EDIT"] and len(choose("all")) == 17
     assert sorted(choose("dsrl", "own", "QAM")) == ["CGQL", "DSRL", "QAM", "QAM-EDIT"]
-    stops("nothing is published of meam", "QAM-EDIT", call=lambda: choose("meam"))
+    stops("No published meam results are available", "QAM-EDIT", call=lambda: choose("meam"))
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -353,7 +357,7 @@ def shown(path, colour):
 def figure(monkeypatch):
     """The figures that are drawn, kept open."""
     figures, close = [], plt.close
-    monkeypatch.setattr(plot.plt, "close", figures.append)
+    monkeypatch.setattr(plt, "close", figures.append)
     yield figures
     for one in figures:
         close(one)
@@ -364,7 +368,7 @@ def test_colours_of_a_picture(tmp_path, runs, dark):
     """The paper is white or dark, methods have the first colours, nothing of the other theme."""
     path = tmp_path / "a.png"
     main(Options(paths=runs, out=str(path), dark=dark))
-    (light, _, _, colours), (night, _, _, others) = plot.THEMES["light"], plot.THEMES["dark"]
+    (light, _, _, colours), (night, _, _, others) = style.THEMES["light"], style.THEMES["dark"]
     colours, paper, other = (others, night, light) if dark else (colours, light, night)
     assert shown(path, paper) > 0.6 and shown(path, other) < 0.02
     assert all(shown(path, colour) > 5e-4 for colour in colours[:2])
@@ -393,11 +397,11 @@ def lab(light):
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-@pytest.mark.parametrize("name", plot.THEMES)
+@pytest.mark.parametrize("name", style.THEMES)
 def test_colours_are_told_apart(name):
     """By the colour-blind, too: a distance of 25 in CIELAB between any two; and a contrast of 3
     (WCAG's for graphics) to the paper. No two of 24 methods look the same."""
-    paper, ink, _, colours = plot.THEMES[name]
+    paper, ink, _, colours = style.THEMES[name]
     for sight in SIGHT.values():
         seen = [lab(np.array(sight) @ linear(colour)) for colour in colours]
         assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 25
@@ -509,7 +513,7 @@ def test_the_mazes_picture(tmp_path, figure):
     rng, success = np.random.default_rng(0), np.array([[0, 1], [0, 0], [1, 0]])
     paths = {f"path{i}": rng.uniform(0, 20, (3 + i, 2)) for i in range(6)}
     np.savez(tmp_path / "rollouts.npz", task=[3, 1, 3], success=success, **paths)
-    plot.draw_rollouts(tmp_path)
+    run_figures.draw_run(tmp_path)
     assert (tmp_path / "rollouts.png").stat().st_size > 5000
     axes = figure[0].axes
     titles = [axis.get_title() for axis in axes]
@@ -546,7 +550,7 @@ def blocks(path, n=32):
 
 def test_committed_pictures(tmp_path):
     """All are what their files give: the same size, and the same ink everywhere."""
-    plot.committed(tmp_path)
+    plot.draw_committed(tmp_path)
     names = {path.name for path in (ROOT / "docs/images").iterdir()}
     assert {path.name for path in tmp_path.iterdir()} == names
     for name in names:
@@ -582,31 +586,57 @@ def test_folders_alone(tmp_path, capsys):
     assert {path.name for path in b.iterdir()} == {"config.json", "eval.csv", "curve.png"}
 
 
+def test_only_pictures_that_exist_are_named(tmp_path, capsys):
+    """A run that has just begun has none; the maze's and the curve are named in turn."""
+    run = run_folder(tmp_path, env="pointmaze-medium", tasks=(1,), seeds=(0,))
+    rows = (run / "eval.csv").read_text()
+    (run / "eval.csv").unlink()
+    main(Options(paths=(str(run),)))
+    assert capsys.readouterr().out == f"{run} has nothing to draw yet\n"
+    assert not any(run.glob("*.png"))
+    (run / "eval.csv").write_text(rows)
+    np.savez(run / "rollouts.npz", task=[1], success=[[1]], path0=np.ones((3, 2)))
+    main(Options(paths=(str(run),)))
+    drawn = [f"{run}/{name}.png" for name in ("curve", "rollouts")]
+    assert capsys.readouterr().out.splitlines() == [f"drew {name}" for name in drawn]
+    assert sorted(map(str, run.glob("*.png"))) == drawn
+
+
+def test_importing_changes_no_settings():
+    """Of matplotlib: its backend is chosen only where plot.py is the program."""
+    code = "import matplotlib\nbefore = matplotlib.rcParams.copy()\n"
+    code += "import plot, video, benchmarks.bandits, benchmarks.multigoal\n"
+    code += "assert dict.__eq__(before, matplotlib.rcParams.copy())\n"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_what_cannot_be_done(tmp_path):
     """One line each, and nothing is written."""
     run = run_folder(tmp_path / "runs")
     table = tmp_path / "a.csv"
     table.write_text("task,seed,step,success\n1,0,x,1\n")
+    both = str(run), str(run_folder(tmp_path / "runs", "fql", "scene"))
     damaged = run_folder(tmp_path / "other")
     (damaged / "config.json").write_text("{")
     (tmp_path / "file").write_text("")
     out, picture = str(tmp_path / "out.png"), tmp_path / "picture.png"
     picture.write_bytes(b"\x89PNG\r\n\x1a\n\x00")
     for words, flags in [
-        ("no run folder", dict(paths=(str(tmp_path / "nothing"),))),
-        ("no run folder", dict(paths=(str(tmp_path),), out=out)),
-        ("name run folders, before all flags", dict()),
-        ("is no CSV file that can be read", dict(paths=(str(picture),), out=out)),
+        ("is not a run folder", dict(paths=(str(tmp_path / "nothing"),))),
+        ("is not a run folder", dict(paths=(str(tmp_path),), out=out)),
+        ("no method has all tasks of a panel", dict(paths=both, out=out, by="all")),
+        ("Put them before the flags", dict()),
+        ("is not a CSV file that can be read", dict(paths=(str(picture),), out=out)),
         ("--out or --table", dict(paths=(str(table),))),
         ("a row is not made of numbers", dict(paths=(str(table),), out=out)),
         ("has no evaluations", dict(paths=(str(tmp_path / "file"),), out=out)),
         ("is damaged", dict(paths=(str(damaged),), out=out)),
-        ("is damaged or missing", dict(paths=(str(damaged),))),
-        ("nothing was logged as speed; there is", dict(paths=(str(run),), out=out, metric="speed")),
+        ("is damaged", dict(paths=(str(damaged),))),
+        ("speed was not logged; choose", dict(paths=(str(run),), out=out, metric="speed")),
         ("must end with .png", dict(paths=(str(run),), out=str(tmp_path / "out.jpg"))),
         ("must end with .md", dict(paths=(str(run),), table=(str(tmp_path / "out.txt"),))),
         ("is read", dict(paths=(str(table),), table=(str(table),))),
-        ("nothing is published about seconds", dict(paths=(str(run),), out=out, metric="seconds",
+        ("No published results about seconds", dict(paths=(str(run),), out=out, metric="seconds",
                                                     published=())),
         ("cannot write", dict(paths=(str(run),), out=str(tmp_path / "file" / "out.png"))),
     ]:  # fmt: skip
@@ -623,4 +653,4 @@ def test_as_a_command(tmp_path):
     assert done.returncode == 0 and done.stdout == f"wrote {tmp_path}/a.md\n", done.stderr
     assert "| qam | 200.0 [200.0, 200.0] |" in (tmp_path / "a.md").read_text()
     done = subprocess.run([*command, "nothing"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "nothing is no" in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "nothing is not" in done.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import reproduce
+from common.errors import UserError
 from tools.shared_blocks import ROOT
 
 ALL = [run for maker in reproduce.MAKERS for run in maker()]
@@ -104,15 +105,37 @@ def test_run_goes_one_by_one(tmp_path, monkeypatch):
 
 
 def test_array_job(tmp_path, capsys):
-    """Element i of the job runs command i, quotes and all."""
-    reproduce.main(reproduce.Options(only=("fmer-figure3",), run_dir=f"{tmp_path}/a b", slurm=True))
+    """Job i of the array runs command i, quotes and all: a few seeds of a run."""
+    flags = dict(only=("fmer-figure3",), run_dir=f"{tmp_path}/a b", slurm=True, seeds_per_job=3)
+    reproduce.main(reproduce.Options(**flags))
     job = capsys.readouterr().out
-    assert "#SBATCH --array=0-2\n" in job
-    shell = 'python() { printf "%s|" "$@"; }\nsrun() { "$@"; }\nSLURM_ARRAY_TASK_ID=2\n' + job
+    assert "#SBATCH --array=0-5\n" in job
+    shell = 'python() { printf "%s|" "$@"; }\nsrun() { "$@"; }\nSLURM_ARRAY_TASK_ID=5\n' + job
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
     words = done.stdout.split("|")
     assert words[:4] == ["-m", "baselines.dpmd", "--env", "multigoal"]
+    assert words[4:10] == ["--name", "fmer-figure3-dpmd-seeds-3", "--seed", "3", "--num-seeds", "2"]
     assert words[-2] == f"{tmp_path}/a b"
+
+
+@pytest.mark.parametrize("seeds_per_job", [1, 4, 5, 7])
+def test_parts_of_a_run(tmp_path, capsys, seeds_per_job):
+    """Together they have each seed once; those that are complete are left out, one by one."""
+    for run in of("fmer-figure3") + of("meam-table1")[:1]:
+        parts = reproduce.split_seeds(run, seeds_per_job)
+        seeds = []
+        for part in parts:
+            args = reproduce.arguments(part)
+            seeds += range(args.seed, args.seed + args.num_seeds)
+            assert args.num_seeds <= seeds_per_job
+        assert seeds == list(range(reproduce.arguments(run).num_seeds))
+        assert len({part.name for part in parts}) == len(parts)
+    finished(tmp_path, reproduce.split_seeds(of("fmer-figure3")[0], seeds_per_job)[0], 45_000)
+    flags = dict(only=("fmer-figure3",), run_dir=str(tmp_path), seeds_per_job=seeds_per_job)
+    reproduce.main(reproduce.Options(slurm=True, **flags))
+    output = capsys.readouterr()
+    assert "fmer-figure3-fmer-seeds-0 " not in output.out and "1 of " in output.err
+    assert "fmer-figure3-sac-seeds-0 " in output.out
 
 
 def test_list_and_bad_names(capsys):
@@ -120,5 +143,5 @@ def test_list_and_bad_names(capsys):
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 2 + len(reproduce.EXPERIMENTS)
     assert rows[2].startswith("| qam-table1 | 160 | 9,600 | 9,600 |")
-    with pytest.raises(SystemExit, match="no experiment qam-table9; choose from qam-table1"):
+    with pytest.raises(UserError, match="no experiment qam-table9; choose from qam-table1"):
         reproduce.main(reproduce.Options(only=("qam-table9",)))

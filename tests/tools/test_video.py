@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,15 +11,16 @@ from PIL import Image
 import qam
 import video
 from baselines import sac
-from common import envs
-from common.run import parse
+from common.errors import UserError
+from common.flags import parse
+from common.workers import Slot
 from tests.helpers.flags import tiny_args
 from tools.shared_blocks import ROOT
 
 SIZE = 16
 
 
-class Pictured(envs.Slot):
+class Pictured(Slot):
     """An environment whose pictures need no OpenGL: a bar that grows by a row with every one."""
 
     count, visited = 0, []  # of all
@@ -60,7 +60,7 @@ def test_offline(offline, pictured, capsys):
     """Task 1, seed 4 is the last of four agents; both of its episodes go where the evaluation's
     went (rounding apart, which 1,000 steps among walls may magnify)."""
     options = dict(task=1, seed=4, episodes=2, every=100, size=SIZE)
-    path = video.film(video.Options(str(offline), **options))
+    path = video.main(video.Options(str(offline), **options))
     assert path == offline / "video-task1-seed4.gif"
     rollouts = np.load(offline / "rollouts.npz")
     visited, expected = Pictured.visited, [rollouts[f"path{i}"] for i in (6, 7)]
@@ -74,31 +74,13 @@ def test_offline(offline, pictured, capsys):
     assert "episode 1: success 0, return -1000.0, 1000 steps" in capsys.readouterr().out
 
 
-def test_a_share(offline, tmp_path, pictured, monkeypatch):
-    """Of two hosts, the second has every other agent: those of seed 4."""
-    share = tmp_path / "qam/pointmaze-medium/default/share-1-of-2"
-    shutil.copytree(offline, share)
-    saved = video.restored(offline, 2)
-    half = saved[0], saved[1], jax.tree.map(lambda x: x[1::2], saved[2]), saved[3]
-    monkeypatch.setattr(video, "restored", lambda *_: half)
-    for task, i in ((2, 1), (1, 3)):
-        Pictured.visited.clear()
-        video.film(video.Options(str(share), task=task, every=1000, size=SIZE))
-        expected = np.load(offline / "rollouts.npz")[f"path{2 * i}"]
-        np.testing.assert_allclose(Pictured.visited[:50], expected[:50], atol=1e-3)
-    with pytest.raises(SystemExit, match=r"it has \[\(2, 4\), \(1, 4\)\]"):
-        video.film(video.Options(str(share), seed=3))
-    monkeypatch.undo()
-    assert video.restored(share, 2)[0].__name__ == "qam"
-
-
 def test_online(tmp_path, pictured, capsys):
     """The first agent, acting as in evaluations; the last picture is of the last step; --out."""
     flags = "--env hopper --total-steps 8 --warmup-steps 4 --hidden-dims 8 --workers 1 --seed 2"
-    flags += " --eval-interval 8 --eval-episodes 1 --batch-size 4 --run-dir"
+    flags += " --eval-interval 8 --eval-episodes 1 --batch-size 4 --name default --run-dir"
     sac.main(parse(sac.Args, sac.ENV_DEFAULTS, [*flags.split(), str(tmp_path)]))
     folder, out = tmp_path / "sac/hopper/default", tmp_path / "film.gif"
-    video.film(video.Options(str(folder), every=1000, size=SIZE, out=str(out)))
+    video.main(video.Options(str(folder), every=1000, size=SIZE, out=str(out)))
     expected = np.load(folder / "rollouts.npz")["path0"]
     np.testing.assert_allclose(Pictured.visited, expected, atol=1e-3)
     with Image.open(out) as pictures:
@@ -115,25 +97,25 @@ def test_refusals(offline, tmp_path, pictured):
         (dict(out=str(tmp_path / "film.foo")), "film.foo must end with .gif"),
         (dict(out=str(offline / "config.json/film.gif")), "cannot write .*film.gif: "),
     ):
-        with pytest.raises(SystemExit, match=answer):
-            video.film(video.Options(str(offline), size=SIZE, **options))
-    with pytest.raises(SystemExit, match="config.json is damaged or missing"):
-        video.film(video.Options(str(tmp_path)))
+        with pytest.raises(UserError, match=answer):
+            video.main(video.Options(str(offline), size=SIZE, **options))
+    with pytest.raises(UserError, match="is not a run folder: it has no config.json"):
+        video.main(video.Options(str(tmp_path)))
     assert not Pictured.count  # nothing was played
     text = (offline / "config.json").read_text()
     copy = tmp_path / "qam/pointmaze-medium/copy"
     copy.mkdir(parents=True)
     (copy / "config.json").write_text(text)
-    with pytest.raises(SystemExit, match="has no checkpoint that can be read"):
-        video.film(video.Options(str(copy), size=SIZE))
+    with pytest.raises(UserError, match="has no checkpoint that can be read"):
+        video.main(video.Options(str(copy), size=SIZE))
     moved = tmp_path / "elsewhere/run"
     shutil.copytree(offline, moved)
-    with pytest.raises(SystemExit, match=r"is not runs/<script>/<env>/<name>: there is no script"):
-        video.film(video.Options(str(moved), size=SIZE))
+    with pytest.raises(UserError, match=r"is not runs/<script>/<env>/<name>: there is no script"):
+        video.main(video.Options(str(moved), size=SIZE))
     assert not any(tmp_path.glob("film*"))
     (copy / "config.json").write_text(text.replace('"pointmaze-medium"', '"multigoal"'))
-    with pytest.raises(SystemExit, match="the plane is not a MuJoCo scene"):
-        video.film(video.Options(str(copy)))
+    with pytest.raises(UserError, match="the plane is not a MuJoCo scene"):
+        video.main(video.Options(str(copy)))
 
 
 @pytest.mark.parametrize("gl", ["egl", "osmesa", "glfw"])

@@ -8,8 +8,9 @@ import time
 import psutil
 import pytest
 
+from analysis.runs import read_csv
 from benchmarks.watch import Options, main, measure, slopes
-from plot import read_csv
+from common.errors import UserError
 
 GROWING = """
 import subprocess, sys, time
@@ -35,7 +36,7 @@ def test_a_process_and_its_children(tmp_path):
     process.communicate("\n")
     with pytest.raises(psutil.NoSuchProcess):
         measure(watched)
-    with pytest.raises(SystemExit, match=f"no process {process.pid}"):
+    with pytest.raises(UserError, match=f"no process {process.pid}"):
         main(Options(pid=process.pid, out=str(tmp_path / "rows.csv")))
 
 
@@ -61,7 +62,7 @@ def test_until_the_process_ends(tmp_path):
     rows = read_csv(tmp_path / "rows.csv")
     assert [*rows] == ["seconds", "memory", "workers_memory", "files", "processes"]
     assert len(rows["seconds"]) >= 2 and (rows["processes"] == 1).all()
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(UserError, match="is there already"):
         main(options)
 
 

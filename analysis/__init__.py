@@ -1,0 +1,1 @@
+"""Reading of runs, statistics, tables and figures, for plot.py, video.py and benchmarks/."""

@@ -1,0 +1,21 @@
+"""Start a program: parse its options, and print a user's mistake as one line."""
+
+import sys
+from collections.abc import Callable
+
+import tyro
+
+from common.errors import UserError
+
+
+def run_program(main: Callable, options: type, description: str) -> None:
+    """Calls `main` with the command line's options; a UserError ends the program with one line."""
+    try:
+        main(tyro.cli(options, description=description))
+    except UserError as error:
+        sys.exit(str(error))
+
+
+def say(text: str) -> None:
+    """Prints a line to stderr, where it does not mix with tables."""
+    print(text, file=sys.stderr)

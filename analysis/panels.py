@@ -1,0 +1,84 @@
+"""Decide what the panels of a figure, or the columns of a table, are about."""
+
+from analysis.evaluations import Scores
+from common.environments import ONLINE
+
+# The domains in the QAM paper's order.
+DOMAINS = """antmaze-large antmaze-giant humanoidmaze-medium humanoidmaze-large scene puzzle-3x3
+    puzzle-4x4 cube-double cube-triple cube-quadruple""".split()
+ALL = "all"  # the title of the panel about everything
+
+Pair = tuple[str, int]  # (domain, task)
+Found = dict[str, dict[str, Scores]]  # label -> domain -> scores, as of `organise`
+
+
+def panels(found: Found, by: str, metric: str) -> dict[str, list[Pair]]:
+    """Returns title -> the pairs (domain, task) that a panel averages; `by` domain, task or all.
+
+    Where there are several panels and their scores can be compared, a last one is about all pairs.
+    """
+    pairs = _every_pair(found)
+    titles = {}
+    if by == "domain":
+        titles = _panels_of_domains(pairs)
+    elif by == "task":
+        titles = _panels_of_tasks(pairs)
+    comparable = metric == "success" or len(_domains(pairs)) == 1
+    if by == ALL or (len(titles) > 1 and comparable):
+        titles[ALL] = pairs
+    return titles
+
+
+def _every_pair(found: Found) -> list[Pair]:
+    """Returns the pairs that any method has, in order."""
+    pairs = set()
+    for domains in found.values():
+        for domain, scores in domains.items():
+            pairs |= {(domain, task) for task in scores.by_task}
+    return sorted(pairs, key=_rank)
+
+
+def _short(domain: str) -> str:
+    """Returns the name without its ordinary kind of data: cube-double-play -> cube-double."""
+    return domain.removesuffix("-play").removesuffix("-navigate")
+
+
+def _rank(pair: Pair) -> tuple:
+    """Sorts domains as the paper does, others behind them by name, then tasks."""
+    domain, task = pair
+    name = _short(domain)
+    position = DOMAINS.index(name) if name in DOMAINS else len(DOMAINS)
+    return position, domain, task
+
+
+def _domains(pairs: list[Pair]) -> list[str]:
+    """Returns the different domains in their order."""
+    return list(dict.fromkeys(domain for domain, _ in pairs))
+
+
+def _panels_of_domains(pairs: list[Pair]) -> dict[str, list[Pair]]:
+    """Returns a panel per domain; its title names the tasks unless there are all five."""
+    titles = {}
+    for domain in _domains(pairs):
+        own = [pair for pair in pairs if pair[0] == domain]
+        title = _short(domain)
+        if len(own) != 5 and domain not in ONLINE:
+            word = "task" if len(own) == 1 else "tasks"
+            tasks = ", ".join(str(task) for _, task in own)
+            title = f"{title}, {word} {tasks}"
+        titles[title] = own
+    return titles
+
+
+def _panels_of_tasks(pairs: list[Pair]) -> dict[str, list[Pair]]:
+    """Returns a panel per task; its title names the domain only if there are several."""
+    several = len(_domains(pairs)) > 1
+    titles = {}
+    for domain, task in pairs:
+        words = []
+        if several or domain in ONLINE:
+            words.append(_short(domain))
+        if domain not in ONLINE:
+            words.append(f"task {task}")
+        titles[", ".join(words)] = [(domain, task)]
+    return titles

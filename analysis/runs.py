@@ -1,0 +1,65 @@
+"""Find run folders, and read their flags and their CSV files."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+
+from common.environments import resolve
+from common.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Reads a CSV file as one dict per row; [] if there is no file.
+
+    A row without all of its columns, because it is still being written, is left out.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if None not in row and None not in row.values()]
+
+
+def read_csv(path: Path) -> dict[str, np.ndarray]:
+    """Reads the columns of a run's CSV file as float arrays (rows,); {} if it has no rows."""
+    rows = read_rows(path)
+    if not rows:
+        return {}
+    columns = {}
+    for name in rows[0]:
+        columns[name] = np.array([row[name] for row in rows], float)
+    return columns
+
+
+def read_flags(folder: Path) -> dict:
+    """Reads the flags of a run from its config.json."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} is not a run folder: it has no config.json")
+    try:
+        return json.loads(path.read_text())["flags"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged, so this run cannot be read: {error!r}") from None
+
+
+def check_run(path: Path) -> None:
+    """Raises UserError if a path is neither a run folder nor a CSV file."""
+    if not path.is_file() and not (path / "config.json").exists():
+        raise UserError(
+            f"{path} is not a run folder (no config.json) and not a CSV file: "
+            "give runs/<script>/<env>/<name> or benchmarks/results/<suite>.csv"
+        )
+
+
+def script_name(folder: Path) -> str:
+    """Returns the script's name from a run folder, runs/<script>/<env>/<name>."""
+    return folder.resolve().parent.parent.name
+
+
+def domain_of(env: str) -> str:
+    """Returns the domain: cube-double, cube-double-play-singletask-task2-v0 -> cube-double-play."""
+    return resolve(env).dataset or env
