@@ -14,9 +14,11 @@ QUICK = {  # files, tests with all their parameters, and single ones
     f"{FLAGS}test_numbers_of_online_scripts",
     f"{FLAGS}test_tasks_that_are_none_or_twice",
     f"{FLAGS}test_what_is_no_flag",
-    "tests/methods/test_qam.py::test_loss_and_gradients",
+    "tests/methods/test_qam.py::test_loss_and_gradients[critic-plain]",
+    "tests/methods/test_qam.py::test_loss_and_gradients[behavior-plain]",
+    "tests/methods/test_qam.py::test_loss_and_gradients[policy-plain]",
     "tests/methods/test_fmer.py::test_critic_loss",
-    "tests/methods/test_fmer.py::test_policy_loss",
+    "tests/methods/test_fmer.py::test_policy_loss[exact-tanh]",
     "tests/runs/test_script_runs.py::test_files[qam]",
     "tests/runs/test_online_runs.py::test_files[fmer]",
 }
