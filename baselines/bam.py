@@ -226,10 +226,10 @@ def critic_loss(
     # ref: a' comes from the online policy; the deviation is the population one (1/K).
     next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
-    next_value = next_q.mean(0) - args.pessimism * next_q.std(0)
-    target = batch.rewards + args.discount**args.chunk_length * batch.masks * next_value  # Eq. (23)
+    next_value = next_q.mean(0) - args.pessimism * next_q.std(0)  # Eq. (26)
+    target = batch.rewards + args.discount**args.chunk_length * batch.masks * next_value
     q = critic(args, params["critic"], batch.observations, batch.actions)
-    loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (26)
+    loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (23)
     metrics = dict(
         critic_loss=loss,
         q=q.mean(),
