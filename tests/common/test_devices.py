@@ -82,8 +82,8 @@ data = Dataset(
     terminals=np.float32(np.arange(2000) % 100 == 99),
 )
 data = replicate(data, 8)
-state = meam.create_agents(args, [(1, seed) for seed in range(8)], 2)
-replay = shard_over_agents(Replay.create(8, 10, 2, 2))
+state = shard_over_agents(meam.create_agents(args, [(1, seed) for seed in range(8)], 2))
+replay = Replay.create(8, 10, 2, 2)
 rows = jnp.zeros(8, jnp.int32)
 metrics = zero_metrics(partial(meam.train_step, args, data), state, replay, rows)
 inputs = args, state, metrics, data, replay, rows, 3
