@@ -21,7 +21,8 @@ class Tracker:
         self.run = None
         try:
             wandb = importlib.import_module("wandb")
-            self.run = wandb.init(project="flow-policies", name=name, config=flags, id=id)
+            options = dict(project="flow-policies", name=name, config=flags)
+            self.run = wandb.init(**options, id=id, resume="allow")
         except Exception as error:
             self._give_up(error)
 
