@@ -105,7 +105,7 @@ class Args:
     # Initial steps with uniformly random actions and no updates.
     warmup_steps: StepOfRun = 10_000
     env_steps_per_update: StepOfRun = 1  # Environment steps per update.
-    replay_size: PositiveInt = 1_000_000  # Transitions that are kept; the oldest are overwritten.
+    replay_size: PositiveInt = 1_000_000  # Capacity in transitions; the oldest are overwritten.
     eval_interval: PositiveInt = 10_000  # Steps between evaluations and checkpoints.
     eval_episodes: PositiveInt = 10  # Episodes per evaluation and agent.
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
@@ -204,6 +204,8 @@ def create(args: Args, observation_size: int, key: Array) -> State:
 
 
 # --- the method ----------------------------------------------------------------------------------
+
+# A network is built twice: in `create`, for its parameters, and where it is applied.
 
 
 def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
@@ -453,7 +455,7 @@ MODES = ("best", "single")  # Ways to choose evaluation actions; the first one i
 
 # --- shared: many agents -------------------------------------------------------------------------
 
-# The shared blocks are the same in all online scripts, and a tool keeps them so. They need
+# The shared blocks are the same in all online scripts; a tool keeps them in sync. They need
 # `State`, `create`, `update`, `sample_actions` and `MODES`. In a copy, edit them freely.
 
 
@@ -482,14 +484,18 @@ def act(
 
 
 def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
-    """Makes one update of one agent on transitions drawn uniformly from its replay."""
+    """Makes one update of one agent on transitions drawn uniformly from its replay.
+
+    The batch is a Replay of B rows: observations (B, S), next_observations (B, S), actions (B, d),
+    rewards (B,), masks (B,), 0 where the episode ended except at a time limit, terminals (B,).
+    """
     key, rows_key = jax.random.split(state.key)
-    filled = jnp.minimum(replay.size, len(replay.rewards))
+    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts on when it is full
     rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
     columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
     batch = replay.replace(**columns)
     state, metrics = update(args, state.replace(key=key), batch)
-    return state, metrics | dict(updates=jnp.ones(()))
+    return state, metrics | dict(updates=jnp.ones(()))  # the divisor of the means in train.csv
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames=("state", "metrics"))
@@ -518,7 +524,7 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
     """Plays exactly args.eval_episodes episodes with every agent, in each of the MODES.
 
     They are seeded by (seed, task, step, episode), the same for every method. Returns arrays
-    (agents, episodes), see `Episodes`; names of further modes begin with the mode.
+    (agents, episodes), see `Episodes`; results of other modes are prefixed with the mode.
     """
     seeds = [seeds_of(agents, step, i) for i in range(args.eval_episodes)]
     results = {}
@@ -536,7 +542,7 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 
 
 def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
-    """Evaluates the agents, if `run.log_and_save` or `run.restore` found this step to be one."""
+    """Evaluates the agents, if `run.log_and_save` or `run.restore` set `run.evaluation_due`."""
     if run.evaluation_due:
         results = evaluate(args, state, envs, run.agents, step)
         run.log_evaluation(step, results)
@@ -550,7 +556,7 @@ def main(args: Args) -> list[dict]:
     evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
     # An agent is a task and a seed. All arrays have a leading axis of agents.
-    task = resolve(args.env).task
+    task = resolve(args.env).task  # 1, or k of kitchen-<k>
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]
     sizes = env_sizes(args.env)
     observation_size, action_size = sizes
@@ -577,11 +583,12 @@ def main(args: Args) -> list[dict]:
         if step > 0:  # play the running episodes again, with their actions (N, 1, steps, d)
             envs.load(saved["envs"], saved["replay"]["actions"][:, None])
         else:
-            envs.reset(seeds_of(agents, 0))
+            envs.reset(seeds_of(agents, 0))  # no evaluation's seeds: none is at step 0
 
         # Every agent makes one environment step; updates follow after the warm-up.
         while step < args.total_steps:
             if step < args.warmup_steps:
+                # They are drawn from each episode's seed and age.
                 envs.set_actions(envs.random_actions(action_size))
             else:
                 inputs = envs.observations, envs.seeds, envs.ages
@@ -594,11 +601,11 @@ def main(args: Args) -> list[dict]:
                 state, metrics = train_chunk(args, state, metrics, replay, 1)
             transitions = envs.step()
             replay = replay.append(transitions)
-            ended = transitions["terminals"] > 0
+            ended = transitions["terminals"] > 0  # terminated or timed out; `masks` tell which
             if ended.any():
                 envs.reset(seeds_of(agents, step, TRAINING), where=ended)
             content = dict(state=state, envs=envs.save())
-            metrics = run.log_and_save(step, metrics, content, replay)
+            metrics = run.log_and_save(step, metrics, content, replay)  # zeros after a row
             evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 

@@ -187,6 +187,8 @@ def create(args: Args, observation_size: int, key: Array) -> State:
 
 # --- the method ----------------------------------------------------------------------------------
 
+# A network is built twice: in `create`, for its parameters, and where it is applied.
+
 
 def network(args: Args, out: int, gain: float) -> MLP:
     """Makes ReLU layers of orthogonal weights, the last one's scaled by `gain`."""
@@ -431,7 +433,7 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
     """Plays exactly args.eval_episodes episodes with every agent, in each of the MODES.
 
     They are seeded by (seed, task, step, episode), the same for every method. Returns arrays
-    (agents, episodes), see `Episodes`; names of further modes begin with the mode.
+    (agents, episodes), see `Episodes`; results of other modes are prefixed with the mode.
     """
     seeds = [seeds_of(agents, step, i) for i in range(args.eval_episodes)]
     results = {}
@@ -449,7 +451,7 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 
 
 def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
-    """Evaluates the agents, if `run.log_and_save` or `run.restore` found this step to be one."""
+    """Evaluates the agents, if `run.log_and_save` or `run.restore` set `run.evaluation_due`."""
     if run.evaluation_due:
         results = evaluate(args, state, envs, run.agents, step)
         run.log_evaluation(step, results)

@@ -93,7 +93,7 @@ class Args:
     dataset_dir: str = ""
     # Transitions to collect with OGBench's scripted expert if the dataset is missing (0: none).
     collect: NonNegativeInt = 0
-    chunk_length: PositiveInt = 5  # Number of actions H that are chosen at once, played open loop.
+    chunk_length: PositiveInt = 5  # Number of actions H chosen at once and executed open loop.
     discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
     # Reward -1 until the task is solved, instead of minus the number of unmet sub-goals.
     sparse: bool = False
@@ -185,6 +185,8 @@ def create(args: Args, observation_size: int, key: Array) -> State:
 
 
 # --- the method ----------------------------------------------------------------------------------
+
+# A network is built twice: in `create`, for its parameters, and where it is applied.
 
 
 class NoisePredictor(nn.Module):
@@ -351,7 +353,7 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
 
 # --- shared: many agents -------------------------------------------------------------------------
 
-# The shared blocks are the same in all offline scripts, and a tool keeps them so. They need
+# The shared blocks are the same in all offline scripts; a tool keeps them in sync. They need
 # `State`, `create`, `update` and `sample_actions` from above. In a copy, edit them freely.
 
 
@@ -381,7 +383,8 @@ def act(args: Args, state: State, observations: Array, seeds: Array, ages: Array
 def train_step(
     args: Args, data: Dataset, state: State, replay: Replay, task_row: Array
 ) -> tuple[State, dict]:
-    """Makes one update of one agent, on chunks drawn uniformly from the data and its replay.
+    """Makes one update of one agent, on chunks drawn uniformly from the union of the
+    data and its replay.
 
     `sample` returns a Batch: observations (B, S), actions (B, A), rewards (B,), the discounted sums
     over H steps, masks (B,), 0 if the task was solved on the way, next_observations (B, S) after H
@@ -391,7 +394,7 @@ def train_step(
     sizes = args.batch_size, args.chunk_length, args.discount
     batch = sample(batch_key, data, replay, task_row, *sizes)
     state, metrics = update(args, state.replace(key=key), batch)
-    return state, metrics | dict(updates=jnp.ones(()))
+    return state, metrics | dict(updates=jnp.ones(()))  # the divisor of the means in train.csv
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames=("state", "metrics"))
@@ -445,7 +448,7 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 
 
 def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
-    """Evaluates the agents, if `run.log_and_save` or `run.restore` found this step to be one."""
+    """Evaluates the agents, if `run.log_and_save` or `run.restore` set `run.evaluation_due`."""
     if run.evaluation_due:
         results = evaluate(args, state, envs, run.agents, step)
         run.log_evaluation(step, results)
@@ -464,7 +467,8 @@ def main(args: Args) -> list[dict]:
     sizes = dataset.observation_size, dataset.action_size
     args = dataclasses.replace(args, action_size=dataset.action_size)
     total_steps = args.offline_steps + args.online_steps
-    with Run(__file__, args, agents, dataset.identity, (args.offline_steps, total_steps)) as run:
+    ends = args.offline_steps, total_steps
+    with Run(__file__, args, agents, dataset.identity, ends=ends) as run:
         # Set up. The replay is empty while offline; `metrics` are sums since the last logged row.
         state = create_agents(args, agents, dataset.observation_size)
         replay = Replay.create(len(agents), 0, *sizes)
@@ -485,12 +489,12 @@ def main(args: Args) -> list[dict]:
 
         # Offline phase: as many updates per call as there are until something is due.
         while step < args.offline_steps:
-            data = dataset.at(step)
+            data = dataset.at(step)  # of a 100M dataset, the shard in turn
             updates = min(run.updates_until_due(step), dataset.updates_until_swap(step))
             state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, updates)
             step = step + updates
             content = dict(state=state, envs=envs.save())
-            metrics = run.log_and_save(step, metrics, content, replay)
+            metrics = run.log_and_save(step, metrics, content, replay)  # zeros after a row
             evaluate_if_due(args, run, state, eval_envs, step)
 
         # Online phase: every agent makes one environment step and, from --start-training on, one
@@ -500,14 +504,14 @@ def main(args: Args) -> list[dict]:
         if step > args.offline_steps:  # it stopped in this phase: play the running episodes again
             envs.load(saved["envs"], saved["replay"]["actions"][:, None])
         elif args.online_steps:
-            envs.reset(seeds_of(agents, 0))
+            envs.reset(seeds_of(agents, 0))  # no evaluation's seeds: none is at step 0
         while step < total_steps:
             if envs.need_actions():  # a chunk of actions is played open loop
                 envs.set_actions(act(args, state, envs.observations, envs.seeds, envs.ages))
             transitions = dataset.relabel(envs.step())
             replay = replay.append(transitions)
             env_step = step - args.offline_steps + 1
-            ended = transitions["terminals"] > 0
+            ended = transitions["terminals"] > 0  # solved or timed out; `masks` tell which
             if ended.any():
                 envs.reset(seeds_of(agents, env_step, TRAINING), where=ended)
             if env_step >= args.start_training:

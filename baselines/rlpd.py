@@ -84,7 +84,7 @@ class Args:
     dataset_dir: str = ""
     # Transitions to collect with OGBench's scripted expert if the dataset is missing (0: none).
     collect: NonNegativeInt = 0
-    chunk_length: PositiveInt = 5  # Number of actions H that are chosen at once, played open loop.
+    chunk_length: PositiveInt = 5  # Number of actions H chosen at once and executed open loop.
     discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
     # Reward -1 until the task is solved, instead of minus the number of unmet sub-goals.
     sparse: bool = False
@@ -180,6 +180,8 @@ def create(args: Args, observation_size: int, key: Array) -> State:
 
 
 # --- the method ----------------------------------------------------------------------------------
+
+# A network is built twice: in `create`, for its parameters, and where it is applied.
 
 
 def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
@@ -366,7 +368,7 @@ def train_step(
     key, batch_key = jax.random.split(state.key)
     batch = sample_halves(batch_key, args, data, replay, task_row)
     state, metrics = update(args, state.replace(key=key), batch)
-    return state, metrics | dict(updates=jnp.ones(()))
+    return state, metrics | dict(updates=jnp.ones(()))  # the divisor of the means in train.csv
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames=("state", "metrics"))
@@ -417,7 +419,7 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 
 
 def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
-    """Evaluates the agents, if `run.log_and_save` or `run.restore` found this step to be one."""
+    """Evaluates the agents, if `run.log_and_save` or `run.restore` set `run.evaluation_due`."""
     if run.evaluation_due:
         results = evaluate(args, state, envs, run.agents, step)
         run.log_evaluation(step, results)
@@ -457,7 +459,7 @@ def main(args: Args) -> list[dict]:
         if step > 0:  # play the running episodes again, with their actions (N, 1, steps, d)
             envs.load(saved["envs"], saved["replay"]["actions"][:, None])
         else:
-            envs.reset(seeds_of(agents, 0))
+            envs.reset(seeds_of(agents, 0))  # no evaluation's seeds: none is at step 0
 
         # Every agent makes one environment step and, from --start-training on, one update.
         while step < args.online_steps:
@@ -471,7 +473,7 @@ def main(args: Args) -> list[dict]:
                 envs.set_actions(plans)
             transitions = dataset.relabel(envs.step())
             replay = replay.append(transitions)
-            ended = transitions["terminals"] > 0
+            ended = transitions["terminals"] > 0  # solved or timed out; `masks` tell which
             if ended.any():
                 envs.reset(seeds_of(agents, env_step, TRAINING), where=ended)
             if training:
