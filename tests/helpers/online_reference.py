@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.data import Replay
-from common.run import configure
+from common.flags import configure
+from common.sampling import Replay
 from tests.helpers.reference import mlp
 
 S = 3  # unlike the plane's 2, which is d there, too

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common.data import Batch
+from common.sampling import Batch
 
 S = 3
 SMALL = dict(

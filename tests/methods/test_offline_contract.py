@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.data import Batch, Replay
-from common.envs import resolve
-from common.run import configure
+from common.environments import resolve
+from common.flags import configure
+from common.sampling import Batch, Replay
 from tests.helpers import reference
 from tools import shared_blocks
 
@@ -318,7 +318,12 @@ def test_training(monkeypatch, name, slots):
     keys, task = jax.random.split(jax.random.PRNGKey(3), 2), jnp.array([2, 0])
     replay = Replay(*[jnp.zeros((2, slots))] * 6, size=jnp.array([7, 9]))
     state = script.State(jnp.array([0.0, 10.0]), (), (), keys)
-    new, sums = script.train_chunk.__wrapped__(args, state, "data", replay, task, 3)
+    words = dict(key=jnp.zeros((2, 2)), batch_key=jnp.zeros((2, 2)))
+    before = words | dict.fromkeys(("replay", "task", "one"), jnp.zeros(2))
+    before["updates"] = jnp.array([10.0, 20.0])  # of earlier calls, since the last row
+    train_chunk = script.train_chunk.__wrapped__
+    new, sums = train_chunk(args, state, before, "data", replay, task, 3)
+    assert sums["updates"].tolist() == [13, 23]
     words = lambda key: np.float64([np.asarray(key) >> 16, np.asarray(key) & 0xFFFF])
     for n in range(2):
         key, expected = keys[n], dict(key=0, batch_key=0)
