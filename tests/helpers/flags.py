@@ -48,7 +48,12 @@ ONLINE_SIZES = dict(  # flags that make any online script small
 
 ONLINE_LENGTHS = dict(
     multigoal=dict(
-        total_steps=72, warmup_steps=10, replay_size=40, log_interval=6, eval_interval=24
+        seed=1,  # FMER's agents are in an episode at both checkpoints
+        total_steps=72,
+        warmup_steps=10,
+        replay_size=40,
+        log_interval=6,
+        eval_interval=24,
     ),
     hopper=dict(
         seed=13,  # both agents fall in the random phase, and not in the steps before checkpoints

@@ -318,11 +318,12 @@ def test_training(monkeypatch, name, slots):
     keys, task = jax.random.split(jax.random.PRNGKey(3), 2), jnp.array([2, 0])
     replay = Replay(*[jnp.zeros((2, slots))] * 6, size=jnp.array([7, 9]))
     state = script.State(jnp.array([0.0, 10.0]), (), (), keys)
-    shapes = dict(
-        key=(2, 2, 2), batch_key=(2, 2, 2), replay=(2,), task=(2,), one=(2,), updates=(2,)
-    )
-    zeros = {word: jnp.zeros(shape) for word, shape in shapes.items()}
-    new, sums = script.train_chunk.__wrapped__(args, state, zeros, "data", replay, task, 3)
+    shapes = dict(key=(2, 2, 2), batch_key=(2, 2, 2), replay=(2,), task=(2,), one=(2,))
+    before = {word: jnp.zeros(shape) for word, shape in shapes.items()}
+    before["updates"] = jnp.array([10.0, 20.0])  # of earlier calls, since the last row
+    train_chunk = script.train_chunk.__wrapped__
+    new, sums = train_chunk(args, state, before, "data", replay, task, 3)
+    assert sums["updates"].tolist() == [13, 23]
     words = lambda key: np.float64([np.asarray(key) >> 16, np.asarray(key) & 0xFFFF])
     for n in range(2):
         key, expected = keys[n], dict(key=0, batch_key=0)
@@ -331,7 +332,7 @@ def test_training(monkeypatch, name, slots):
             expected["key"] += words(key)
             expected["batch_key"] += words(batch_key)
             key = key ^ 5
-        expected |= dict(replay=3 * replay.size[n], task=3 * task[n], one=3, updates=3)
+        expected |= dict(replay=3 * replay.size[n], task=3 * task[n], one=3)
         for word, x in expected.items():
             np.testing.assert_array_equal(sums[word][n], x, err_msg=word)
         assert np.array_equal(new.key[n], key) and new.params[n] == 3 + 10 * n

@@ -166,7 +166,7 @@ def test_transitions(script, module, here, monkeypatch, env, steps):
     """The replay holds the actions that were executed, in [-1, 1], and what they led to: playing
     each episode from its seed gives the same observations, rewards, masks and ends, bit by bit. No
     transition joins two episodes, not at a time-out either, and a time-out's mask is 1."""
-    monkeypatch.setattr(module, "update", lambda args, state, batch: (state, {}))
+    monkeypatch.setattr(module, "update", lambda *inputs: (inputs[1], dict(none=jnp.zeros(()))))
     args = tiny_online(module, env, replay_size=1000, eval_interval=1000, name="whole")
     module.main(args)
     replay = checkpoint(folder_of(script, args))["replay"]
@@ -250,7 +250,8 @@ def test_continues_bit_by_bit(script, module, references, here, monkeypatch, env
         if left:
             content = checkpoint(folder_of(script, args))
             ages = content["envs"]["ages"]
-            assert content["step"] == left and (0 < ages).all() and (ages < 20).all()
+            assert content["step"] == left and (0 < ages).all()
+            assert (ages < args.replay_size).all()
     module.main(args)
     assert_same(folder_of(script, args), folder)
 
@@ -279,7 +280,7 @@ def test_an_episode_longer_than_the_replay(script, module, here, monkeypatch):
     watched(monkeypatch, module)
     args = tiny_online(module, "hopper", replay_size=5, name="short")
     with monkeypatch.context() as patch:
-        stop_at(patch, CHECKPOINT, 8)
+        stop_at(patch, "eval.csv", 8)
         run_until_stop(module, args)
     before = contents(folder_of(script, args))
     with pytest.raises(UserError, match="^[^\n]*longer than the replay[^\n]*$"):
@@ -539,9 +540,9 @@ def test_nan_stops_the_run(script, module, args, reference, here, monkeypatch, c
         return state, sums | dict(critic_loss=jnp.array([jnp.nan, jnp.nan]))
 
     monkeypatch.setattr(module, "train_chunk", broken)
-    with pytest.raises(UserError, match="critic_loss of task 1, seed 1 is not finite at step 30"):
+    with pytest.raises(UserError, match="critic_loss of task 1, seed 2 is not finite at step 30"):
         module.main(args)
-    assert "critic_loss of task 1, seed 0 is not finite at step 30" in capsys.readouterr().err
+    assert "critic_loss of task 1, seed 1 is not finite at step 30" in capsys.readouterr().err
     assert contents(path) == before
 
 
