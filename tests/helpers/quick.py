@@ -2,7 +2,7 @@
 within a minute on two cores. The promises of all scripts, the style, flags and their defaults; of
 each family the exact losses of one method, and a tiny run."""
 
-FLAGS = "tests/common/test_run.py::"
+FLAGS = "tests/common/test_flags.py::"
 QUICK = {  # files, tests with all their parameters, and single ones
     "tests/methods/test_contract.py",
     "tests/tools/test_packaging.py",
