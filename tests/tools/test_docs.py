@@ -9,6 +9,7 @@ import pytest
 import tyro
 from matplotlib.mathtext import MathTextParser
 
+from common.errors import UserError
 from common.flags import parse
 from tools.shared_blocks import ROOT
 
@@ -154,5 +155,5 @@ def test_commands_are_found():
 def test_what_is_wrong_is_seen(tmp_path, check, text):
     page = tmp_path / "page.md"
     page.write_text(text + "\n")
-    with pytest.raises((SystemExit, AssertionError, ImportError, ValueError)):
+    with pytest.raises((SystemExit, UserError, AssertionError, ImportError, ValueError)):
         check(page)
