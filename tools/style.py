@@ -3,9 +3,9 @@
     python -m tools.style                  reports tokens and broken rules of every file
     python -m tools.style meam.py common   the same for these files and folders
 
-A rule is a function from a `Source` to its `Problem`s; RULES lists them. docs/internals/design.md says why
-they are there. The tests run the same functions (tests/tools/test_style.py), and ruff adds the
-limits of a function's complexity and length (pyproject.toml).
+A rule is a function from a `Source` to its `Problem`s; RULES lists them. docs/internals/design.md
+says why they are there. The tests run the same functions (tests/tools/test_style.py), and ruff adds
+the limits of a function's complexity and length (pyproject.toml).
 """
 
 import ast
