@@ -11,7 +11,6 @@ QUICK = {  # files, tests with all their parameters, and single ones
     f"{FLAGS}test_a_flag_that_equals_the_class_default_counts",
     f"{FLAGS}test_both_ways_to_name_the_environment",
     f"{FLAGS}test_all_scripts_defaults_are_possible",
-    f"{FLAGS}test_numbers_of_online_scripts",
     f"{FLAGS}test_tasks_that_are_none_or_twice",
     f"{FLAGS}test_what_is_no_flag",
     "tests/methods/test_qam.py::test_loss_and_gradients[critic-plain]",
