@@ -178,9 +178,7 @@ class Episodes:
         self.pool.active = self.numbers < num_episodes
         numbers = np.minimum(self.numbers, num_episodes - 1)
         seeds = np.take_along_axis(self.seeds, numbers, axis=1)
-        beginning = where & self.pool.active
-        if beginning.any():
-            self.pool.reset(seeds, beginning)
+        self.pool.reset(seeds, where & self.pool.active)
 
     @property
     def running(self) -> bool:

@@ -20,6 +20,15 @@ def file_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{problem}. Fix this, then rerun the same command.") from None
 
 
+def sync_folder(folder: Path) -> None:
+    """Writes the names of a folder's files to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
     """Replaces a file: at any moment either the old or the new one is there, whole and on the disk.
 
@@ -34,9 +43,7 @@ def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(new, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync_folder(path.parent)
 
 
 def lock_folder(folder: Path) -> TextIOWrapper:

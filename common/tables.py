@@ -1,5 +1,6 @@
 """The tables of a run: CSV files with a row per agent and step, mirrored in Weights & Biases."""
 
+import contextlib
 import csv
 import importlib
 import sys
@@ -19,32 +20,30 @@ class Tracker:
 
     def __init__(self, name: str, id: str, flags: dict):
         self.run = None
-        try:
+        with self._giving_up():
             wandb = importlib.import_module("wandb")
             options = dict(project="flow-policies", name=name, config=flags)
             self.run = wandb.init(**options, id=id, resume="allow")
-        except Exception as error:
-            self._give_up(error)
 
-    def _give_up(self, error: Exception) -> None:
-        self.run = None
-        print(f"W&B failed; the run continues without it: {error}", file=sys.stderr)
+    @contextlib.contextmanager
+    def _giving_up(self):
+        try:
+            yield
+        except Exception as error:
+            self.run = None
+            print(f"W&B failed; the run continues without it: {error}", file=sys.stderr)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Logs numbers by name."""
         if self.run is not None:
-            try:
+            with self._giving_up():
                 self.run.log(metrics, step=step)
-            except Exception as error:
-                self._give_up(error)
 
     def finish(self) -> None:
         """Ends the mirror."""
         if self.run is not None:
-            try:
+            with self._giving_up():
                 self.run.finish()
-            except Exception as error:
-                self._give_up(error)
 
 
 class Tables:

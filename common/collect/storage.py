@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from common.files import sync_folder
+
 KEYS = {"observations", "actions", "terminals", "qpos", "qvel"}  # arrays of every dataset
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -34,15 +36,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
     os.replace(new, path)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Writes the names of a folder's files to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_arrays(path: Path, sources: Sequence, compression: int) -> None:
