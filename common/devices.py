@@ -1,6 +1,7 @@
 """Agents on devices: one array axis for all agents of a run, spread over the local devices."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,23 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
-def configure_jax(args: Any) -> None:
-    """Applies --precision and --compile-cache."""
-    if args.precision == "bfloat16":  # jax's own "bfloat16" means TF32 on a GPU
-        jax.config.update("jax_default_matmul_precision", "BF16_BF16_F32")
-    elif args.precision != "default":
-        jax.config.update("jax_default_matmul_precision", args.precision)
+@contextlib.contextmanager
+def configured_jax(args: Any) -> Iterator[None]:
+    """Applies --precision while the context lasts, and --compile-cache from now on."""
     folder = args.compile_cache
     if not folder and not jax.config.jax_compilation_cache_dir:
-        folder = str(Path(args.run_dir, ".compiled"))
+        folder = str(Path(args.run_dir, ".compiled").expanduser())
     if folder == "none":
         jax.config.update("jax_compilation_cache_dir", None)
     elif folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+    precision = args.precision
+    if precision == "default":
+        precision = jax.config.jax_default_matmul_precision
+    elif precision == "bfloat16":  # jax's own "bfloat16" means TF32 on a GPU
+        precision = "BF16_BF16_F32"
+    with jax.default_matmul_precision(precision):
+        yield
 
 
 def agent_devices(num_agents: int) -> list[jax.Device]:

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
-from common.devices import configure_jax
 from common.environments import ONLINE, resolve
 from common.errors import UserError
 
@@ -176,7 +175,6 @@ def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
         args = dataclasses.replace(args, name=name_of_run(args, defaults))
     if tasks and resolve(env).env not in env_defaults:
         print(f"No tuned hyperparameters for {env}; using the defaults.")
-    configure_jax(args)
     return args
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.checkpoints import CHECKPOINT, PREVIOUS, Checkpoints
+from common.devices import configured_jax
 from common.errors import UserError
 from common.files import file_errors, lock_folder, write_file
 from common.flags import FREE
@@ -103,6 +104,7 @@ class Run:
         self.checkpoints = Checkpoints(self.folder, config["id"])
         self.tables = Tables(self.folder, agents, tracker)
         self.stop = StopRequest(self.folder)
+        self.jax_configuration = configured_jax(args)
         self.step = 0
         self.updates_per_call = 1
         self.call_began = None
@@ -110,11 +112,13 @@ class Run:
         self.last_results = None
 
     def __enter__(self) -> "Run":
+        self.jax_configuration.__enter__()
         self.stop.install()
         return self
 
     def __exit__(self, *_) -> None:
         self.stop.restore()
+        self.jax_configuration.__exit__(None, None, None)
         if self.tables.tracker:
             self.tables.tracker.finish()
         self.lock.close()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import meam
-from common.devices import over_agents, shard_over_agents, zero_metrics
+from common.devices import configured_jax, over_agents, shard_over_agents, zero_metrics
 from common.flags import parse
 from common.sampling import Batch
 from tools.shared_blocks import ROOT
@@ -143,19 +143,17 @@ def test_sums_that_start_at_zero():
 def test_precision_of_products():
     """What --precision asks a device for, of every product and of those of derivatives; a CPU
     computes in float32 all the same."""
-    option, gradients = "jax_default_matmul_precision", []
+    gradients = []
     batch = Batch(*[jnp.ones((4, 2))] * 2, *[jnp.ones(4)] * 2, jnp.ones((4, 2)), jnp.ones(4))
     for name, text in ("default", ""), ("float32", "HIGHEST"), ("bfloat16", "bf16"):
         line = f"--precision {name} --hidden-dims 8 --num-critics 2 --chunk-length 1".split()
         args = parse(meam.Args, meam.ENV_DEFAULTS, line)
         args = dataclasses.replace(args, action_size=2)
-        try:
+        with configured_jax(args):
             state = meam.create(args, 2, jax.random.PRNGKey(0))
             loss = lambda *inputs, args=args: meam.critic_loss(args, *inputs)[0]
             step = jax.jit(jax.grad(loss)).lower(state.params, state, batch, state.key)
             gradients.append(jax.tree.leaves(step.compile()(state.params, state, batch, state.key)))
-        finally:
-            jax.config.update(option, None)
         products = [x for x in step.as_text().splitlines() if "stablehlo.dot_general" in x]
         assert len(products) == 9 and all(text in x for x in products)
         assert name != "default" or not any("HIGHEST" in x or "bf16" in x for x in products)
@@ -176,9 +174,10 @@ def test_compiled_programs_are_kept(tmp_path):
 import sys
 import jax
 import fmer
+from common.devices import configured_jax
 from common.flags import parse
-args = parse(fmer.Args, fmer.ENV_DEFAULTS, sys.argv[1:])
-jax.jit(lambda x: x @ x)(jax.numpy.ones((3, 3)))
+with configured_jax(parse(fmer.Args, fmer.ENV_DEFAULTS, sys.argv[1:])):
+    jax.jit(lambda x: x @ x)(jax.numpy.ones((3, 3)))
 """
 
     def run(*argv):

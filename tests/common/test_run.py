@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -825,3 +826,12 @@ def test_the_argument_script_is_a_path(tmp_path):
     """Of which the name counts, as `__file__` of a script in any folder."""
     script = Run("/a/b/mine.py", Args(run_dir=str(tmp_path)), AGENTS, DATA, (9,))
     assert script.folder.parent.parent == tmp_path / "mine"
+
+
+def test_the_precision_of_a_run_ends_with_it(run):
+    """Also where a script's `main` is called from Python; other programs keep their precision."""
+    option = "jax_default_matmul_precision"
+    for name, expected in ("float32", "float32"), ("bfloat16", "BF16_BF16_F32"), ("default", None):
+        with run(name=name, precision=name):
+            assert getattr(jax.config, option) == expected
+        assert getattr(jax.config, option) is None
