@@ -101,6 +101,7 @@ class Args:
     eval_episodes: PositiveInt = 50  # Episodes per evaluation and agent.
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
+    overwrite: bool = False  # Begin anew; the run's old folder is moved aside, not deleted.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
     precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).

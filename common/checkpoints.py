@@ -40,6 +40,16 @@ def read_checkpoint(path: Path) -> dict:
     return flax.serialization.msgpack_restore(content)
 
 
+def is_intact(path: Path) -> bool:
+    """Returns whether a file still ends in the checksum of its content."""
+    try:
+        packed = np.memmap(path, np.uint8, mode="r")
+    except ValueError:  # it is empty
+        return False
+    digest = hashlib.sha256(packed[:-DIGEST]).digest()
+    return digest == packed[-DIGEST:].tobytes()
+
+
 def join_parts(parts: list[tuple[int, dict]]) -> dict[str, np.ndarray]:
     """Joins a replay's parts, each with the number of transitions at its end.
 
@@ -93,12 +103,22 @@ class Checkpoints:
                 write_file(self.folder / PART.format(end), pack(part))
                 oldest = end - replay.rewards.shape[1]
                 parts = [part for part in before if part > oldest] + [end]
-        keep = None if self.damaged else self.folder / PREVIOUS
+        keep = self.folder / PREVIOUS if self._latest_is_good() else None
         content = content | dict(run=self.run, parts=np.array(parts, np.int64))
         write_file(self.folder / CHECKPOINT, pack(content), keep)
         self.parts = parts
         self.damaged = False
         self._remove_parts_except(before + parts)
+
+    def _latest_is_good(self) -> bool:
+        """Checks the latest checkpoint again, because it is about to replace the one before it."""
+        path = self.folder / CHECKPOINT
+        if self.damaged or not path.exists():
+            return False
+        good = is_intact(path)
+        if not good:
+            print(f"{path} was damaged on the disk; the checkpoint before it is kept")
+        return good
 
     def _remove_parts_except(self, needed: list[int]) -> None:
         names = [PART.format(part) for part in needed]
@@ -108,9 +128,15 @@ class Checkpoints:
                     path.unlink()
 
     def _read(self, name: str) -> dict:
-        content = read_checkpoint(self.folder / name)
+        path = self.folder / name
+        try:
+            content = read_checkpoint(path)
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # the file may be whole
+            raise UserError(f"cannot read {path}: {error}; mend this and rerun") from None
         if content["run"] != self.run:
-            raise UserError(f"{self.folder / name} belongs to another run; move it away")
+            raise UserError(f"{path} belongs to another run; move it away")
         return content
 
     def restore(self, like: dict, with_replay: bool = True) -> dict | None:

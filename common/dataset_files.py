@@ -1,5 +1,6 @@
 """Finding, reading, checking and labelling the files of OGBench datasets."""
 
+import os
 import re
 import zipfile
 import zlib
@@ -15,7 +16,7 @@ from common.environments import Source, make_env
 from common.errors import UserError
 from common.sampling import Dataset
 
-CACHE = Path(ogbench.utils.DEFAULT_DATASET_DIR).expanduser()
+CACHE = Path(os.path.expanduser(ogbench.utils.DEFAULT_DATASET_DIR))  # also without a home
 LARGEST_RATIO = 100  # of unpacked to packed bytes; no simulator's data reach it
 KEYS = ("observations", "actions", "qpos", "button_states")  # the last one only with buttons
 LIMITS = dict(actions=(-1, 1), terminals=(0, 1), button_states=(0, 1))

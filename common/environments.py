@@ -8,6 +8,8 @@ import difflib
 import io
 import os
 import re
+import tempfile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -146,9 +148,12 @@ def make_env(name: str, **options: Any) -> gymnasium.Env:
 
     `options` are further arguments of gymnasium.make, such as render_mode.
     """
-    os.environ.setdefault("MUJOCO_GL", "disable")  # only rendering needs a display
+    if "render_mode" not in options:
+        os.environ["MUJOCO_GL"] = "disable"  # then a missing driver does not matter
     if name not in ONLINE:
-        return gymnasium.make(name, disable_env_checker=True, **options)
+        env = gymnasium.make(name, disable_env_checker=True, **options)
+        _remove_temporary_model(env)
+        return env
     id, arguments = ONLINE[name]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # gymnasium_robotics' deprecations
@@ -161,6 +166,13 @@ def make_env(name: str, **options: Any) -> gymnasium.Env:
     if name.startswith("kitchen"):
         env = Kitchen(env)
     return RescaleAction(env, -1.0, 1.0)
+
+
+def _remove_temporary_model(env: gymnasium.Env) -> None:
+    """Removes the XML file that OGBench writes for each maze and leaves behind."""
+    path = Path(getattr(env.unwrapped, "fullpath", ""))
+    if path.parent == Path(tempfile.gettempdir()):
+        path.unlink(missing_ok=True)
 
 
 def env_sizes(name: str) -> tuple[int, int]:

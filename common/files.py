@@ -1,13 +1,18 @@
 """Files that are either old or new, never half; locks; and errors that name the file."""
 
 import contextlib
+import errno
 import fcntl
+import itertools
 import os
+import sys
 from collections.abc import Iterator
-from io import TextIOWrapper
 from pathlib import Path
+from typing import BinaryIO
 
 from common.errors import UserError
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -29,31 +34,101 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """Replaces a file: at any moment either the old or the new one is there, whole and on the disk.
+@contextlib.contextmanager
+def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
+    """Opens a new file that takes the place of `path` at the end.
 
-    The old one is moved to `keep`, if given.
+    At any moment either the old or the new one is there, whole. At the end the new one is on the
+    disk, and so is its name. The old one is moved to `keep`, if given.
     """
     new = path.with_name(f"{path.name}.tmp")
+    new.unlink(missing_ok=True)  # a link there is not followed
+    with open(new, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    if keep and path.exists():
+        os.replace(path, keep)
+    os.replace(new, path)
+    sync_folder(path.parent)
+
+
+def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Replaces a file by one with this content, as `replacing` does."""
+    with file_errors(path), replacing(path, keep) as file:
+        file.write(content)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Appends to a file and waits until the text is on the disk."""
     with file_errors(path):
-        with open(new, "wb") as file:
-            file.write(content)
+        new = not path.exists()
+        with open(path, "a", newline="") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(new, path)
-        sync_folder(path.parent)
+        if new:
+            sync_folder(path.parent)
 
 
-def lock_folder(folder: Path) -> TextIOWrapper:
-    """Makes a folder and locks it until the file that is returned is closed."""
+def move_aside(folder: Path) -> Path:
+    """Renames a folder to <folder>.old-1, or the next free number, and returns the new path."""
+    taken = {path.name for path in folder.parent.iterdir()}
+    names = (f"{folder.name}.old-{number}" for number in itertools.count(1))
+    new = folder.with_name(next(name for name in names if name not in taken))
     with file_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise UserError(f"{folder} is in use by another process") from None
-    return lock
+        folder.rename(new)
+    return new
+
+
+def open_lock(path: Path, wait: bool = False) -> BinaryIO:
+    """Opens a file and locks it until it is closed. A link is not followed.
+
+    If another process holds the lock, waits or raises BlockingIOError. A file system without locks
+    gets a warning.
+    """
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
+    file = os.fdopen(descriptor, "rb")
+    how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            file.close()
+            raise
+        warning = f"{path.parent} has no file locks: let only one process write there"
+        print(warning, file=sys.stderr)
+    return file
+
+
+def is_at(file: BinaryIO, path: Path) -> bool:
+    """Returns whether an open file is the one that a path names now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+class FolderLock:
+    """Makes a folder and keeps other processes out of it until `close`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with file_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.file = open_lock(folder / ".lock")
+            except BlockingIOError:
+                raise UserError(f"{folder} is in use by another process") from None
+
+    def check(self) -> None:
+        """Raises UserError if another folder, or none, is at the place of the locked one."""
+        if not is_at(self.file, self.folder / ".lock"):
+            raise UserError(
+                f"{self.folder} was moved or replaced during the run, which ends here. To continue "
+                "it, move the folder back and repeat the command."
+            )
+
+    def close(self) -> None:
+        """Lets other processes in."""
+        self.file.close()

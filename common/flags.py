@@ -3,11 +3,13 @@
 import argparse
 import dataclasses
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+import jax
 import tyro
 
 from common.environments import ONLINE, resolve
@@ -17,7 +19,7 @@ LARGEST = 2**31 - 1
 # Flags that cannot change what an agent learns. A run may be continued with other values of them.
 FREE = (
     *("name", "run_dir", "dataset_dir", "collect", "workers", "track", "compile_cache"),
-    *("eval_only", "eval_slots", "eval_episodes", "eval_interval", "log_interval"),
+    *("eval_only", "overwrite", "eval_slots", "eval_episodes", "eval_interval", "log_interval"),
     *("offline_steps", "online_steps"),  # no schedule of an offline method depends on them
 )
 
@@ -159,6 +161,8 @@ def name_of_run(args: Any, defaults: Any) -> str:
 
 def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
     """Reads and checks the flags of a script; `argv` defaults to the command line."""
+    if jax.config.jax_enable_x64:
+        raise UserError("the scripts compute in float32: unset JAX_ENABLE_X64")
     argv = sys.argv[1:] if argv is None else argv
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--env", nargs="?", default=Args.env, const="")
@@ -171,6 +175,10 @@ def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
         raise UserError("--tasks must not name a task twice")
     if args.name in (".", "..") or "/" in args.name:
         raise UserError(f"--name {args.name!r} must be the name of a folder, without /")
+    for flag in ("run_dir", "dataset_dir", "compile_cache"):
+        if hasattr(args, flag):
+            path = os.path.expanduser(getattr(args, flag))
+            args = dataclasses.replace(args, **{flag: path})
     if not args.name:
         args = dataclasses.replace(args, name=name_of_run(args, defaults))
     if tasks and resolve(env).env not in env_defaults:

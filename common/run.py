@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common.checkpoints import CHECKPOINT, PREVIOUS, Checkpoints
 from common.devices import configured_jax
 from common.errors import UserError
-from common.files import file_errors, lock_folder, write_file
+from common.files import FolderLock, file_errors, move_aside, write_file
 from common.flags import FREE
 from common.signals import StopRequest
 from common.tables import TABLES, Tables, Tracker
@@ -65,6 +65,20 @@ def pack_rollouts(agents: list[tuple[int, int]], results: dict[str, np.ndarray])
     return content.getvalue()
 
 
+def describe_scores(name: str, scores: np.ndarray) -> str:
+    """Returns a line with the mean of scores (agents, episodes), and its 95 % bootstrap interval.
+
+    Each agent's episodes are drawn again, so the interval says how exact the evaluation is, not how
+    much seeds differ.
+    """
+    count, episodes = scores.shape
+    draws = np.random.default_rng(0).integers(episodes, size=(1000, count, episodes))
+    again = np.take_along_axis(scores[None], draws, axis=2)
+    low, high = np.percentile(again.mean((1, 2)), [2.5, 97.5])
+    text = f"{name:12} {scores.mean():.2f} [{low:.2f}, {high:.2f}]"
+    return f"{text} (mean of {count * episodes} episodes, 95 % bootstrap interval)"
+
+
 def draw_pictures(folder: Path) -> None:
     """Lets plot.py draw a run's curve and rollouts, if it is next to common/."""
     plot = Path(__file__).resolve().parents[1] / "plot.py"
@@ -93,7 +107,9 @@ class Run:
         name = args.name or "default"
         runs = Path(args.run_dir).expanduser()
         self.folder = runs / Path(script).stem / args.env / name
-        self.lock = lock_folder(self.folder)
+        self.lock = FolderLock(self.folder)
+        if args.overwrite:
+            self._begin_anew()
         flags = json.loads(json.dumps(vars(args) | data))
         try:
             config = self._configure(flags)
@@ -109,7 +125,7 @@ class Run:
         self.updates_per_call = 1
         self.call_began = None
         self.evaluation_due = False
-        self.last_results = None
+        self.last_scores = None  # (agents, episodes)
 
     def __enter__(self) -> "Run":
         self.jax_configuration.__enter__()
@@ -122,6 +138,17 @@ class Run:
         if self.tables.tracker:
             self.tables.tracker.finish()
         self.lock.close()
+
+    def _begin_anew(self) -> None:
+        """Moves the old folder aside."""
+        if self.args.eval_only:
+            self.lock.close()
+            raise UserError("--overwrite and --eval-only exclude each other")
+        if (self.folder / "config.json").exists():
+            aside = move_aside(self.folder)
+            self.lock.close()
+            self.lock = FolderLock(self.folder)
+            print(f"moved {self.folder} to {aside}")
 
     def _configure(self, flags: dict) -> dict:
         """Writes and returns config.json; refuses to continue a run with other flags."""
@@ -152,7 +179,8 @@ class Run:
         self.step = found["step"]
         self._check_phase(found["replay"])
         self.tables.start -= found["seconds"]
-        self.tables.cut(self.step)
+        if not self.args.eval_only:
+            self.tables.continue_from(self.step)
         evaluated = self.tables.last_row["eval.csv"] >= self.step
         self.evaluation_due = self.args.eval_only or (found["evaluation_due"] and not evaluated)
         self._describe(content["state"])
@@ -223,6 +251,8 @@ class Run:
         self.bar.update(step - self.step)
         self.step = step
         self.stop.unsaved = True
+        if row_due or self.stop.requested:
+            self.lock.check()
         if row_due and metrics["updates"][0] > 0:
             metrics = self._log_means(step, metrics)
         if self.evaluation_due or self.stop.requested:
@@ -248,19 +278,29 @@ class Run:
         means = {name: x.mean(1) for name, x in results.items() if name != "path"}
         if self.score != "success":
             del means["success"]
+        self.lock.check()
+        if (
+            self.args.eval_only or step >= self.ends[-1]
+        ):  # before the row, which says that it is done
+            write_file(self.folder / "rollouts.npz", pack_rollouts(self.agents, results))
         self.tables.log("eval_only.csv" if self.args.eval_only else "eval.csv", step, means)
         self.bar.write(f"{step:,} {self.unit}s: {self.score} {means[self.score].mean():.2f}")
         self.evaluation_due = False
-        self.last_results = results
+        self.last_scores = results[self.score]
+
+    def _pictures_are_old(self) -> bool:
+        picture = self.folder / "curve.png"
+        drawn = picture.stat().st_mtime if picture.exists() else 0.0
+        sources = [self.folder / name for name in ("eval.csv", "rollouts.npz")]
+        return any(path.exists() and path.stat().st_mtime > drawn for path in sources)
 
     def finish(self) -> list[dict[str, str]]:
-        """Keeps the paths of the last evaluation, draws the pictures, returns the evaluations."""
+        """Draws the pictures, says how the run ended, and returns the evaluations."""
         self.bar.close()
-        if self.last_results:
-            content = pack_rollouts(self.agents, self.last_results)
-            write_file(self.folder / "rollouts.npz", content)
-        if self.last_results or not (self.folder / "curve.png").exists():
+        if self._pictures_are_old():
             draw_pictures(self.folder)
+        if self.last_scores is not None:
+            print(describe_scores(self.score, self.last_scores))
         state = "complete" if self.step >= self.ends[-1] else "not complete"
         print(f"{self.folder} is {state}: {self.step:,} of {self.ends[-1]:,} {self.unit}s")
         return self.tables.read("eval.csv")

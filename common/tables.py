@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import importlib
+import io
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import file_errors, write_file
+from common.files import append_text, file_errors, write_file
 
 TABLES = ("train.csv", "eval.csv", "eval_only.csv")
 
@@ -55,35 +56,59 @@ class Tables:
         self.tracker = tracker
         self.start = time.time()  # of the run, without the time between its parts
         self.last_row = dict.fromkeys(TABLES, 0)  # step of each table's last row
+        self.remaining = {}  # table -> its content without the rows that will be written again
         self.lost = set()  # agents with metrics that are not finite
 
-    def cut(self, step: int) -> None:
-        """Drops the rows after a step, and steps without a row for every agent."""
-        for table in TABLES:
-            path = self.folder / table
-            if path.exists():
-                with file_errors(path):
-                    self._cut(path, step)
+    def continue_from(self, step: int) -> None:
+        """Plans to drop the rows after a step, once others take their place.
 
-    def _cut(self, path: Path, step: int) -> None:
-        header, *lines = path.read_text().splitlines(keepends=True) or [""]
-        steps = []
-        for line in lines:
-            whole = line.endswith("\n")
-            steps.append(int(line.split(",")[2]) if whole else step + 1)
-        if lines and not step and path.name != "train.csv":  # they would be dropped
+        Raises UserError if rows are damaged, or belong to a checkpoint that is gone.
+        """
+        self._plan_cut("train.csv", step)
+        self._plan_cut("eval.csv", step)
+        if self.remaining.get("eval.csv") == b"" and not step:
             raise UserError(
-                f"{self.folder} has results but no checkpoint to continue from: move it away, or "
-                "start another run with a --name"
+                f"{self.folder} has results but no checkpoint to continue from: move it away, "
+                "start anew with --overwrite, or start another run with a --name"
             )
-        num_rows = len(lines) // len(self.agents) * len(self.agents)
-        kept = [i for i in range(num_rows) if steps[i] <= step]
-        if kept:
-            text = "".join([header, *(lines[i] for i in kept)])
-            write_file(path, text.encode())
-            self.last_row[path.name] = max(steps[i] for i in kept)
-        else:
-            path.unlink()
+
+    def _plan_cut(self, table: str, step: int) -> None:
+        """Notes what will remain of a table: whole rows of all agents until a step."""
+        path = self.folder / table
+        if not path.exists():
+            return
+        with file_errors(path):
+            content = path.read_text(errors="replace")
+            header, *lines = content.splitlines(keepends=True) or [""]
+            steps = [row for row in self._steps_of(header, lines) if row <= step]
+        self.last_row[table] = max(steps, default=0)
+        kept = lines[: len(steps) * len(self.agents)]
+        text = "".join([header, *kept]) if kept else ""
+        if text != content or not kept:
+            self.remaining[table] = text.encode()
+
+    def _steps_of(self, header: str, lines: list[str]) -> list[int]:
+        """Returns the steps that have a whole row for every agent; a torn end is left out.
+
+        Raises ValueError with the number of a damaged line.
+        """
+        count = len(self.agents)
+        if lines and not lines[-1].endswith("\n"):
+            lines = lines[:-1]
+        steps = []
+        for i, line in enumerate(lines):
+            try:
+                task, seed, step, *others = map(float, line.split(","))
+            except ValueError:
+                others = []
+            width = 3 + len(others)
+            if width != len(header.split(",")) or (task, seed) != self.agents[i % count]:
+                raise ValueError(f"line {i + 2} is damaged: {line.strip()[:80]!r}")
+            if i % count == 0:
+                steps.append(int(step))
+            elif step != steps[-1]:
+                raise ValueError(f"line {i + 2} lacks the rows of other agents before it")
+        return steps[: len(lines) // count]
 
     def log(self, table: str, step: int, metrics: dict[str, np.ndarray]) -> None:
         """Appends a row per agent to a table; `metrics` are arrays (agents,) by name.
@@ -91,22 +116,32 @@ class Tables:
         Reports agents with metrics that are not finite, and stops when no other agent is left.
         """
         path = self.folder / table
+        self._cut(table)
         names = list(metrics)
         values = np.array(list(metrics.values()), float)
         self._check_finite(step, names, values)
-        rows = []
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
         if not path.exists():
-            rows.append(["task", "seed", "step", "seconds", *names])
+            rows.writerow(["task", "seed", "step", "seconds", *names])
         seconds = round(time.time() - self.start, 1)
         for (task, seed), numbers in zip(self.agents, values.T, strict=True):
-            rows.append([task, seed, step, seconds, *numbers])
+            rows.writerow([task, seed, step, seconds, *numbers])
             if self.tracker:
                 prefix = f"{path.stem}/task{task}-seed{seed}"
                 entries = zip(names, numbers, strict=True)
                 self.tracker.log(step, {f"{prefix}/{name}": x for name, x in entries})
-        with file_errors(path), open(path, "a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+        append_text(path, text.getvalue())
         self.last_row[table] = step
+
+    def _cut(self, table: str) -> None:
+        """Drops what the next rows replace."""
+        content = self.remaining.pop(table, None)
+        path = self.folder / table
+        if content:
+            write_file(path, content)
+        elif content is not None:
+            path.unlink()
 
     def _check_finite(self, step: int, names: list[str], values: np.ndarray) -> None:
         for metric, agent in np.argwhere(~np.isfinite(values)):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from common.environments import make_env
+from common.errors import UserError
 
 # Signals may reach the whole group of processes. Only the parent process answers them.
 WORKER = """
@@ -131,7 +132,10 @@ class Workers:
     """Environments in several processes; slot i is in worker i modulo their number."""
 
     def __init__(self, names: list[str], count: int):
-        self.workers = [Worker(names) for _ in range(count)]
+        try:
+            self.workers = [Worker(names) for _ in range(count)]
+        except OSError as error:  # of open files, processes or memory
+            raise UserError(f"cannot start {count} workers ({error}): lower --workers") from None
 
     def run(self, jobs: list[tuple[int, str, tuple]]) -> list[tuple]:
         """Calls a method of each slot, like `Slots.run`. Raises RuntimeError if a worker fails."""

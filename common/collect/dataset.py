@@ -11,9 +11,10 @@ import tqdm
 
 from common.collect.episodes import collect_episode, make_collection_env
 from common.collect.plan import CollectError, Plan, make_plan
-from common.collect.storage import exclusive, find_damage, replacing, write_arrays
+from common.collect.storage import exclusive, find_damage, write_arrays
 from common.collect.workers import collect_blocks
 from common.env_pool import cores
+from common.files import replacing
 
 
 def collect(

@@ -1,41 +1,18 @@
 """Files that survive kills and power cuts, the check of what is already there, and the lock."""
 
 import contextlib
-import errno
-import fcntl
-import os
-import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from common.files import sync_folder
+from common.files import is_at, open_lock, replacing
 
 KEYS = {"observations", "actions", "terminals", "qpos", "qvel"}  # arrays of every dataset
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 # --- Writing ---
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a new file that takes the place of `path` at the end.
-
-    At any moment either the old or the new one is there, whole. At the end the new one is on the
-    disk, and so is its name in the folder.
-    """
-    new = path.with_name(f"{path.name}.tmp")
-    new.unlink(missing_ok=True)
-    with open(new, "xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
-    sync_folder(path.parent)
 
 
 def write_arrays(path: Path, sources: Sequence, compression: int) -> None:
@@ -94,30 +71,13 @@ def _check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, num_rows: int
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Holds a lock file, which is removed at the end. Waits while another process holds it.
-
-    A file system without locks gets a warning; then nobody waits.
-    """
-    descriptor = _lock(path)
+    """Holds a lock file, which is removed at the end. Waits while another process holds it."""
+    lock = open_lock(path, wait=True)
+    while not is_at(lock, path):  # The process that held it has removed it.
+        lock.close()
+        lock = open_lock(path, wait=True)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _lock(path: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            warning = f"{path.parent} has no file locks: let only one process collect there"
-            print(warning, file=sys.stderr)
-            return descriptor
-        was_removed = os.fstat(descriptor).st_nlink == 0
-        if not was_removed:
-            return descriptor
-        os.close(descriptor)  # The process that held it has finished. Lock the file that is there.
+        lock.close()

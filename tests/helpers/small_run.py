@@ -28,6 +28,7 @@ class Args:
     workers: int = 0
     track: bool = False
     eval_only: bool = False
+    overwrite: bool = False
     eval_episodes: int = 2
     compile_cache: str = ""
     precision: Precision = "default"
