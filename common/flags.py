@@ -19,6 +19,7 @@ FREE = (
     *("name", "run_dir", "dataset_dir", "collect", "workers", "track", "compile_cache"),
     *("eval_only", "eval_slots", "eval_episodes", "eval_interval", "log_interval"),
     *("offline_steps", "online_steps"),  # no schedule of an offline method depends on them
+    "observation_size",  # not a flag, but stored with them, except by earlier versions
 )
 
 
