@@ -1,6 +1,7 @@
-"""Trained agents as functions: load one from a run's folder, choose actions, play an episode.
+"""Scripts from Python: train, load a trained agent, choose actions, play an episode.
 
-    agent = load_agent("runs/meam/pointmaze-medium/default")
+    folder = train(meam, env="pointmaze-medium", offline_steps=5_000)
+    agent = load_agent(folder)
     env = make_env(agent.env)  # of common.environments
     policy = agent.policy(seed=0)
     observation, _ = env.reset(seed=0)
@@ -28,7 +29,21 @@ from common.devices import matmul_precision
 from common.environments import single_task
 from common.errors import UserError
 from common.files import file_errors, read_config
-from common.run import SCRIPT
+from common.flags import as_command_line, parse
+from common.run import SCRIPT, run_folder
+
+
+def train(script: ModuleType, **flags: Any) -> Path:
+    """Trains as a script's command line does with these flags, and returns the run's folder.
+
+    The same call continues a run that was stopped. Raises UserError for what cannot be run.
+    """
+    try:
+        args = parse(script.Args, script.ENV_DEFAULTS, as_command_line(flags))
+    except SystemExit:
+        raise UserError(f"{script.__name__} has no such flags, see above: {flags}") from None
+    script.main(args)
+    return run_folder(script.__file__, args)
 
 
 class TrainedAgents(NamedTuple):
@@ -133,12 +148,12 @@ def load_agents(folder: str | Path, script: ModuleType | None = None) -> Trained
     if "script" not in config:
         advice = "repeat its command once, which adds what is missing"
         raise UserError(f"{folder} was made by an earlier version: {advice}")
-    script = script or stored_script(folder, config["script"])
     path = folder / CHECKPOINT
     try:
         saved = read_checkpoint(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no checkpoint that can be read: {error}") from None
+    script = script or stored_script(folder, config["script"])
     agents = [tuple(agent) for agent in config["agents"]]
     args = arguments(script, flags)
     create = partial(script.create, args, flags["observation_size"])

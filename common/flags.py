@@ -158,6 +158,20 @@ def name_of_run(args: Any, defaults: Any) -> str:
     return ",".join(parts)[:200] or "default"
 
 
+def as_command_line(flags: dict) -> list[str]:
+    """Returns flags as words of a command line: dict(lr=0.1, tasks=(1, 2), track=False)."""
+    words = []
+    for name, value in flags.items():
+        flag = f"--{name}".replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list | tuple):
+            words += [flag, *map(str, value)]
+        else:
+            words.append(f"{flag}={value}")
+    return words
+
+
 def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
     """Reads and checks the flags of a script; `argv` defaults to the command line."""
     argv = sys.argv[1:] if argv is None else argv

@@ -67,6 +67,16 @@ def pack_rollouts(agents: list[tuple[int, int]], results: dict[str, np.ndarray])
     return content.getvalue()
 
 
+def run_folder(script: str, args: Any) -> Path:
+    """Returns runs/<script>/<env>/<name>. Raises UserError if the flags have no name."""
+    if not args.name:
+        raise UserError(
+            f"these flags lack what belongs to {args.env}: Args(...) alone has the defaults of the "
+            "class. Use `train` of common.agents or `parse` of common.flags."
+        )
+    return Path(args.run_dir).expanduser() / Path(script).stem / args.env / args.name
+
+
 def draw_pictures(folder: Path) -> None:
     """Lets plot.py draw a run's curve and rollouts, if it is next to common/."""
     plot = Path(__file__).resolve().parents[1] / "plot.py"
@@ -92,9 +102,7 @@ class Run:
         offline = hasattr(args, "tasks")
         self.score = "success" if offline else "return"
         self.unit = "update" if offline else "step"
-        name = args.name or "default"
-        runs = Path(args.run_dir).expanduser()
-        self.folder = runs / Path(script).stem / args.env / name
+        self.folder = run_folder(script, args)
         self.lock = lock_folder(self.folder)
         flags = json.loads(json.dumps(vars(args) | data))
         try:
@@ -102,7 +110,7 @@ class Run:
         except UserError:
             self.lock.close()  # whoever keeps the error could not start the run again
             raise
-        tracker = Tracker(name, config["id"], flags) if args.track else None
+        tracker = Tracker(args.name, config["id"], flags) if args.track else None
         self.checkpoints = Checkpoints(self.folder, config["id"])
         self.tables = Tables(self.folder, agents, tracker)
         self.stop = StopRequest(self.folder)

@@ -1,10 +1,13 @@
-"""Trained agents as functions: loaded from a run's folder, wherever it and its script went."""
+"""Scripts from Python: training, and trained agents as functions, loaded from a run's folder
+wherever it and its script went."""
 
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import jax
@@ -14,13 +17,14 @@ import pytest
 import fmer
 import qam
 from baselines import ppo, sac
-from common.agents import load_agent, load_agents
+from common.agents import load_agent, load_agents, train
 from common.checkpoints import read_checkpoint
 from common.environments import seed_of
+from common.flags import parse
 from common.workers import Slot
 from tests.helpers.flags import tiny_args, tiny_online, tiny_ppo
 from tests.helpers.messages import stops
-from tests.helpers.runs import folder_of, quick
+from tests.helpers.runs import assert_same, folder_of, quick
 from tools.shared_blocks import ROOT
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -301,3 +305,119 @@ def test_a_run_of_an_earlier_version_is_completed(here, monkeypatch):
     )
     assert (folder / "checkpoint.msgpack").read_bytes() == checkpoint
     assert load_agent(folder).observation_size == 2
+
+
+# --- training from Python ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """A list of the flags that a script's `main` is called with, instead of running."""
+    found = []
+    monkeypatch.setattr(qam, "main", found.append)
+    return found
+
+
+@pytest.mark.parametrize(
+    "flags, argv",
+    [
+        (dict(), ""),
+        (dict(env="antmaze-giant"), "--env antmaze-giant"),
+        (
+            dict(env="cube-triple", lr=1, tasks=[2, np.int64(3)], discount=np.float64(0.5)),
+            "--env cube-triple --lr 1 --tasks 2 3 --discount 0.5",
+        ),
+        (dict(sparse=True, track=False, name="-x", run_dir="a b"), "--sparse --name=-x"),
+    ],
+)
+def test_flags_mean_what_they_mean_on_the_command_line(started, flags, argv):
+    """The environment's protocol, the types, and the name of the run."""
+    folder = train(qam, **flags)
+    (args,) = started
+    expected = parse(qam.Args, qam.ENV_DEFAULTS, argv.split())
+    assert args == dataclasses.replace(expected, run_dir=flags.get("run_dir", "runs"))
+    assert folder == Path(args.run_dir, "qam", expected.env, expected.name)
+
+
+def test_the_protocol_is_applied(started):
+    train(qam, env="antmaze-giant", inv_temp=2.0)
+    (args,) = started
+    assert (args.chunk_length, args.discount, args.inv_temp) == (1, 0.995, 2.0)
+    assert (args.name, args.batch_size) == ("inv-temp=2.0", qam.Args.batch_size)
+
+
+def test_what_cannot_be_trained(started, capsys):
+    """An error of the user, which is no end of the program."""
+    stops("unknown environment 'cube-tripel'", call=lambda: train(qam, env="cube-tripel"))
+    stops("--lr must be greater than 0", call=lambda: train(qam, lr=-1.0))
+    stops("--tasks needs at least one value", call=lambda: train(qam, tasks=[]))
+    for wrong in (dict(lr="fast"), dict(learning_rate=0.1)):
+        stops("qam has no such flags", wrong, call=lambda wrong=wrong: train(qam, **wrong))
+    assert "--learning-rate" in capsys.readouterr().err
+    assert not started
+
+
+def test_a_cell_that_is_interrupted_is_run_again(here, monkeypatch):
+    """Signals and the folder's lock are given back; the same call continues to the same end."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    flags = {k: v for k, v in vars(tiny_online(fmer)).items() if k not in ("action_size", "name")}
+    try:
+        with monkeypatch.context() as patch:
+            train_chunk = fmer.train_chunk
+            calls = []
+
+            def interrupt(*inputs):
+                calls.append(0)
+                if len(calls) == 20:
+                    signal.raise_signal(signal.SIGINT)
+                return train_chunk(*inputs)
+
+            patch.setattr(fmer, "train_chunk", interrupt)
+            with pytest.raises(SystemExit, match="is saved. Repeat the command to continue."):
+                train(fmer, **flags)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        folder = train(fmer, **flags)
+        whole = train(fmer, **flags, name="whole")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert folder != whole and ",total-steps=72," in folder.name
+    assert_same(folder, whole)
+
+
+GLOBAL_STATE = """
+import logging, os, signal, sys, warnings
+import flax, gymnasium, jax, matplotlib, numpy, ogbench, optax, tyro
+
+def state():
+    return dict(
+        environment=dict(os.environ),
+        path=list(sys.path),
+        hooks=(sys.excepthook, sys.displayhook),
+        signals=[signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+        warnings=repr(warnings.filters),
+        gymnasium=gymnasium.logger.min_level,
+        logging=(logging.root.level, list(logging.root.handlers)),
+        random=repr(numpy.random.get_state()),
+        numpy=(numpy.geterr(), numpy.get_printoptions()),
+        jax=dict(jax.config.values),
+        matplotlib=dict(matplotlib.rcParams),
+        folder=(os.getcwd(), os.listdir()),
+    )
+
+before = state()
+import {}
+import common.agents
+after = state()
+assert before == after, [name for name in before if before[name] != after[name]]
+"""
+
+
+def test_importing_changes_no_global_state(tmp_path):
+    """Of the process: in a notebook, everything else goes on as before."""
+    names = "meam, qam, qam_edit, qam_fql, fmer, baselines.fql, baselines.rlpd, baselines.ppo"
+    code = GLOBAL_STATE.format(names)
+    environment = quick(tmp_path) | dict(PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-c", code]
+    how = dict(cwd=tmp_path, capture_output=True, text=True, env=environment)
+    answer = subprocess.run(command, **how)
+    assert answer.returncode == 0, answer.stderr

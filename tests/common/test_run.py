@@ -73,9 +73,12 @@ def test_without_git_there_is_no_commit(run, monkeypatch, tmp_path):
     assert config["made_with"]["commit"] == ""
 
 
-def test_runs_without_a_name(run, tmp_path):
-    """As of a program that calls `main` without `parse`."""
-    assert run().folder == tmp_path / "small_run" / "pointmaze-medium" / "default"
+def test_flags_that_lack_the_environments_protocol(run, tmp_path):
+    """Args(env=...) alone, in a program that calls `main` without `parse`, starts nothing."""
+    stops(
+        "these flags lack what belongs to cube-triple", call=lambda: run(env="cube-triple", name="")
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_folder_in_the_home_directory(monkeypatch, tmp_path):
@@ -827,7 +830,7 @@ def test_the_argument_script_is_a_path(tmp_path):
     path = tmp_path / "a/mine.py"
     path.parent.mkdir()
     path.touch()
-    script = Run(str(path), Args(run_dir=str(tmp_path)), AGENTS, DATA, (9,))
+    script = Run(str(path), Args(run_dir=str(tmp_path), name="x"), AGENTS, DATA, (9,))
     assert script.folder.parent.parent == tmp_path / "mine"
 
 
