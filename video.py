@@ -10,7 +10,6 @@ environment variable MUJOCO_GL names.
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,15 +24,14 @@ if __name__ == "__main__":
             "driver (Debian: libegl1 libgl1-mesa-dri), osmesa needs libosmesa6, glfw a display"
         )
 
-import jax
 import numpy as np
 import tyro
 from PIL import Image
 
-from analysis.agents import TrainedAgents, agents_of, load_agents
 from analysis.command_line import run_program
 from analysis.runs import read_flags
-from common.environments import ONLINE, resolve, seed_of, single_task
+from common.agents import Agent, load_agent
+from common.environments import seed_of
 from common.errors import UserError
 from common.workers import Slot
 
@@ -64,26 +62,16 @@ def main(options: Options) -> Path:
     """Plays, says how the episodes ended, and writes the film."""
     check_options(options)
     folder = Path(options.run)
-    flags = read_flags(folder)
-    if flags["env"] == "multigoal":
+    if read_flags(folder)["env"] == "multigoal":
         raise UserError("the plane is not a MuJoCo scene: its episodes are in rollouts.png")
-    source = resolve(flags["env"])
-    agents = agents_of(flags, source.task)
-    task, seed = choose_agent(options, agents)
-    path = Path(options.out or folder / f"video-task{task}-seed{seed}.gif")
+    agent = load_agent(folder, options.task or None, options.seed if options.seed >= 0 else None)
+    path = Path(options.out or folder / f"video-task{agent.task}-seed{agent.seed}.gif")
     check_writable(path)
-    name = flags["env"]
-    if name not in ONLINE:
-        name = single_task(name, task)
-    slot = Slot(name, render_mode="rgb_array", width=options.size, height=options.size)
-    trained = load_agents(folder, slot.env.observation_space.shape[0])
-    index = agents.index((task, seed))
-    state = jax.tree.map(lambda x: x[[index]], trained.state)
-    trained = trained._replace(state=state)
+    slot = Slot(agent.env, render_mode="rgb_array", width=options.size, height=options.size)
     frames = []
     for episode in range(options.episodes):
-        start = seed_of(seed, task, int(trained.step), episode)
-        new, result = film_episode(slot, trained, start, options.every)
+        start = seed_of(agent.seed, agent.task, agent.step, episode)
+        new, result = film_episode(slot, agent, start, options.every)
         frames += new
         print(f"episode {episode}: {result}")
     save_film(path, frames, options.fps)
@@ -96,16 +84,6 @@ def check_options(options: Options) -> None:
     for name in ("episodes", "every", "fps", "size"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1")
-
-
-def choose_agent(options: Options, agents: list[tuple[int, int]]) -> tuple[int, int]:
-    """Returns (task, seed) of the agent that the options name."""
-    first_task, first_seed = agents[0]
-    task = options.task or first_task
-    seed = first_seed if options.seed < 0 else options.seed
-    if (task, seed) not in agents:
-        raise UserError(f"no agent of task {task}, seed {seed} in {options.run}: it has {agents}")
-    return task, seed
 
 
 def check_writable(path: Path) -> None:
@@ -122,41 +100,24 @@ def check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: {problem.strerror}; choose another --out") from None
 
 
-def film_episode(slot: Slot, trained: TrainedAgents, seed: int, every: int) -> tuple[list, str]:
+def film_episode(slot: Slot, agent: Agent, seed: int, every: int) -> tuple[list, str]:
     """Plays an episode of one agent, and returns its frames and how it ended.
 
     There is a frame of the start, of every `every`-th step, and of the end.
     """
-    act = policy_of(trained, seed)
+    policy = agent.policy(seed)
     (observation,) = slot.start(seed)
     frames = [render(slot)]
     age = 0
     total = 0.0
     over = False
     while not over:
-        for action in act(observation, age):
-            observation, reward, _, over, success = slot.step(action)
-            age += 1
-            total += reward
-            if over or age % every == 0:
-                frames.append(slot.env.render())
-            if over:
-                break
+        observation, reward, _, over, success = slot.step(policy(observation))
+        age += 1
+        total += reward
+        if over or age % every == 0:
+            frames.append(slot.env.render())
     return frames, f"success {success:.0f}, return {total:.1f}, {age} steps"
-
-
-def policy_of(trained: TrainedAgents, seed: int) -> Callable:
-    """Returns a function (observation, age) -> a chunk of actions (H, d), as in evaluations."""
-    modes = getattr(trained.script, "MODES", ())[:1]  # Online scripts have several.
-
-    def act(observation, age):
-        seeds = np.uint32([[seed]])
-        ages = np.int32([[age]])
-        observations = observation[None, None]
-        plans = trained.script.act(trained.args, trained.state, observations, seeds, ages, *modes)
-        return np.asarray(plans)[0, 0]
-
-    return act
 
 
 def render(slot: Slot) -> np.ndarray:

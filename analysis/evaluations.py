@@ -15,7 +15,7 @@ from common.errors import UserError
 # Flags of config.json that do not make another method.
 IGNORED = """env name seed num_seeds tasks run_dir dataset_dir collect workers track compile_cache
     eval_only overwrite eval_slots eval_episodes eval_interval log_interval
-    offline_steps online_steps""".split()
+    offline_steps online_steps observation_size""".split()
 
 
 class Scores(NamedTuple):

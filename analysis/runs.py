@@ -1,13 +1,13 @@
 """Find run folders, and read their flags and their CSV files."""
 
 import csv
-import json
 from pathlib import Path
 
 import numpy as np
 
 from common.environments import resolve
 from common.errors import UserError
+from common.files import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,13 +37,7 @@ def read_csv(path: Path) -> dict[str, np.ndarray]:
 
 def read_flags(folder: Path) -> dict:
     """Reads the flags of a run from its config.json."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"{folder} is not a run folder: it has no config.json")
-    try:
-        return json.loads(path.read_text())["flags"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged, so this run cannot be read: {error!r}") from None
+    return read_config(folder)["flags"]
 
 
 def check_run(path: Path) -> None:

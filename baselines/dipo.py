@@ -484,7 +484,8 @@ def main(args: Args) -> list[dict]:
     sizes = env_sizes(args.env)
     observation_size, action_size = sizes
     args = dataclasses.replace(args, action_size=action_size)
-    with Run(__file__, args, agents, data={}, ends=(args.total_steps,)) as run:
+    data = dict(observation_size=observation_size)
+    with Run(__file__, args, agents, data, ends=(args.total_steps,)) as run:
         # Set up. `metrics` are sums over the updates since the last logged row.
         state = create_agents(args, agents, observation_size)
         capacity = min(args.replay_size, args.total_steps)

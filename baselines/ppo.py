@@ -511,8 +511,9 @@ def main(args: Args) -> list[dict]:
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]
     observation_size, action_size = env_sizes(args.env)
     args = dataclasses.replace(args, action_size=action_size)
+    data = dict(observation_size=observation_size)
     total_steps = args.total_steps // args.rollout_steps * args.rollout_steps
-    with Run(__file__, args, agents, data={}, ends=(total_steps,)) as run:
+    with Run(__file__, args, agents, data, ends=(total_steps,)) as run:
         # Set up. `metrics` are sums over the updates since the last logged row.
         state = create_agents(args, agents, observation_size)
         rollout = empty_rollout(args, len(agents), observation_size)

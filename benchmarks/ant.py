@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.agents import load_agents
 from analysis.command_line import run_program
 from analysis.runs import ROOT, read_flags
 from benchmarks import as_table, write_rows
+from common.agents import load_agent
 from common.collect import ant
 from common.collect.experts import heading, subgoal_search
 from common.environments import make_env, seed_of
@@ -44,16 +44,15 @@ def keep(folder: Path, path: Path) -> None:
     env = read_flags(folder)["env"]
     if env != "online-ant-xy":
         raise UserError(f"{folder} is a run on {env}: the expert learns on online-ant-xy")
-    script, args, state, *_ = load_agents(folder, 29)
-    if script.__name__ != "baselines.sac":
-        raise UserError(f"{folder} is a run of {script.__name__}: the expert is one of SAC")
-    layers = state.params["policy"]["params"]
+    agent = load_agent(folder)
+    if agent.name != "sac":
+        raise UserError(f"{folder} is a run of {agent.name}.py: the expert is one of SAC")
+    layers = agent.state.params["policy"]["params"]
     arrays = {}
     for i in range(len(layers)):
         for name, x in layers[f"Dense_{i}"].items():
-            x = x[0]
             if i == len(layers) - 1:
-                x = x[..., : args.action_size]
+                x = x[..., : agent.action_size]
             arrays[f"{name}_{i}"] = np.asarray(x, np.float32)
     np.savez_compressed(path, **arrays)
 

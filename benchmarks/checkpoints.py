@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from analysis.agents import script_of
 from analysis.command_line import run_program
+from analysis.scripts import script_of
 from benchmarks.throughput import describe
 from common.checkpoints import CHECKPOINT, PART, Checkpoints, pack, read_checkpoint
 from common.environments import ONLINE, env_sizes

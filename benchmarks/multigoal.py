@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from analysis.agents import TrainedAgents, load_agents
 from analysis.command_line import run_program
 from analysis.runs import ROOT
 from analysis.statistics import interval
 from analysis.style import GOAL_COLOURS, OPEN_AXES
 from analysis.tables import cell
 from benchmarks.learning import configuration, launch
+from common.agents import TrainedAgents, load_agents
 from common.environments import GOALS, MULTIGOAL_STEPS, MultiGoal
 from common.errors import UserError
 
@@ -68,7 +68,7 @@ def train(command: str, options: Options) -> tuple[TrainedAgents, dict]:
     line = [module, *flags, "--num-seeds", str(options.seeds)]
     launch([*line, "--name", "default", "--run-dir", options.run_dir])
     folder = Path(options.run_dir, module.split(".")[-1], "multigoal/default")
-    trained = load_agents(folder, 2)
+    trained = load_agents(folder)
     made_with = configuration(folder)["made_with"]
     note = dict(command=shlex.join(["python", "-m", *line]), seconds=trained.seconds)
     note |= {name: made_with[name] for name in ("device", "python", "packages")}

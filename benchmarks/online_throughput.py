@@ -21,9 +21,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from analysis.agents import script_of
 from analysis.command_line import run_program
 from analysis.runs import read_rows
+from analysis.scripts import script_of
 from benchmarks import as_table
 from benchmarks.throughput import put_row
 from common.devices import zero_metrics

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import jax
 
-from analysis.agents import script_of
 from analysis.command_line import run_program
 from analysis.runs import read_rows
+from analysis.scripts import script_of
 from benchmarks.learning import keep, portable, table
 from common.flags import configure
 

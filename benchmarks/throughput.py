@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from analysis.agents import script_of
 from analysis.command_line import run_program
 from analysis.runs import read_rows
+from analysis.scripts import script_of
 from analysis.tables import markdown
 from benchmarks import write_rows
 from common.devices import replicate, shard_over_agents, zero_metrics

@@ -16,10 +16,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from analysis.agents import load_agents
 from analysis.command_line import run_program
 from analysis.runs import ROOT, read_flags
 from benchmarks import as_table, write_rows
+from common.agents import load_agent
 from common.dataset_files import locate
 from common.environments import make_env, resolve
 from common.errors import UserError
@@ -82,9 +82,10 @@ def check(options: Options) -> None:
 def measure(options: Options) -> list[dict]:
     """Returns a row per free cell."""
     check(options)
-    script, args, state, *_ = load_agents(Path(options.folder), 2)
-    agent = args.tasks.index(options.task) * args.num_seeds
-    state = jax.tree.map(lambda x: x[agent], state)
+    agent = load_agent(options.folder, options.task)
+    script = agent.script
+    args = agent.args
+    state = agent.state
     source = resolve(args.env)
     path = locate(source, options.dataset_dir)[0]
     with np.load(path) as file:

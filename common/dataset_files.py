@@ -12,7 +12,7 @@ import numpy as np
 import ogbench.utils
 from ogbench.relabel_utils import relabel_dataset
 
-from common.environments import Source, make_env
+from common.environments import Source, make_env, without_warnings
 from common.errors import UserError
 from common.sampling import Dataset
 
@@ -142,7 +142,8 @@ def check_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def label(path: Path, source: Source, task: int, arrays: dict[str, np.ndarray]) -> None:
     """Adds OGBench's `rewards` and `masks` of a task for all M states to the arrays."""
     env = labelling_env(f"{source.env}-singletask-task{task}-v0")
-    expected = [env.observation_space.shape[0], env.action_space.shape[0]]
+    with without_warnings():
+        expected = [env.observation_space.shape[0], env.action_space.shape[0]]
     expected += [env.unwrapped.model.nq, getattr(env.unwrapped, "_num_buttons", 0)]
     widths = [0, 0, 0, 0]
     for i, key in enumerate(KEYS):

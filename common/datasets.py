@@ -45,7 +45,6 @@ class OfflineDataset:
             data = read(paths[index], source, args.tasks, args.sparse, clip=self._one_file)
             return replicate(data, num_agents)
 
-        self.identity = identify(paths)
         self._offline_steps = getattr(args, "offline_steps", 0)
         self._sparse = args.sparse
         self._load = load
@@ -57,6 +56,7 @@ class OfflineDataset:
         self._thread = ThreadPoolExecutor(1)
         self.num_transitions, self.action_size = self._data.actions.shape
         self.observation_size = self._data.observations.shape[1]
+        self.identity = identify(paths) | dict(observation_size=self.observation_size)
         files = paths[0].name if self._one_file else f"{len(paths)} files like {paths[0].name}"
         print(f"dataset      {files}, {self.num_transitions:,} transitions")
         longest = np.diff(np.flatnonzero(self._data.terminals), prepend=-1).max()

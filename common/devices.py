@@ -11,6 +11,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
+def matmul_precision(precision: str) -> contextlib.AbstractContextManager:
+    """Returns a context in which matrix products have the precision that --precision names."""
+    if precision == "default":
+        precision = jax.config.jax_default_matmul_precision
+    elif precision == "bfloat16":  # jax's own "bfloat16" means TF32 on a GPU
+        precision = "BF16_BF16_F32"
+    return jax.default_matmul_precision(precision)
+
+
 @contextlib.contextmanager
 def configured_jax(args: Any) -> Iterator[None]:
     """Applies --precision while the context lasts, and --compile-cache from now on."""
@@ -21,12 +30,7 @@ def configured_jax(args: Any) -> Iterator[None]:
         jax.config.update("jax_compilation_cache_dir", None)
     elif folder:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-    precision = args.precision
-    if precision == "default":
-        precision = jax.config.jax_default_matmul_precision
-    elif precision == "bfloat16":  # jax's own "bfloat16" means TF32 on a GPU
-        precision = "BF16_BF16_F32"
-    with jax.default_matmul_precision(precision):
+    with matmul_precision(args.precision):
         yield
 
 

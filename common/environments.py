@@ -9,6 +9,7 @@ import io
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,6 @@ import ogbench  # noqa: F401 (registers the environments)
 from gymnasium.wrappers import RescaleAction
 
 from common.errors import UserError
-
-gymnasium.logger.min_level = gymnasium.logger.ERROR  # hides warnings about float64 boxes
 
 GOALS = np.float32([(5, 0), (-5, 0), (0, 5), (0, -5)])  # on the plane `multigoal`
 MULTIGOAL_STEPS = 30  # time limit of an episode there
@@ -142,6 +141,18 @@ def single_task(name: str, task: int) -> str:
     return f"{resolve(name).env}-singletask-task{task}-v0"
 
 
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Hides gymnasium's warnings, such as those about spaces in float64."""
+    level = gymnasium.logger.min_level
+    gymnasium.logger.min_level = gymnasium.logger.ERROR
+    try:
+        yield
+    finally:
+        gymnasium.logger.min_level = level
+
+
+@without_warnings()
 def make_env(name: str, **options: Any) -> gymnasium.Env:
     """Makes an environment by its OGBench name, such as "cube-single-singletask-task1-v0", or its
     name in ONLINE, whose actions are rescaled to [-1, 1].

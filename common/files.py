@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,18 @@ def file_errors(path: Path) -> Iterator[None]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         problem = f"cannot use {path}: {error}"
         raise UserError(f"{problem}. Fix this, then rerun the same command.") from None
+
+
+def read_config(folder: Path) -> dict:
+    """Reads the config.json of a run: its id, flags, agents and script, and what made it."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} is not a run folder: it has no config.json")
+    try:
+        config = json.loads(path.read_text())
+        return config | dict(flags=dict(config["flags"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is damaged, so this run cannot be read: {error!r}") from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -21,6 +21,7 @@ FREE = (
     *("name", "run_dir", "dataset_dir", "collect", "workers", "track", "compile_cache"),
     *("eval_only", "overwrite", "eval_slots", "eval_episodes", "eval_interval", "log_interval"),
     *("offline_steps", "online_steps"),  # no schedule of an offline method depends on them
+    "observation_size",  # not a flag, but stored with them, except by earlier versions
 )
 
 
@@ -157,6 +158,20 @@ def name_of_run(args: Any, defaults: Any) -> str:
                 text = "-".join(map(str, value))
             parts.append(f"{flag}={text}".replace("_", "-").replace("/", "-"))
     return ",".join(parts)[:200] or "default"
+
+
+def as_command_line(flags: dict) -> list[str]:
+    """Returns flags as words of a command line: dict(lr=0.1, tasks=(1, 2), track=False)."""
+    words = []
+    for name, value in flags.items():
+        flag = f"--{name}".replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list | tuple):
+            words += [flag, *map(str, value)]
+        else:
+            words.append(f"{flag}={value}")
+    return words
 
 
 def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:

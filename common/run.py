@@ -4,6 +4,7 @@ The same command continues from the checkpoint there. Rows that were logged afte
 because they will be written again.
 """
 
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -27,6 +28,7 @@ from common.flags import FREE
 from common.signals import StopRequest
 from common.tables import TABLES, Tables, Tracker
 
+SCRIPT = "script.py"  # the source of a run's script, from which its agents are loaded
 SECONDS_PER_CALL = 1.0  # so that the progress bar and signals are answered in time
 
 
@@ -79,6 +81,16 @@ def describe_scores(name: str, scores: np.ndarray) -> str:
     return f"{text} (mean of {count * episodes} episodes, 95 % bootstrap interval)"
 
 
+def run_folder(script: str, args: Any) -> Path:
+    """Returns runs/<script>/<env>/<name>. Raises UserError if the flags have no name."""
+    if not args.name:
+        raise UserError(
+            f"these flags lack what belongs to {args.env}: Args(...) alone has the defaults of the "
+            "class. Use `train` of common.agents or `parse` of common.flags."
+        )
+    return Path(args.run_dir).expanduser() / Path(script).stem / args.env / args.name
+
+
 def draw_pictures(folder: Path) -> None:
     """Lets plot.py draw a run's curve and rollouts, if it is next to common/."""
     plot = Path(__file__).resolve().parents[1] / "plot.py"
@@ -104,19 +116,17 @@ class Run:
         offline = hasattr(args, "tasks")
         self.score = "success" if offline else "return"
         self.unit = "update" if offline else "step"
-        name = args.name or "default"
-        runs = Path(args.run_dir).expanduser()
-        self.folder = runs / Path(script).stem / args.env / name
+        self.folder = run_folder(script, args)
         self.lock = FolderLock(self.folder)
         if args.overwrite:
             self._begin_anew()
         flags = json.loads(json.dumps(vars(args) | data))
         try:
-            config = self._configure(flags)
+            config = self._configure(Path(script), flags)
         except UserError:
             self.lock.close()  # whoever keeps the error could not start the run again
             raise
-        tracker = Tracker(name, config["id"], flags) if args.track else None
+        tracker = Tracker(args.name, config["id"], flags) if args.track else None
         self.checkpoints = Checkpoints(self.folder, config["id"])
         self.tables = Tables(self.folder, agents, tracker)
         self.stop = StopRequest(self.folder)
@@ -150,18 +160,28 @@ class Run:
             self.lock = FolderLock(self.folder)
             print(f"moved {self.folder} to {aside}")
 
-    def _configure(self, flags: dict) -> dict:
-        """Writes and returns config.json; refuses to continue a run with other flags."""
+    def _configure(self, script: Path, flags: dict) -> dict:
+        """Writes and returns config.json; refuses to continue a run with other flags.
+
+        The script's source is kept next to it. A note says if another one was there.
+        """
         path = self.folder / "config.json"
-        config = dict(id=uuid.uuid4().hex[:16], flags=flags, made_with=environment_info())
+        with file_errors(script):
+            source = script.read_bytes()
+        digest = hashlib.sha256(source).hexdigest()
+        now = dict(flags=flags, script=script.stem, source_sha256=digest, agents=self.agents)
+        config = dict(id=uuid.uuid4().hex[:16], **now, made_with=environment_info())
         if any((self.folder / name).exists() for name in (CHECKPOINT, PREVIOUS, *TABLES)):
             with file_errors(path):
                 old = json.loads(path.read_text())
                 defaults = json.loads(json.dumps(vars(type(self.args)())))
                 old_flags = defaults | old["flags"]  # some flags may be newer than the run
-                config = old | dict(flags=flags)
+                config = old | now
             refuse_other_flags(self.folder, old_flags, flags)
+            if old.get("source_sha256", digest) != digest:
+                print(f"Note: {script} is not the script that {self.folder} was made with so far.")
         if not self.args.eval_only:
+            write_file(self.folder / SCRIPT, source)
             write_file(path, json.dumps(config, indent=1).encode())
         return config
 

@@ -174,6 +174,7 @@ def test_a_write_that_fails_leaves_the_old_file(run, monkeypatch, function, code
         "checkpoint-before.msgpack",
         "checkpoint.msgpack",
         "config.json",
+        "script.py",
     ]
 
 

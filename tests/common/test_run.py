@@ -56,7 +56,7 @@ def run(tmp_path):
 def test_the_folder_says_what_made_it(run, tmp_path):
     """runs/<script>/<env>/<name>/config.json: flags, dataset, commit, device, versions, an id."""
     folder = run(name="mine", hidden_dims=(4, 4)).folder
-    assert folder == tmp_path / "script" / "pointmaze-medium" / "mine"
+    assert folder == tmp_path / "small_run" / "pointmaze-medium" / "mine"
     config = json.loads((folder / "config.json").read_text())
     flags = config["flags"]
     assert flags["hidden_dims"] == [4, 4] and flags["dataset"] == DATA["dataset"]
@@ -73,9 +73,12 @@ def test_without_git_there_is_no_commit(run, monkeypatch, tmp_path):
     assert config["made_with"]["commit"] == ""
 
 
-def test_runs_without_a_name(run, tmp_path):
-    """As of a program that calls `main` without `parse`."""
-    assert run().folder == tmp_path / "script" / "pointmaze-medium" / "default"
+def test_flags_that_lack_the_environments_protocol(run, tmp_path):
+    """Args(env=...) alone, in a program that calls `main` without `parse`, starts nothing."""
+    stops(
+        "these flags lack what belongs to cube-triple", call=lambda: run(env="cube-triple", name="")
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_folder_in_the_home_directory(monkeypatch, tmp_path):
@@ -229,14 +232,14 @@ def test_a_damaged_configuration(run):
 
 def test_a_folder_that_cannot_be_written(run, tmp_path):
     """A file in its place, a folder without permission: one line, no traceback."""
-    (tmp_path / "script").write_text("")
-    stops("cannot use", tmp_path / "script", call=run)
-    (tmp_path / "script").unlink()
-    (tmp_path / "script").mkdir()
+    (tmp_path / "small_run").write_text("")
+    stops("cannot use", tmp_path / "small_run", call=run)
+    (tmp_path / "small_run").unlink()
+    (tmp_path / "small_run").mkdir()
     if os.geteuid():  # root may write everywhere
-        (tmp_path / "script").chmod(0o555)
-        stops("cannot use", tmp_path / "script", "Permission denied", call=run)
-        (tmp_path / "script").chmod(0o755)
+        (tmp_path / "small_run").chmod(0o555)
+        stops("cannot use", tmp_path / "small_run", "Permission denied", call=run)
+        (tmp_path / "small_run").chmod(0o755)
     if Path("/proc/self").exists():
         stops("cannot use", "/proc/self", call=lambda: begin("/proc/self"))
 
@@ -722,7 +725,7 @@ def test_a_signal_in_the_middle(run, heeded, number, capsys):
     """The step is finished and saved, and the run ends with a line; then signals are as before, the
     folder is free, and the run continues from this step."""
     before = signal.getsignal(number)
-    with pytest.raises(SystemExit, match="script.* is saved. Repeat the command to continue.$"):
+    with pytest.raises(SystemExit, match="small_run.* is saved. Repeat the command to continue.$"):
         with run() as first:
             restore(first)
             go(first, [1, 2])
@@ -827,7 +830,10 @@ def test_a_run_in_another_thread(run, heeded):
 
 def test_the_argument_script_is_a_path(tmp_path):
     """Of which the name counts, as `__file__` of a script in any folder."""
-    script = Run("/a/b/mine.py", Args(run_dir=str(tmp_path)), AGENTS, DATA, (9,))
+    path = tmp_path / "a/mine.py"
+    path.parent.mkdir()
+    path.touch()
+    script = Run(str(path), Args(run_dir=str(tmp_path), name="x"), AGENTS, DATA, (9,))
     assert script.folder.parent.parent == tmp_path / "mine"
 
 

@@ -127,7 +127,7 @@ def test_signals(script, module, args, reference, here, monkeypatch):
         if CHECKPOINT in left:
             steps.append(checkpoint(folder_of(script, args))["step"])
         else:
-            assert i == 0 and left == {".lock", "config.json"}
+            assert i == 0 and left == {".lock", "config.json", "script.py"}
     assert len(steps) >= 4 and steps == sorted(steps) and 0 < steps[0], steps
     usual = [int(row["step"]) for row in rows(reference, "eval")]  # is saved there in any case
     assert steps[0] not in usual, (steps, usual)
@@ -138,7 +138,7 @@ def test_signals(script, module, args, reference, here, monkeypatch):
 def test_ignored_signals_stay_ignored(here, dataset_dir):
     """As in a shell's background, where Ctrl-C is meant for others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with Run("script", tiny_args(qam, dataset_dir), [(1, 0)], {}, (24,)) as run:
+    with Run(qam.__file__, tiny_args(qam, dataset_dir), [(1, 0)], {}, (24,)) as run:
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         for number in (signal.SIGTERM, signal.SIGHUP):
             assert signal.getsignal(number) == run.stop._answer

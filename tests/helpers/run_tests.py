@@ -59,7 +59,8 @@ def reference(script, module, args, tmp_path_factory):
 @every_script
 def test_files(reference):
     """Configuration, both tables, checkpoint, and the paths of the last evaluation."""
-    names = {"config.json", "train.csv", "eval.csv", "checkpoint.msgpack", "rollouts.npz"}
+    names = {"config.json", "script.py", "train.csv", "eval.csv"}
+    names |= {"checkpoint.msgpack", "rollouts.npz"}
     assert names <= set(os.listdir(reference[0]))
     flags = flags_of(reference[0])
     assert flags["batch_size"] == TINY["batch_size"] and flags["env"] == ENV

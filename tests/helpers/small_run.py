@@ -46,7 +46,8 @@ DATA = dict(dataset="1234abcd")
 def begin(folder, data=DATA, ends=(100,), **flags):
     """Begins or continues a run in `folder`."""
     gc.collect()  # gives up the lock of a run that is no more
-    return Run("script.py", Args(run_dir=str(folder), **flags), AGENTS, data, ends)
+    args = Args(**dict(name="default", run_dir=str(folder)) | flags)
+    return Run(__file__, args, AGENTS, data, ends)
 
 
 def metrics(offset=0.0):

@@ -107,7 +107,8 @@ def references(script, module, reference, tmp_path_factory):
 
 def check_run(script, folder, args):
     """Files, tables and checkpoint of a run that has ended, and the last evaluation's paths."""
-    names = {"config.json", "train.csv", "eval.csv", "checkpoint.msgpack", "rollouts.npz"}
+    names = {"config.json", "script.py", "train.csv", "eval.csv"}
+    names |= {"checkpoint.msgpack", "rollouts.npz"}
     assert names <= set(os.listdir(folder))
     flags = flags_of(folder)
     assert (flags["env"], flags["total_steps"]) == (args.env, args.total_steps)

@@ -111,7 +111,8 @@ def test_files(references, env):
     """Configuration, checkpoint, the last evaluation's paths, and both tables: a row per agent at
     the end of the first rollout that reaches a multiple of the interval. Only whole rollouts."""
     args, folder, _ = references[env]
-    names = {"config.json", "train.csv", "eval.csv", "checkpoint.msgpack", "rollouts.npz"}
+    names = {"config.json", "script.py", "train.csv", "eval.csv"}
+    names |= {"checkpoint.msgpack", "rollouts.npz"}
     assert names <= set(os.listdir(folder))
     flags = flags_of(folder)
     assert (flags["env"], flags["rollout_steps"]) == (env, args.rollout_steps)

@@ -139,7 +139,7 @@ def test_continues_before_any_checkpoint(script, module, args, reference, here, 
         patch.setattr(EnvPool, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             module.main(args)
-    assert set(os.listdir(run_folder(script))) == {".lock", "config.json"}
+    assert set(os.listdir(run_folder(script))) == {".lock", "config.json", "script.py"}
     module.main(args)
     assert_same(run_folder(script), reference[0])
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from analysis.agents import load_agents, script_of
 from analysis.runs import read_rows
+from analysis.scripts import script_of
 from baselines import sac
 from benchmarks import (
     ant,
@@ -34,6 +34,7 @@ from benchmarks.shares import Options as Shares
 from benchmarks.shares import main as shares_main
 from benchmarks.shares import shares
 from benchmarks.values import by_table
+from common.agents import load_agent
 from common.collect import ant as common_ant
 from common.environments import GOALS, make_env
 from common.errors import UserError
@@ -501,10 +502,10 @@ def test_the_ants_expert_is_a_runs_policy(tmp_path, monkeypatch):
     sac.main(parse(sac.Args, sac.ENV_DEFAULTS, [*flags.split(), "--run-dir", str(tmp_path)]))
     folder = tmp_path / "sac/online-ant-xy/default"
     ant.keep(folder, common_ant.WEIGHTS)
-    _, args, state, *_ = load_agents(folder, 29)
+    agent = load_agent(folder)
     states = np.random.default_rng(0).normal(size=(5, 31))  # with x and y, and a direction
-    one = jax.tree.map(lambda x: x[0], state)
-    expected = sac.sample_actions(args, one, np.float32(states[:, 2:]), None, "eval")
+    observations = np.float32(states[:, 2:])
+    expected = sac.sample_actions(agent.args, agent.state, observations, None, "eval")
     actions = np.stack([common_ant.walk(x[:29], x[29:]) for x in states])
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(actions, expected, atol=1e-5)
