@@ -25,7 +25,8 @@ from common.errors import UserError
 from common.files import file_errors, lock_folder, write_file
 from common.flags import FREE
 from common.signals import StopRequest
-from common.tables import TABLES, Tables, Tracker
+from common.tables import TABLES, Tables
+from common.tracking import Tracker
 
 SECONDS_PER_CALL = 1.0  # so that the progress bar and signals are answered in time
 
@@ -97,12 +98,12 @@ class Run:
         flags = json.loads(json.dumps(vars(args) | data))
         try:
             config = self._configure(flags)
+            self.tracker = Tracker(args, self.folder, agents, config)
         except UserError:
             self.lock.close()  # whoever keeps the error could not start the run again
             raise
-        tracker = Tracker(name, config["id"], flags) if args.track else None
         self.checkpoints = Checkpoints(self.folder, config["id"])
-        self.tables = Tables(self.folder, agents, tracker)
+        self.tables = Tables(self.folder, agents, self.tracker)
         self.stop = StopRequest(self.folder)
         self.jax_configuration = configured_jax(args)
         self.step = 0
@@ -116,12 +117,13 @@ class Run:
         self.stop.install()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         self.stop.restore()
         self.jax_configuration.__exit__(None, None, None)
-        if self.tables.tracker:
-            self.tables.tracker.finish()
-        self.lock.close()
+        try:  # It may wait for a network until somebody interrupts it.
+            self.tracker.finish(failed=kind is not None)
+        finally:
+            self.lock.close()
 
     def _configure(self, flags: dict) -> dict:
         """Writes and returns config.json; refuses to continue a run with other flags."""
@@ -261,6 +263,7 @@ class Run:
             write_file(self.folder / "rollouts.npz", content)
         if self.last_results or not (self.folder / "curve.png").exists():
             draw_pictures(self.folder)
+        self.tracker.log_pictures(self.step)
         state = "complete" if self.step >= self.ends[-1] else "not complete"
         print(f"{self.folder} is {state}: {self.step:,} of {self.ends[-1]:,} {self.unit}s")
         return self.tables.read("eval.csv")

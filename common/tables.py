@@ -1,8 +1,6 @@
-"""The tables of a run: CSV files with a row per agent and step, mirrored in Weights & Biases."""
+"""The tables of a run: CSV files with a row per agent and step."""
 
-import contextlib
 import csv
-import importlib
 import sys
 import time
 from pathlib import Path
@@ -11,45 +9,15 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import file_errors, write_file
+from common.tracking import Tracker
 
 TABLES = ("train.csv", "eval.csv", "eval_only.csv")
-
-
-class Tracker:
-    """Mirrors the tables in Weights & Biases; a failure ends the mirror, not the run."""
-
-    def __init__(self, name: str, id: str, flags: dict):
-        self.run = None
-        with self._giving_up():
-            wandb = importlib.import_module("wandb")
-            options = dict(project="flow-policies", name=name, config=flags)
-            self.run = wandb.init(**options, id=id, resume="allow")
-
-    @contextlib.contextmanager
-    def _giving_up(self):
-        try:
-            yield
-        except Exception as error:
-            self.run = None
-            print(f"W&B failed; the run continues without it: {error}", file=sys.stderr)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Logs numbers by name."""
-        if self.run is not None:
-            with self._giving_up():
-                self.run.log(metrics, step=step)
-
-    def finish(self) -> None:
-        """Ends the mirror."""
-        if self.run is not None:
-            with self._giving_up():
-                self.run.finish()
 
 
 class Tables:
     """The tables in a run folder."""
 
-    def __init__(self, folder: Path, agents: list[tuple[int, int]], tracker: Tracker | None = None):
+    def __init__(self, folder: Path, agents: list[tuple[int, int]], tracker: Tracker):
         self.folder = folder
         self.agents = agents
         self.tracker = tracker
@@ -100,13 +68,10 @@ class Tables:
         seconds = round(time.time() - self.start, 1)
         for (task, seed), numbers in zip(self.agents, values.T, strict=True):
             rows.append([task, seed, step, seconds, *numbers])
-            if self.tracker:
-                prefix = f"{path.stem}/task{task}-seed{seed}"
-                entries = zip(names, numbers, strict=True)
-                self.tracker.log(step, {f"{prefix}/{name}": x for name, x in entries})
         with file_errors(path), open(path, "a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
         self.last_row[table] = step
+        self.tracker.log(path.stem, step, metrics)
 
     def _check_finite(self, step: int, names: list[str], values: np.ndarray) -> None:
         for metric, agent in np.argwhere(~np.isfinite(values)):
