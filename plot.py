@@ -9,7 +9,8 @@
 
 Without --out and --table each run folder gets figures of its own run; scripts do that when they
 end. With them all runs are compared: folders of one script and the same flags are one method,
-whatever their names, seeds and tasks. CSV files of benchmarks/results are read as well.
+whatever their names, seeds and tasks. A panel, or a column of a table, is about the tasks that all
+of its methods have. CSV files of benchmarks/results are read as well.
 
 A number is the mean (--iqm: the interquartile mean) over seeds and tasks, with its 95 % percentile
 bootstrap interval, which is stratified: each task's seeds are drawn again from that task's own.

@@ -41,13 +41,13 @@ TaskNumber = Annotated[int, Range(1, 5)]
 OnlineStep = Annotated[int, Range(1, "online_steps")]
 StepOfRun = Annotated[int, Range(1, "total_steps")]
 Precision = Literal["default", "float32", "bfloat16"]
-TRACKERS = ("wandb", "tensorboard")
+TRACKERS = ("", "wandb", "tensorboard")  # "" is none
 
 
 def read_tracking(words: list[str]) -> str:
     """Reads what follows --track, at most one word; without one it is wandb."""
     if len(words) > 1:
-        raise ValueError(f"choose one of {' and '.join(TRACKERS)}")
+        raise ValueError("choose one of wandb and tensorboard")
     return words[0] if words else "wandb"
 
 
@@ -58,7 +58,7 @@ Tracking = Annotated[
         metavar="[{wandb,tensorboard}]",
         choices=TRACKERS,
         instance_from_str=read_tracking,
-        is_instance=("", *TRACKERS).__contains__,
+        is_instance=TRACKERS.__contains__,
         str_from_instance=lambda value: [value],
     ),
 ]

@@ -246,6 +246,7 @@ def test_a_run_in_tensorboard(run, monkeypatch):
         ("--track --seed 3", "wandb"),
         ("--track wandb", "wandb"),
         ("--track=tensorboard", "tensorboard"),
+        ("--track=", ""),
     ],
 )
 def test_what_follows_track(argv, choice):
