@@ -9,7 +9,8 @@
 
 Without --out and --table each run folder gets figures of its own run; scripts do that when they
 end. With them all runs are compared: folders of one script and the same flags are one method,
-whatever their names, seeds and tasks. CSV files of benchmarks/results are read as well.
+whatever their names, seeds and tasks. A panel, or a column of a table, is about the tasks that all
+of its methods have. CSV files of benchmarks/results are read as well.
 
 A number is the mean (--iqm: the interquartile mean) over seeds and tasks, with its 95 % percentile
 bootstrap interval, which is stratified: each task's seeds are drawn again from that task's own.
@@ -127,7 +128,7 @@ def check_target(target: Path, suffixes: tuple[str, ...], sources: list[Path]) -
 
 def draw_committed(images: Path) -> None:
     """Draws the pictures of docs/images from benchmarks/results and benchmarks/published."""
-    from benchmarks import bandits, multigoal  # These are slow to import: they load jax.
+    from benchmarks import bandits, multigoal, tracking  # These are slow to import: they load jax.
 
     results = ROOT / "benchmarks/results"
     comparison = compare([results / "halfcheetah.csv"], published=("own",))
@@ -136,6 +137,8 @@ def draw_committed(images: Path) -> None:
     bandits.draw(rows, images / "bandits.png")
     drawn = json.loads((results / "multigoal-picture.json").read_text())
     multigoal.draw(drawn, images / "multigoal.png")
+    tracked = json.loads((results / "tracking.json").read_text())
+    tracking.draw(tracked, images / "tracking.png")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from common.flags import (
     PositiveInt,
     Precision,
     TaskNumber,
+    Tracking,
     UnitInterval,
     launch,
 )
@@ -108,7 +109,11 @@ class Args:
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
     log_interval: PositiveInt = 5_000  # Steps per row of train.csv, averaged over the updates.
-    track: bool = False  # Also log to Weights & Biases.
+    # Mirror the run in wandb (Weights & Biases, also if no name follows) or tensorboard.
+    track: Tracking = ""
+    wandb_project: str = ""  # W&B project (default: WANDB_PROJECT, else flow-policies).
+    wandb_entity: str = ""  # W&B user or team (default: WANDB_ENTITY, else your own).
+    wandb_group: str = ""  # W&B group of runs (default: WANDB_RUN_GROUP, else none).
     # --- end shared ---
 
 

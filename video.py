@@ -1,13 +1,17 @@
-"""Makes a film of a run's agent, an animated GIF.
+"""Makes a film of a run's agent, an animated GIF or an MP4.
 
     python video.py runs/qam/cube-single-play-singletask-task1-v0/default
     python video.py runs/meam/antmaze-large/default --task 3 --seed 1 --episodes 3 --size 480
+    python video.py runs/meam/antmaze-large/default --out film.mp4
 
 The agent of the last checkpoint plays from the seeds of its evaluation, and the film goes to
-video-task3-seed1.gif in the run's folder. MuJoCo draws with OpenGL: with EGL, or with what the
+video-task3-seed1.gif in the run's folder. An MP4, which is smaller and has all colours, needs
+`pip install imageio-ffmpeg`. MuJoCo draws with OpenGL: with EGL, or with what the
 environment variable MUJOCO_GL names.
 """
 
+import importlib
+import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -55,7 +59,7 @@ class Options:
     size: int = 320
     """Height and width in pixels."""
     out: str = ""
-    """File of the film. The default is video-task<task>-seed<seed>.gif in the run's folder."""
+    """File of the film, .gif or .mp4 (default: video-task<task>-seed<seed>.gif in the folder)."""
 
 
 def main(options: Options) -> Path:
@@ -88,8 +92,12 @@ def check_options(options: Options) -> None:
 
 def check_writable(path: Path) -> None:
     """Raises UserError if a film cannot be written there; a file that exists stays as it is."""
-    if path.suffix.lower() != ".gif":
-        raise UserError(f"{path} must end with .gif")
+    if path.suffix not in (".gif", ".mp4"):
+        raise UserError(f"{path} must end with .gif or .mp4")
+    if path.suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise UserError(
+            f"{path} needs a package: pip install imageio-ffmpeg (or let it end with .gif)"
+        )
     existed = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +140,12 @@ def render(slot: Slot) -> np.ndarray:
 
 
 def save_film(path: Path, frames: list[np.ndarray], fps: int) -> None:
-    """Writes frames as an animated GIF that repeats for ever."""
+    """Writes frames as an animated GIF that repeats for ever, or as an MP4."""
+    if path.suffix == ".mp4":
+        imageio = importlib.import_module("imageio.v2")
+        # Players want an even width and height; an odd one is scaled by a pixel.
+        imageio.mimwrite(path, frames, format="FFMPEG", fps=fps, macro_block_size=2)
+        return
     first, *others = [Image.fromarray(frame) for frame in frames]
     first.save(path, save_all=True, append_images=others, duration=1000 // fps, loop=0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from analysis.command_line import say
 from analysis.evaluations import organise, read_runs
-from analysis.panels import Found, Pair, panels
+from analysis.panels import Found, Pair, panels, with_shared_pairs
 from analysis.published import Published, choose_published, read_published
 from common.environments import ONLINE
 from common.errors import UserError
@@ -48,7 +48,7 @@ def compare(
         papers = choose_published(numbers, published or ("own",), labels)
     return Comparison(
         found=found,
-        panels=panels(found, by, metric),
+        panels=with_shared_pairs(found, panels(found, by, metric)),
         metric=metric,
         iqm=iqm,
         published=numbers,

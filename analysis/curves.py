@@ -40,9 +40,16 @@ class Panel:
         return max((own.steps[-1] for own in self.ours.values()), default=OFFLINE_STEPS)
 
 
+def opacity_of_bands(num_methods: int) -> float:
+    """Returns the opacity of intervals, 0 above eight methods: they would hide the lines."""
+    if num_methods > 8:
+        return 0
+    return 0.2 if num_methods < 6 else 0.1
+
+
 def draw_panel(axis: Axes, panel: Panel, looks: dict[str, Look], metric: str) -> list[Named]:
     """Draws a panel's methods and sets its limits and ticks."""
-    alpha = 0.2 if len(panel.ours) < 6 else 0.1
+    alpha = opacity_of_bands(len(panel.ours))
     dots = panel.has_dots()
     named = []
     for i, (label, own) in enumerate(panel.ours.items()):

@@ -11,11 +11,10 @@ import numpy as np
 from analysis.command_line import say
 from analysis.runs import domain_of, read_flags, read_rows, script_name
 from common.errors import UserError
+from common.flags import FREE
 
 # Flags of config.json that do not make another method.
-IGNORED = """env name seed num_seeds tasks run_dir dataset_dir collect workers track compile_cache
-    eval_only overwrite eval_slots eval_episodes eval_interval log_interval
-    offline_steps online_steps observation_size""".split()
+IGNORED = {"env", "seed", "num_seeds", "tasks", *FREE}
 
 
 class Scores(NamedTuple):

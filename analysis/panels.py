@@ -1,5 +1,6 @@
 """Decide what the panels of a figure, or the columns of a table, are about."""
 
+from analysis.command_line import say
 from analysis.evaluations import Scores
 from common.environments import ONLINE
 
@@ -29,12 +30,49 @@ def panels(found: Found, by: str, metric: str) -> dict[str, list[Pair]]:
     return titles
 
 
+def with_shared_pairs(found: Found, titles: dict[str, list[Pair]]) -> dict[str, list[Pair]]:
+    """Restricts each panel to the pairs that all of its methods have, and reports it.
+
+    A method without any pair of a panel is none of its methods. A panel whose methods have no pair
+    in common stays as it is, and one that becomes equal to another panel is dropped.
+    """
+    restricted = {}
+    for title, pairs in titles.items():
+        held = {label: _pairs_of(own) & set(pairs) for label, own in found.items()}
+        held = {label: own for label, own in held.items() if own}
+        common = set.intersection(*held.values())
+        if not common or len(common) == len(pairs):
+            restricted[title] = pairs
+            continue
+        shown = [pair for pair in pairs if pair in common]
+        lacking = [label for label, own in held.items() if len(own) < len(pairs)]
+        say(
+            f"The panel {title} shows the {len(shown)} of {len(pairs)} tasks that all methods "
+            f"have; others are missing for: {', '.join(lacking)}"
+        )
+        if shown not in restricted.values():
+            restricted[_title_of(shown)] = shown
+    return restricted
+
+
+def _pairs_of(own: dict[str, Scores]) -> set[Pair]:
+    """Returns the pairs of a method."""
+    return {(domain, task) for domain, scores in own.items() for task in scores.by_task}
+
+
+def _title_of(pairs: list[Pair]) -> str:
+    """Returns the title of a panel about some of the tasks."""
+    titles = list(_panels_of_domains(pairs))
+    if len(titles) == 1:
+        return titles[0]
+    return f"{len(pairs)} tasks of {len(titles)} domains"
+
+
 def _every_pair(found: Found) -> list[Pair]:
     """Returns the pairs that any method has, in order."""
     pairs = set()
-    for domains in found.values():
-        for domain, scores in domains.items():
-            pairs |= {(domain, task) for task in scores.by_task}
+    for own in found.values():
+        pairs |= _pairs_of(own)
     return sorted(pairs, key=_rank)
 
 

@@ -8,7 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.runs import read_csv, read_flags
-from analysis.style import GOAL_COLOURS, TITLES
+from analysis.style import (
+    GOAL_COLOURS,
+    SOLVED,
+    TARGET,
+    TITLES,
+    UNSOLVED,
+    settings,
+    thousands,
+)
 from common.environments import GOALS, ONLINE, make_env, resolve
 
 # Metric -> the CSV file that holds it.
@@ -21,6 +29,7 @@ TABLES = {
 }
 OFFLINE_PANELS = ("success", "length", "q", "critic_loss")
 ONLINE_PANELS = ("return", "length", "q", "critic_loss")
+COLUMNS = 4  # of panels, at most
 ONLINE_TITLES = TITLES | {"q": "mean Q on the batch"}
 PLANE_AGENTS = 5  # that are shown at most
 
@@ -28,12 +37,15 @@ PLANE_AGENTS = 5  # that are shown at most
 def draw_run(folder: Path) -> list[Path]:
     """Draws all figures that the run has data for, and returns their files."""
     env = read_flags(folder)["env"]
-    figures = [draw_curve(folder, env)]
-    if (folder / "rollouts.npz").exists():
-        if "maze" in env:
-            figures.append(draw_maze(folder, env))
-        elif env == "multigoal":
-            figures.append(draw_plane(folder))
+    with plt.rc_context(settings("light")):
+        figures = []
+        if (folder / "rollouts.npz").exists():
+            if "maze" in env:
+                figures.append(draw_maze(folder, env))
+            elif env == "multigoal":
+                figures.append(draw_plane(folder))
+        # Last, because a run goes by the age of this file.
+        figures.append(draw_curve(folder, env))
     return [path for path in figures if path is not None]
 
 
@@ -44,6 +56,17 @@ def _row_of_panels(count: int, width: float, height: float) -> tuple[Figure, lis
     return figure, list(axes[0])
 
 
+def _rows_of_panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Creates a figure with rows of at most four panels."""
+    rows = -(-count // COLUMNS)
+    columns = -(-count // rows)
+    size = (3.25 * columns, 2.7 * rows + 0.3)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in grid.flat[count:]:
+        axis.set_axis_off()
+    return figure, list(grid.flat[:count])
+
+
 def _save(figure: Figure, path: Path) -> Path:
     """Writes a figure and closes it."""
     figure.savefig(path, dpi=120)
@@ -52,22 +75,24 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def draw_curve(folder: Path, env: str) -> Path | None:
-    """Draws curve.png: a panel per metric that was logged, a line per agent."""
+    """Draws curve.png: a panel per metric and per loss that was logged, a line per agent."""
     online = env in ONLINE
-    titles = ONLINE_TITLES if online else TITLES
-    panels = ONLINE_PANELS if online else OFFLINE_PANELS
     columns_of = {table: read_csv(folder / f"{table}.csv") for table in ("eval", "train")}
+    panels = ONLINE_PANELS if online else OFFLINE_PANELS
     panels = [metric for metric in panels if metric in columns_of[TABLES[metric]]]
+    panels += [name for name in columns_of["train"] if "loss" in name and name not in panels]
     if not panels:
         return None
-    figure, axes = _row_of_panels(len(panels), 3.25, 3)
+    figure, axes = _rows_of_panels(len(panels))
+    titles = ONLINE_TITLES if online else TITLES
     for axis, metric in zip(axes, panels, strict=True):
-        table = TABLES[metric]
+        table = TABLES.get(metric, "train")
         marker = "o" if table == "eval" else ""
         _draw_agents(axis, columns_of[table], metric, online, marker)
-        axis.set_title(titles[metric])
+        axis.set_title(titles.get(metric, metric.replace("_", " ")))
         axis.set_xlabel("environment steps" if online else "updates")
-        axis.xaxis.set_major_locator(plt.MaxNLocator(4))
+        axis.xaxis.set_major_locator(plt.MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        axis.xaxis.set_major_formatter(thousands)
         if metric == "success":
             axis.set_ylim(-0.03, 1.03)
     axes[0].legend(fontsize=7, loc="best" if online else "lower right")
@@ -110,10 +135,10 @@ def draw_maze(folder: Path, env: str) -> Path:
         _draw_walls(axis, maze)
         for i in np.flatnonzero(task_of == task):
             path = rollouts[f"path{i}"][:, :2]
-            colour = "C0" if solved[i] else "C1"
+            colour = SOLVED if solved[i] else UNSOLVED
             axis.plot(*path.T, color=colour, lw=0.8, alpha=0.5)
             axis.plot(*path[0], "o", color="black", ms=2)
-        axis.plot(*maze.cur_goal_xy, "*", color="C3", ms=12)
+        axis.plot(*maze.cur_goal_xy, "*", color=TARGET, ms=12)
         axis.set(xticks=[], yticks=[])
         share = solved[task_of == task].mean()
         axis.set_title(f"task {task}: success {share:.2f}", fontsize=10)

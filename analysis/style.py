@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from cycler import cycler
+
 # Colours of the plane's four goals, which the colour-blind can tell apart.
 GOAL_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
@@ -44,10 +46,13 @@ TITLES = {  # of metrics
     "q": "mean Q on the data",
     "critic_loss": "critic loss",
 }
+# Colours of paths in a maze.
+SOLVED = GOAL_COLOURS[0]
+UNSOLVED = GOAL_COLOURS[1]
+TARGET = "#D55E00"
 MARKERS = "os^DvPX*"
 # Line styles of the first eight methods, of the next eight, and of those after them.
 LINES = "-", (0, (1, 1)), (0, (6, 1, 1, 1))
-OPEN_AXES = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 DASHED = (0, (4, 2))  # of what was published
 
 
@@ -71,7 +76,7 @@ def look(i: int, theme: str) -> Look:
 
 def settings(theme: str) -> dict:
     """Returns matplotlib's settings for a theme."""
-    paper, ink, grid, _ = THEMES[theme]
+    paper, ink, grid, methods = THEMES[theme]
     return {
         "text.color": ink,
         "axes.labelcolor": ink,
@@ -84,6 +89,7 @@ def settings(theme: str) -> dict:
         "grid.color": grid,
         "axes.grid": True,
         "axes.axisbelow": True,
+        "axes.prop_cycle": cycler(color=methods),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "legend.frameon": False,

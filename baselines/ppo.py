@@ -47,6 +47,7 @@ from common.flags import (
     PositiveFloat,
     PositiveInt,
     Precision,
+    Tracking,
     UnitInterval,
     launch,
 )
@@ -98,7 +99,11 @@ class Args:
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
     log_interval: PositiveInt = 1_000  # Steps per row of train.csv, averaged over the updates.
-    track: bool = False  # Also log to Weights & Biases.
+    # Mirror the run in wandb (Weights & Biases, also if no name follows) or tensorboard.
+    track: Tracking = ""
+    wandb_project: str = ""  # W&B project (default: WANDB_PROJECT, else flow-policies).
+    wandb_entity: str = ""  # W&B user or team (default: WANDB_ENTITY, else your own).
+    wandb_group: str = ""  # W&B group of runs (default: WANDB_RUN_GROUP, else none).
     # --- end forked ---
 
     def __post_init__(self):

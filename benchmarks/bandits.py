@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+from analysis import style
 from analysis.command_line import run_program
-from analysis.style import OPEN_AXES
 from common.sampling import Batch
 
 GRID = np.linspace(-3, 3, 6001)  # of the closed forms, far beyond the box
@@ -367,7 +367,7 @@ def closed_form(bandit: Bandit, flags: dict) -> dict:
 
 def draw(rows: list[dict], path: Path | str) -> None:
     """Draws a column per bandit: the critic, and below it what the data, QAM and ME-AM do."""
-    with plt.rc_context(OPEN_AXES):
+    with plt.rc_context(style.settings("light")):
         figure, axes = plt.subplots(
             2,
             2,

@@ -26,7 +26,7 @@ import numpy as np
 from analysis.command_line import run_program
 from analysis.runs import ROOT
 from analysis.statistics import interval
-from analysis.style import GOAL_COLOURS, OPEN_AXES
+from analysis.style import GOAL_COLOURS, settings
 from analysis.tables import cell
 from benchmarks.learning import configuration, launch
 from common.agents import TrainedAgents, load_agents
@@ -184,7 +184,7 @@ def measure(script, args, state, episodes: int) -> tuple[dict, dict]:
 
 def draw(shown: dict[str, dict], picture: Path | str) -> None:
     """Draws a row per method: selected actions on the plane, samples at the origin, paths."""
-    with plt.rc_context(OPEN_AXES):
+    with plt.rc_context(settings("light")):
         figure, axes = plt.subplots(
             len(shown),
             3,

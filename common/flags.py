@@ -18,7 +18,8 @@ from common.errors import UserError
 LARGEST = 2**31 - 1
 # Flags that cannot change what an agent learns. A run may be continued with other values of them.
 FREE = (
-    *("name", "run_dir", "dataset_dir", "collect", "workers", "track", "compile_cache"),
+    *("name", "run_dir", "dataset_dir", "collect", "workers", "compile_cache"),
+    *("track", "wandb_project", "wandb_entity", "wandb_group"),
     *("eval_only", "overwrite", "eval_slots", "eval_episodes", "eval_interval", "log_interval"),
     *("offline_steps", "online_steps"),  # no schedule of an offline method depends on them
     "observation_size",  # not a flag, but stored with them, except by earlier versions
@@ -43,6 +44,27 @@ TaskNumber = Annotated[int, Range(1, 5)]
 OnlineStep = Annotated[int, Range(1, "online_steps")]
 StepOfRun = Annotated[int, Range(1, "total_steps")]
 Precision = Literal["default", "float32", "bfloat16"]
+TRACKERS = ("", "wandb", "tensorboard")  # "" is none
+
+
+def read_tracking(words: list[str]) -> str:
+    """Reads what follows --track, at most one word; without one it is wandb."""
+    if len(words) > 1:
+        raise ValueError("choose one of wandb and tensorboard")
+    return words[0] if words else "wandb"
+
+
+Tracking = Annotated[
+    Literal["", "wandb", "tensorboard"],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[{wandb,tensorboard}]",
+        choices=TRACKERS,
+        instance_from_str=read_tracking,
+        is_instance=TRACKERS.__contains__,
+        str_from_instance=lambda value: [value],
+    ),
+]
 
 
 def configure(Args: type, env_defaults: dict, env: str, **flags: Any) -> Any:

@@ -26,7 +26,8 @@ from common.errors import UserError
 from common.files import FolderLock, file_errors, move_aside, write_file
 from common.flags import FREE
 from common.signals import StopRequest
-from common.tables import TABLES, Tables, Tracker
+from common.tables import TABLES, Tables
+from common.tracking import Tracker
 
 SCRIPT = "script.py"  # the source of a run's script, from which its agents are loaded
 SECONDS_PER_CALL = 1.0  # so that the progress bar and signals are answered in time
@@ -123,12 +124,12 @@ class Run:
         flags = json.loads(json.dumps(vars(args) | data))
         try:
             config = self._configure(Path(script), flags)
+            self.tracker = Tracker(args, self.folder, agents, config)
         except UserError:
             self.lock.close()  # whoever keeps the error could not start the run again
             raise
-        tracker = Tracker(args.name, config["id"], flags) if args.track else None
         self.checkpoints = Checkpoints(self.folder, config["id"])
-        self.tables = Tables(self.folder, agents, tracker)
+        self.tables = Tables(self.folder, agents, self.tracker)
         self.stop = StopRequest(self.folder)
         self.jax_configuration = configured_jax(args)
         self.step = 0
@@ -142,12 +143,13 @@ class Run:
         self.stop.install()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         self.stop.restore()
         self.jax_configuration.__exit__(None, None, None)
-        if self.tables.tracker:
-            self.tables.tracker.finish()
-        self.lock.close()
+        try:  # It may wait for a network until somebody interrupts it.
+            self.tracker.finish(failed=kind is not None)
+        finally:
+            self.lock.close()
 
     def _begin_anew(self) -> None:
         """Moves the old folder aside."""
@@ -319,6 +321,7 @@ class Run:
         self.bar.close()
         if self._pictures_are_old():
             draw_pictures(self.folder)
+        self.tracker.log_pictures(self.step)
         if self.last_scores is not None:
             print(describe_scores(self.score, self.last_scores))
         state = "complete" if self.step >= self.ends[-1] else "not complete"

@@ -1,8 +1,6 @@
-"""The tables of a run: CSV files with a row per agent and step, mirrored in Weights & Biases."""
+"""The tables of a run: CSV files with a row per agent and step."""
 
-import contextlib
 import csv
-import importlib
 import io
 import sys
 import time
@@ -12,45 +10,15 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import append_text, file_errors, write_file
+from common.tracking import Tracker
 
 TABLES = ("train.csv", "eval.csv", "eval_only.csv")
-
-
-class Tracker:
-    """Mirrors the tables in Weights & Biases; a failure ends the mirror, not the run."""
-
-    def __init__(self, name: str, id: str, flags: dict):
-        self.run = None
-        with self._giving_up():
-            wandb = importlib.import_module("wandb")
-            options = dict(project="flow-policies", name=name, config=flags)
-            self.run = wandb.init(**options, id=id, resume="allow")
-
-    @contextlib.contextmanager
-    def _giving_up(self):
-        try:
-            yield
-        except Exception as error:
-            self.run = None
-            print(f"W&B failed; the run continues without it: {error}", file=sys.stderr)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Logs numbers by name."""
-        if self.run is not None:
-            with self._giving_up():
-                self.run.log(metrics, step=step)
-
-    def finish(self) -> None:
-        """Ends the mirror."""
-        if self.run is not None:
-            with self._giving_up():
-                self.run.finish()
 
 
 class Tables:
     """The tables in a run folder."""
 
-    def __init__(self, folder: Path, agents: list[tuple[int, int]], tracker: Tracker | None = None):
+    def __init__(self, folder: Path, agents: list[tuple[int, int]], tracker: Tracker):
         self.folder = folder
         self.agents = agents
         self.tracker = tracker
@@ -127,12 +95,9 @@ class Tables:
         seconds = round(time.time() - self.start, 1)
         for (task, seed), numbers in zip(self.agents, values.T, strict=True):
             rows.writerow([task, seed, step, seconds, *numbers])
-            if self.tracker:
-                prefix = f"{path.stem}/task{task}-seed{seed}"
-                entries = zip(names, numbers, strict=True)
-                self.tracker.log(step, {f"{prefix}/{name}": x for name, x in entries})
         append_text(path, text.getvalue())
         self.last_row[table] = step
+        self.tracker.log(path.stem, step, metrics)
 
     def _cut(self, table: str) -> None:
         """Drops what the next rows replace."""

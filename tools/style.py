@@ -22,8 +22,8 @@ from tools.shared_blocks import ROOT, scripts
 
 MEAN_TOKENS = 11.0  # per line of code, at most
 LINE_TOKENS = 30  # in any line except those of data tables, at most
-SCRIPT_TOKENS = 4_850
-COMMON_TOKENS = 16_500  # of common/ as a whole, without what no script imports
+SCRIPT_TOKENS = 4_900
+COMMON_TOKENS = 17_500  # of common/ as a whole, without what no script imports
 NOT_IMPORTED = ("common/collect", "common/agents.py")  # beginnings of paths
 
 # "file: line of code" -> the reason why this line may break a rule. At most a screen of them.

@@ -16,7 +16,16 @@ import meam
 import qam
 from common.environments import ONLINE
 from common.errors import UserError
-from common.flags import FREE, PositiveInt, Range, configure, launch, name_of_run, parse
+from common.flags import (
+    FREE,
+    PositiveInt,
+    Range,
+    Tracking,
+    configure,
+    launch,
+    name_of_run,
+    parse,
+)
 from tests.helpers.messages import stops
 from tests.helpers.numbers import MAY_BE_0, SIGNED, numbers
 from tests.helpers.small_run import ENV_DEFAULTS, Args
@@ -202,7 +211,7 @@ class Copied:
     name: str = ""
     run_dir: str = "runs"
     workers: int = 0
-    track: bool = False
+    track: Tracking = ""
     eval_only: bool = False
     eval_episodes: int = 2
     compile_cache: str = ""
@@ -371,6 +380,7 @@ def test_names_that_are_no_folder(name):
 def test_flags_that_change_no_agent():
     """The number of workers, where the runs and the data are, ..."""
     assert {"workers", "run_dir", "dataset_dir", "eval_slots", "eval_only", "track"} <= {*FREE}
+    assert {"wandb_project", "wandb_entity", "wandb_group"} <= {*FREE}
     assert not {"env", "tasks", "seed", "lr", "total_steps", "batch_size"} & {*FREE}
 
 

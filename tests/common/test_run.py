@@ -1,4 +1,4 @@
-"""Tests of runs: the folder and its lock, what is due when, tables, signals, W&B, pictures."""
+"""Tests of runs: the folder and its lock, what is due when, tables, signals, pictures."""
 
 import functools
 import gc
@@ -655,50 +655,6 @@ def test_a_full_disk_stops_the_log_in_one_line(run):
     (first.folder / "train.csv").symlink_to("/dev/full")
     words = "train.csv", first.folder, "No space left on device"
     stops(*words, call=lambda: first.tables.log("train.csv", 10, metrics()))
-
-
-@pytest.mark.parametrize("fails", ["import", "init", "log", "finish", ""])
-def test_weights_and_biases(run, monkeypatch, capsys, fails):
-    """Gets every number of every agent; when it fails, one line says so, and the run goes on. A
-    run that is continued has the same id."""
-    seen, begun, finished = [], [], []
-
-    def log(numbers, step):
-        if fails == "log" and step == 20:
-            raise OSError("no route to host")
-        seen.append((step, numbers))
-
-    def finish():
-        if fails == "finish":
-            raise OSError("no route to host")
-        finished.append(1)
-
-    def init(**arguments):
-        if fails == "init":
-            raise RuntimeError("not logged in")
-        begun.append(arguments)
-        return SimpleNamespace(log=log, finish=finish)
-
-    wandb = None if fails == "import" else SimpleNamespace(init=init)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with run(track=True) as first:
-        for step in (10, 20, 30):
-            first.tables.log("train.csv", step, metrics(step))
-    steps = dict(init=[], log=[10]).get(fails, [10, 20, 30])
-    if fails == "import":
-        steps = []
-    assert [step for step, _ in seen] == [step for step in steps for _ in AGENTS]
-    if seen:
-        expected = {"train/task1-seed1/loss": 10 + 1 / 3, "train/task1-seed1/q": 11.0}
-        assert seen[1][1] == pytest.approx(expected)
-        assert begun[0]["id"] == first.checkpoints.run and begun[0]["config"]["lr"] == 0.25
-    assert len(finished) == (fails == "")
-    said = capsys.readouterr().err
-    assert said.count("W&B failed; the run continues without it:") == bool(fails)
-    assert len(table(first.folder / "train.csv")) == 10
-    with run(track=True):
-        pass
-    assert len({arguments["id"] for arguments in begun}) <= 1
 
 
 # --- signals -------------------------------------------------------------------------------------

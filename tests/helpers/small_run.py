@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.flags import Precision
+from common.flags import Precision, Tracking
 from common.run import Run
 
 
@@ -26,7 +26,10 @@ class Args:
     name: str = ""
     run_dir: str = "runs"
     workers: int = 0
-    track: bool = False
+    track: Tracking = ""
+    wandb_project: str = ""
+    wandb_entity: str = ""
+    wandb_group: str = ""
     eval_only: bool = False
     overwrite: bool = False
     eval_episodes: int = 2

@@ -102,7 +102,7 @@ def test_tuned_values(name):
     """Every flag of the method and its training has the specification's value in all ten domains;
     the flags left are those of files and logs."""
     rest = """env tasks name run_dir dataset_dir collect log_interval eval_slots workers eval_only
-    track compile_cache action_size""".split()
+    track wandb_project wandb_entity wandb_group compile_cache action_size""".split()
     for domain in DOMAINS:
         args = vars(configure(SCRIPTS[name].Args, SCRIPTS[name].ENV_DEFAULTS, domain))
         assert {k: v for k, v in args.items() if k not in rest} == specified(name, domain), domain

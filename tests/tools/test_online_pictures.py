@@ -40,23 +40,27 @@ def drawn(monkeypatch):
         plt.close(figure)
 
 
-BOTH = dict(eval=("return", "success", "length"), train=("q", "critic_loss", "entropy"))
+BOTH = dict(
+    eval=("return", "success", "length"), train=("policy_loss", "q", "critic_loss", "entropy")
+)
 
 
 @pytest.mark.parametrize(
     "env, tables, titles",
     [
-        ("hopper", BOTH, ["return", "episode length", "mean Q", "critic loss"]),
+        ("hopper", BOTH, ["return", "episode length", "mean Q", "critic loss", "policy loss"]),
         ("kitchen-4", dict(eval=["length", "return"]), ["return", "episode length"]),
         ("multigoal", dict(train=["critic_loss"]), ["critic loss"]),
+        ("hopper", dict(train=["value_loss", "loss_of_actor"]), ["value loss", "loss of actor"]),
         ("hopper", {}, []),
-        ("scene", BOTH, ["success rate", "episode length", "mean Q", "critic loss"]),
+        ("scene", BOTH, ["success rate", "episode length", "mean Q", "critic loss", "policy loss"]),
     ],
 )
 def test_curves(tmp_path, drawn, env, tables, titles):
-    """A panel for each metric that was logged, over environment steps, a line for each seed."""
+    """A panel for each metric and each loss that was logged, over environment steps, a line for
+    each seed."""
     draw_run(fake_run(tmp_path, env, tables, agents=2))
-    axes = drawn[0].axes if drawn else []
+    axes = [axis for axis in drawn[0].axes if axis.axison] if drawn else []
     assert len(axes) == len(titles) and (tmp_path / "curve.png").exists() == bool(titles)
     for axis, title in zip(axes, titles):
         assert axis.get_title().startswith(title) and len(axis.lines) == 2

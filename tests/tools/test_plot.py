@@ -138,6 +138,16 @@ def test_lengths_of_runs():
     assert method_names([both[0], run(offline_steps=5, online_steps=9)]) == ["qam", "qam"]
 
 
+def test_how_a_run_is_evaluated_or_tracked_makes_no_method():
+    """Nor where it is stored and on how many processes it runs."""
+    run = lambda **flags: ("qam", dict(env="scene", lr=1, **flags))
+    first = dict(eval_episodes=50, eval_slots=10, eval_interval=5, log_interval=5, workers=0)
+    second = dict(eval_episodes=9, eval_slots=2, eval_interval=1, log_interval=1, workers=3)
+    first |= dict(track="", wandb_group="", eval_only=False, run_dir="a", num_seeds=1)
+    second |= dict(track="wandb", wandb_group="b", eval_only=True, run_dir="c", num_seeds=2)
+    assert method_names([run(**first), run(**second)]) == ["qam", "qam"]
+
+
 def test_offline_and_online_runs_together(tmp_path, capsys):
     """Success, whichever comes first, and a line on those that have none."""
     offline = run_folder(tmp_path, name="z")
@@ -278,22 +288,21 @@ def runs(tmp_path):
 
 def test_table_of_domains(tmp_path, runs, capsys):
     """Rows are methods, columns domains in the paper's order; what is not there is a dash, and one
-    seed has no interval. The CSV has each number for itself."""
+    seed has no interval. The CSV has each number for itself. There is no column of all, because the
+    only task that both have is that of a column already."""
     names = tuple(str(tmp_path / f"new/table.{end}") for end in ("md", "csv"))
     main(Options(paths=runs, table=names))
     half = lambda x: f"{x:.2f}"
     double = interval([[score(task, seed, 200) for seed in (0, 1, 2)] for task in range(1, 6)])
-    every = interval([[score(task, seed, 200) for seed in range(3)] for task in range(1, 6)]
-                     + [[score(2, seed, 200) for seed in (0, 1)]])  # fmt: skip
-    cells = ["{} [{}, {}]".format(*map(half, x)) for x in (double, every)]
+    cell = "{} [{}, {}]".format(*map(half, double))
     assert (tmp_path / "new/table.md").read_text() == "\n".join([
         "Success, mean [95 % bootstrap interval]. Steps: 200 and 300 (qam_edit: 200). "
         "Seeds: 2 (qam_edit: 1).",
         "",
-        "| | scene, task 2 | cube-double | all |",
-        "|---|---|---|---|",
-        f"| qam | 0.28 [0.25, 0.30] | {cells[0]} | {cells[1]} |",
-        "| qam_edit | 0.60 | - | - |",
+        "| | scene, task 2 | cube-double |",
+        "|---|---|---|",
+        f"| qam | 0.28 [0.25, 0.30] | {cell} |",
+        "| qam_edit | 0.60 | - |",
         "",
     ])  # fmt: skip
     with open(names[1], newline="") as file:
@@ -301,7 +310,7 @@ def test_table_of_domains(tmp_path, runs, capsys):
     assert head[:6] == ["method", "scene, task 2", "scene, task 2 low", "scene, task 2 high",
                         "scene, task 2 step", "scene, task 2 seeds"]  # fmt: skip
     assert first[:6] == ["qam", "0.275", "0.25", "0.3", "300", "2"]
-    assert second == ["qam_edit", "0.6", "0.6", "0.6", "200", "1", *[""] * 10]
+    assert second == ["qam_edit", "0.6", "0.6", "0.6", "200", "1", *[""] * 5]
     np.testing.assert_allclose([float(x) for x in first[6:9]], double, atol=5e-5)
     assert capsys.readouterr().out == f"wrote {names[0]}\nwrote {names[1]}\n"
 
@@ -447,15 +456,18 @@ def test_one_panel_names_its_lines(tmp_path, figure):
 
 
 def test_small_multiples(tmp_path, figure):
-    """A panel per task and one of all; the legend is beneath them; letters have at least 8 points;
-    columns of a method that lacks a task are left out, and that is said."""
+    """A panel per task and one of the tasks that all have; the legend is beneath them; letters have
+    at least 8 points; a method without a panel's task is left out there."""
     run_folder(tmp_path, tasks=range(1, 6))
     run_folder(tmp_path, "meam", tasks=(1, 2, 3), seeds=(0,))
     folders = tuple(map(str, tmp_path.glob("*/*/*")))
     main(Options(paths=folders, out=str(tmp_path / "a.svg"), by="task", iqm=True, dark=True))
     axes = [axis for axis in figure[0].axes if axis.lines]
-    assert [axis.get_title() for axis in axes] == [f"task {i}" for i in range(1, 6)] + ["all"]
-    assert [len(axis.lines) for axis in axes] == [2, 2, 2, 1, 1, 1]
+    assert [axis.get_title() for axis in axes] == [
+        *(f"task {i}" for i in range(1, 6)),
+        "cube-double, tasks 1, 2, 3",
+    ]
+    assert [len(axis.lines) for axis in axes] == [2, 2, 2, 1, 1, 2]
     assert axes[0].get_ylabel() == "IQM of success rate" and not axes[1].get_ylabel()
     bands = [len(axis.collections) for axis in axes]
     assert bands == [1] * 6  # one seed alone has none
@@ -468,6 +480,49 @@ def test_small_multiples(tmp_path, figure):
     for axis in axes:
         texts = [axis.title, axis.xaxis.label, *axis.get_xticklabels(), *axis.get_yticklabels()]
         assert min(text.get_fontsize() for text in texts) >= 8
+
+
+def test_tasks_that_all_methods_have(tmp_path, figure, capsys):
+    """A panel is about these, and a line says which methods lack others; methods that have no task
+    in common are left as they are."""
+    run_folder(tmp_path, tasks=(1, 2, 3))
+    run_folder(tmp_path, "meam", tasks=(3, 2), shift=0.1)
+    run_folder(tmp_path, "fql", env="scene", tasks=(4,))
+    run_folder(tmp_path, "ifql", env="scene", tasks=(5,))
+    folders = tuple(map(str, sorted(tmp_path.glob("*/*/*"))))
+    main(Options(paths=folders, out=str(tmp_path / "a.png")))
+    titles = {axis.get_title(): axis for axis in figure[0].axes if axis.get_title()}
+    assert list(titles) == ["cube-double, tasks 2, 3"]
+    heights = {line.get_label(): line.get_ydata() for line in titles.popitem()[1].lines}
+    expected = [np.mean([score(task, seed, 200) for task in (2, 3) for seed in (0, 1)])]
+    assert heights["qam"][-1] == pytest.approx(expected[0]) and set(heights) == {"qam", "meam"}
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == (
+        "The panel cube-double, tasks 1, 2, 3 shows the 2 of 3 tasks that all methods have; others "
+        "are missing for: meam"
+    )
+    skipped = [line for line in said if line.startswith("Skipping") and "scene" in line]
+    assert len(skipped) == 4  # nobody has both tasks
+
+
+def test_tasks_of_several_domains_that_all_methods_have(tmp_path, figure):
+    """The panel of all says of how many."""
+    for script, tasks in (("qam", (1, 2)), ("meam", (2, 3))):
+        for env in ("cube-double", "scene"):
+            run_folder(tmp_path, script, env, tasks=tasks)
+    folders = tuple(map(str, sorted(tmp_path.glob("*/*/*"))))
+    main(Options(paths=folders, out=str(tmp_path / "a.png")))
+    titles = [axis.get_title() for axis in figure[0].axes if axis.get_title()]
+    assert titles == ["scene, task 2", "cube-double, task 2", "2 tasks of 2 domains"]
+
+
+@pytest.mark.parametrize("count, bands", [(5, 5), (8, 8), (9, 0)])
+def test_bands_of_few_methods_alone(tmp_path, figure, count, bands):
+    """More than eight would hide one another and the lines."""
+    for i in range(count):
+        run_folder(tmp_path, f"method{i:02d}", tasks=(1,), shift=i / 100)
+    main(Options(paths=tuple(map(str, tmp_path.glob("*/*/*"))), out=str(tmp_path / "a.png")))
+    assert len(figure[0].axes[0].collections) == bands
 
 
 def test_many_methods(tmp_path, figure):
@@ -524,7 +579,7 @@ def test_the_mazes_picture(tmp_path, figure):
         for i, line, dot in zip(own, lines[::2], lines[1::2]):
             path = paths[f"path{i}"]
             np.testing.assert_array_equal(np.array(line.get_data()).T, path)
-            assert line.get_color() == ("C0" if success.flat[i] else "C1")
+            assert line.get_color() == (style.SOLVED if success.flat[i] else style.UNSOLVED)
             assert np.ravel(dot.get_data()).tolist() == path[0].tolist() and dot.get_marker() == "o"
         maze = make_env(f"pointmaze-medium-singletask-task{task}-v0").unwrapped
         maze.reset()
@@ -573,6 +628,26 @@ def test_the_planes_picture_from_its_file(tmp_path):
     multigoal.draw(kept, tmp_path / "b.png")
     first, second = (plt.imread(tmp_path / f"{name}.png") for name in "ab")
     assert (abs(first - second).max(-1) > 0.2).mean() < 3e-3
+
+
+def test_one_style(tmp_path, figure):
+    """A run's own figures and the comparisons have the colours, grids and fonts of the theme."""
+    run = run_folder(tmp_path, env="pointmaze-medium", tasks=(2,))
+    np.savez(run / "rollouts.npz", task=[2], success=[[1]], path0=np.ones((3, 2)))
+    run_figures.draw_run(run)
+    main(Options(paths=(str(run),), out=str(tmp_path / "a.png")))
+    wanted = style.settings("light")
+    colours = [style.THEMES["light"].methods[i] for i in (1, 0)]  # by task, by method
+    assert len(figure) == 3
+    for one in figure:
+        axis = one.axes[0]
+        assert one.get_facecolor() == plt.matplotlib.colors.to_rgba(wanted["figure.facecolor"])
+        assert not axis.spines["top"].get_visible()
+        assert axis.title.get_fontsize() == wanted["axes.titlesize"]
+    for one, colour in zip((figure[0], figure[2]), colours, strict=True):
+        with plt.rc_context(wanted):
+            assert rgb(one.axes[0].lines[0].get_color()).tolist() == rgb(colour).tolist()
+        assert one.axes[0].xaxis.get_gridlines()[0].get_visible()
 
 
 # --- the command line ----------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Films of runs: of the agent that was asked for, from its evaluation's seeds, every n-th step."""
 
 import subprocess
+import shutil
 import sys
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 from PIL import Image
@@ -87,13 +89,40 @@ def test_online(tmp_path, pictured, capsys):
     assert f"{len(expected)} steps" in capsys.readouterr().out
 
 
+def test_mp4(offline, tmp_path, pictured):
+    """The same pictures, at the same rate."""
+    out = tmp_path / "film.mp4"
+    video.main(video.Options(str(offline), every=100, fps=10, size=SIZE, out=str(out)))
+    assert iio.imread(out).shape == (11, SIZE, SIZE, 3)
+    assert iio.immeta(out)["fps"] == 10
+
+
+def test_mp4_without_its_package(offline, tmp_path, monkeypatch, pictured):
+    """A line says what to install, before anything is played."""
+    monkeypatch.setattr(video.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"film.mp4 needs a package: pip install imageio-ffmpeg"):
+        video.main(video.Options(str(offline), size=SIZE, out=str(tmp_path / "film.mp4")))
+    assert not Pictured.count and not any(tmp_path.iterdir())
+
+
+def test_without_the_other_commands(tmp_path):
+    """Neither plot.py nor benchmarks/ nor a script need to be there, nor is matplotlib imported."""
+    for name in ("common", "analysis"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "video.py", tmp_path)
+    code = "import sys, video; print({'matplotlib', 'imageio_ffmpeg'} & {*sys.modules})"
+    line = [sys.executable, "-c", code]
+    answer = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert (answer.stdout, answer.stderr) == ("set()\n", "")
+
+
 def test_refusals(offline, tmp_path, pictured):
     """One line for what cannot be filmed."""
     for options, answer in (
         (dict(task=3), r"no agent of task 3, seed 3 .*\(2, 3\), \(2, 4\), \(1, 3\), \(1, 4\)"),
         (dict(seed=5), "no agent of task 2, seed 5"),
         (dict(every=0), "--every must be at least 1"),
-        (dict(out=str(tmp_path / "film.foo")), "film.foo must end with .gif"),
+        (dict(out=str(tmp_path / "film.foo")), "film.foo must end with .gif or .mp4"),
         (dict(out=str(offline / "config.json/film.gif")), "cannot write .*film.gif: "),
     ):
         with pytest.raises(UserError, match=answer):
