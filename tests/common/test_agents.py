@@ -327,7 +327,7 @@ def started(monkeypatch):
             dict(env="cube-triple", lr=1, tasks=[2, np.int64(3)], discount=np.float64(0.5)),
             "--env cube-triple --lr 1 --tasks 2 3 --discount 0.5",
         ),
-        (dict(sparse=True, track=False, name="-x", run_dir="a b"), "--sparse --name=-x"),
+        (dict(sparse=True, eval_only=False, name="-x", run_dir="a b"), "--sparse --name=-x"),
     ],
 )
 def test_flags_mean_what_they_mean_on_the_command_line(started, flags, argv):

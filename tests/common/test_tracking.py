@@ -96,12 +96,12 @@ def test_a_run_in_wandb(run, offline, monkeypatch):
         save(first, 10)
         first.finish()
     (found,) = offline()
-    assert found["name"] == "script-pointmaze-medium-mine" and found["project"] == "flow-policies"
+    assert found["name"] == "small_run-pointmaze-medium-mine" and found["project"] == "flow-policies"
     assert found["id"] == first.checkpoints.run and found["exit_code"] == 0
-    assert found["tags"] == ["script", "pointmaze-medium"]
+    assert found["tags"] == ["small_run", "pointmaze-medium"]
     made = json.loads((first.folder / "config.json").read_text())["made_with"]
     config = found["config"]
-    assert config["script"] == "script" and config["commit"] == made["commit"] != ""
+    assert config["script"] == "small_run" and config["commit"] == made["commit"] != ""
     assert config["lr"] == 0.5 and config["hidden_dims"] == [8] and config["dataset"] == "1234abcd"
     train, evaluation, curve = found["history"]
     assert train["step"] == evaluation["step"] == 10 and "train/loss" not in evaluation
@@ -132,7 +132,7 @@ def test_the_environment_says_where_it_goes(run, offline, monkeypatch):
     keys = ("project", "entity", "group")
     assert [first[key] for key in keys] == ["project", "entity", "group"]
     assert [second[key] for key in keys] == ["mine", "us", "ours"]
-    assert first["tags"] == second["tags"] == ["a", "b", "script", "pointmaze-medium"]
+    assert first["tags"] == second["tags"] == ["a", "b", "small_run", "pointmaze-medium"]
 
 
 def test_two_runs_in_one_process(run, offline):
@@ -147,8 +147,8 @@ def test_two_runs_in_one_process(run, offline):
     steps = {}
     for found in offline():
         steps[found["name"]] = [row.get("step") for row in found["history"]]
-    assert steps.pop("script-pointmaze-medium-a") == [10, 20]
-    assert steps.pop("script-pointmaze-medium-b") == [10]
+    assert steps.pop("small_run-pointmaze-medium-a") == [10, 20]
+    assert steps.pop("small_run-pointmaze-medium-b") == [10]
     assert list(steps.values()) == [[None]]
 
 
@@ -230,7 +230,7 @@ def test_a_run_in_tensorboard(run, monkeypatch):
     assert logged == {(name, step) for name in names for step in (10, 20)}
     assert found["train/loss", 20].simple_value == pytest.approx(20 + 1 / 3)
     (text,) = {x.tensor.string_val[0] for (tag, _), x in found.items() if "config" in tag}
-    assert b"lr: 0.25" in text and b"script: script" in text
+    assert b"lr: 0.25" in text and b"script: small_run" in text
     image = found["curve", 0].image
     assert (image.width, image.height) == (8, 4)
 

@@ -1,7 +1,7 @@
 """Films of runs: of the agent that was asked for, from its evaluation's seeds, every n-th step."""
 
-import subprocess
 import shutil
+import subprocess
 import sys
 
 import imageio.v3 as iio
