@@ -313,7 +313,7 @@ class Run:
     def _pictures_are_old(self) -> bool:
         picture = self.folder / "curve.png"
         drawn = picture.stat().st_mtime if picture.exists() else 0.0
-        sources = [self.folder / name for name in ("eval.csv", "rollouts.npz")]
+        sources = [self.folder / name for name in ("train.csv", "eval.csv", "rollouts.npz")]
         return any(path.exists() and path.stat().st_mtime > drawn for path in sources)
 
     def finish(self) -> list[dict[str, str]]:

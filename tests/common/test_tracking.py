@@ -96,7 +96,9 @@ def test_a_run_in_wandb(run, offline, monkeypatch):
         save(first, 10)
         first.finish()
     (found,) = offline()
-    assert found["name"] == "small_run-pointmaze-medium-mine" and found["project"] == "flow-policies"
+    assert (
+        found["name"] == "small_run-pointmaze-medium-mine" and found["project"] == "flow-policies"
+    )
     assert found["id"] == first.checkpoints.run and found["exit_code"] == 0
     assert found["tags"] == ["small_run", "pointmaze-medium"]
     made = json.loads((first.folder / "config.json").read_text())["made_with"]
