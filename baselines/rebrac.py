@@ -40,7 +40,7 @@ from jax import Array
 from common.datasets import OfflineDataset
 from common.devices import over_agents, shard_over_agents, zero_metrics
 from common.env_pool import EnvPool, Episodes
-from common.environments import TRAINING, seeds_of, single_task
+from common.environments import TRAINING, env_name, seeds_of
 from common.flags import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -81,7 +81,10 @@ class Args:
 
     # --- shared: run arguments ---
     # --- environment and data ---
-    env: str = "pointmaze-medium"  # Short name (puzzle-4x4), dataset or full OGBench name.
+    # OGBench's short name (puzzle-4x4), dataset or full name, or gymnasium's id of any environment.
+    env: str = "pointmaze-medium"
+    env_kwargs: str = ""  # Arguments of the environment as JSON, such as '{"frame_skip": 2}'.
+    max_episode_steps: NonNegativeInt = 0  # Time limit of episodes (0: the environment's own).
     # Tasks 1 to 5, trained at once on one copy of the data.
     tasks: tuple[TaskNumber, ...] = (1,)
     # Folder with OGBench's file or its 100M shards (default: OGBench's cache, then data/).
@@ -431,7 +434,7 @@ def main(args: Args) -> list[dict]:
         replay = Replay.create(len(agents), 0, *sizes)
         task_rows = jnp.array([args.tasks.index(task) for task, _ in agents])
         metrics = zero_metrics(partial(train_step, args, dataset.at(0)), state, replay, task_rows)
-        env_names = [single_task(args.env, task) for task, _ in agents]
+        env_names = [env_name(args, task) for task, _ in agents]
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 

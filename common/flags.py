@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
-from common.environments import ONLINE, resolve
+from common.environments import resolve
 from common.errors import UserError
 
 LARGEST = 2**31 - 1
@@ -51,7 +51,7 @@ def configure(Args: type, env_defaults: dict, env: str, **flags: Any) -> Any:
     source = resolve(env)
     known = [field.name for field in dataclasses.fields(Args)]
     offline = "tasks" in known
-    if offline == (env in ONLINE):
+    if offline != bool(source.dataset):
         if offline:
             advice = "this script is offline. Try fmer.py or baselines/sac.py."
             raise UserError(f"--env {env} is an online environment; {advice}")
@@ -153,6 +153,7 @@ def name_of_run(args: Any, defaults: Any) -> str:
             text = str(value)
             if isinstance(value, tuple):
                 text = "-".join(map(str, value))
+            text = re.sub(r'[{}" ]', "", text)  # of JSON
             parts.append(f"{flag}={text}".replace("_", "-").replace("/", "-"))
     return ",".join(parts)[:200] or "default"
 

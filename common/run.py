@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from common.checkpoints import CHECKPOINT, PREVIOUS, Checkpoints
 from common.devices import configured_jax
+from common.environments import ONLINE
 from common.errors import UserError
 from common.files import file_errors, lock_folder, write_file
 from common.flags import FREE
@@ -88,11 +89,11 @@ class Run:
         self.agents = agents
         self.ends = ends
         offline = hasattr(args, "tasks")
-        self.score = "success" if offline else "return"
         self.unit = "update" if offline else "step"
         name = args.name or "default"
         runs = Path(args.run_dir).expanduser()
-        self.folder = runs / Path(script).stem / args.env / name
+        env = args.env.replace("/", "-")  # of ids with a namespace
+        self.folder = runs / Path(script).stem / env / name
         self.lock = lock_folder(self.folder)
         flags = json.loads(json.dumps(vars(args) | data))
         try:
@@ -246,10 +247,11 @@ class Run:
     def log_evaluation(self, step: int, results: dict[str, np.ndarray]) -> None:
         """Logs the means of results (agents, episodes) and keeps the paths for `finish`."""
         means = {name: x.mean(1) for name, x in results.items() if name != "path"}
-        if self.score != "success":
-            del means["success"]
+        if self.args.env in ONLINE or np.isnan(means["success"]).any():
+            del means["success"]  # returns are published there, or no success was reported
         self.tables.log("eval_only.csv" if self.args.eval_only else "eval.csv", step, means)
-        self.bar.write(f"{step:,} {self.unit}s: {self.score} {means[self.score].mean():.2f}")
+        score = "success" if "success" in means else "return"
+        self.bar.write(f"{step:,} {self.unit}s: {score} {means[score].mean():.2f}")
         self.evaluation_due = False
         self.last_results = results
 

@@ -22,8 +22,8 @@ from tools.shared_blocks import ROOT, scripts
 
 MEAN_TOKENS = 11.0  # per line of code, at most
 LINE_TOKENS = 30  # in any line except those of data tables, at most
-SCRIPT_TOKENS = 4_800
-COMMON_TOKENS = 14_500  # of common/ as a whole, without what collects datasets
+SCRIPT_TOKENS = 4_900  # with the flags for own environments and data
+COMMON_TOKENS = 16_000  # of common/ as a whole, without what collects datasets
 COLLECTION = ("common/collect", "common/ant.py")  # beginnings of paths
 
 # "file: line of code" -> the reason why this line may break a rule. At most a screen of them.
