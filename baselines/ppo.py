@@ -89,7 +89,7 @@ class Args:
     rollout_steps: PositiveInt = 2048
     num_envs: PositiveInt = 1  # Environments per agent that share a rollout's steps.
     eval_interval: PositiveInt = 10_000  # Steps between evaluations and checkpoints.
-    eval_episodes: PositiveInt = 10  # Episodes per evaluation and agent.
+    eval_episodes: NonNegativeInt = 10  # Episodes per evaluation and agent (0: no evaluations).
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
@@ -455,7 +455,7 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 
 def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
     """Evaluates the agents, if `run.log_and_save` or `run.restore` set `run.evaluation_due`."""
-    if run.evaluation_due:
+    if run.evaluation_due and args.eval_episodes:
         results = evaluate(args, state, envs, run.agents, step)
         run.log_evaluation(step, results)
 

@@ -100,7 +100,7 @@ class Args:
     env_steps_per_update: StepOfRun = 1  # Environment steps per update.
     replay_size: PositiveInt = 1_000_000  # Capacity in transitions; the oldest are overwritten.
     eval_interval: PositiveInt = 10_000  # Steps between evaluations and checkpoints.
-    eval_episodes: PositiveInt = 10  # Episodes per evaluation and agent.
+    eval_episodes: NonNegativeInt = 10  # Episodes per evaluation and agent (0: no evaluations).
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
@@ -531,7 +531,7 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 
 def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
     """Evaluates the agents, if `run.log_and_save` or `run.restore` set `run.evaluation_due`."""
-    if run.evaluation_due:
+    if run.evaluation_due and args.eval_episodes:
         results = evaluate(args, state, envs, run.agents, step)
         run.log_evaluation(step, results)
 

@@ -144,7 +144,9 @@ def resolve(name: str) -> Source:
 def single_task(name: str, task: int) -> str:
     """Returns the name with which `make_env` makes the environment of one task."""
     source = resolve(name)
-    if not source.dataset:  # it has one task
+    if not source.dataset:
+        if task > 1 and name not in ONLINE:
+            raise UserError(f"--tasks must be 1, because {name} has one task")
         return name
     return f"{source.env}-singletask-task{task}-v0"
 

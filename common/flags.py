@@ -42,24 +42,34 @@ StepOfRun = Annotated[int, Range(1, "total_steps")]
 Precision = Literal["default", "float32", "bfloat16"]
 
 
-def configure(Args: type, env_defaults: dict, env: str, **flags: Any) -> Any:
-    """Returns `Args` for an environment.
+def configure(Args: type, env_defaults: dict, env: str = "", **flags: Any) -> Any:
+    """Returns `Args` for an environment; without one, for that of the flag `dataset`.
 
     In increasing priority: the defaults of the class, the protocol of the environment (as the
     papers evaluate on it), the script's ENV_DEFAULTS, and `flags`.
     """
-    source = resolve(env)
     known = [field.name for field in dataclasses.fields(Args)]
     offline = "tasks" in known
+    if flags.get("dataset"):
+        return configure_own(Args, env_defaults, env, flags)
+    source = resolve(env)
     if offline != bool(source.dataset):
         if offline:
-            advice = "this script is offline. Try fmer.py or baselines/sac.py."
+            advice = "this script is offline. Try fmer.py or baselines/sac.py, or give a --dataset."
             raise UserError(f"--env {env} is an online environment; {advice}")
         advice = "this script is online. Try meam.py or qam.py."
         raise UserError(f"--env {env} is an offline environment; {advice}")
     values = source.protocol | dict(tasks=(source.task,)) | env_defaults.get(source.env, {})
     values = {name: value for name, value in values.items() if name in known}
     return Args(**values | flags | dict(env=env))
+
+
+def configure_own(Args: type, env_defaults: dict, env: str, flags: dict) -> Any:
+    """Returns `Args` for data of the user's own, for which no protocol is known."""
+    from common.own_data import recorded_in  # nothing else needs it
+
+    values = dict(env=env) if env else recorded_in(flags["dataset"])
+    return Args(**env_defaults.get(values["env"], {}) | values | flags)
 
 
 def check_range(flag: str, value: float, allowed: Range, args: Any) -> None:
@@ -162,9 +172,14 @@ def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
     """Reads and checks the flags of a script; `argv` defaults to the command line."""
     argv = sys.argv[1:] if argv is None else argv
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first_look.add_argument("--env", nargs="?", default=Args.env, const="")
-    env = first_look.parse_known_args(argv)[0].env
-    defaults = configure(Args, env_defaults, env)
+    first_look.add_argument("--env", nargs="?", const="")
+    first_look.add_argument("--dataset")
+    look = first_look.parse_known_args(argv)[0]
+    own = dict(dataset=look.dataset) if look.dataset and hasattr(Args, "dataset") else {}
+    env = look.env
+    if env is None:
+        env = "" if own else Args.env
+    defaults = configure(Args, env_defaults, env, **own)
     args = read_command_line(Args, defaults, argv)
     check_ranges(args)
     tasks = getattr(args, "tasks", ())
@@ -173,9 +188,12 @@ def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
     if args.name in (".", "..") or "/" in args.name:
         raise UserError(f"--name {args.name!r} must be the name of a folder, without /")
     if not args.name:
+        if own:
+            defaults = dataclasses.replace(defaults, dataset="")  # it belongs in the name
         args = dataclasses.replace(args, name=name_of_run(args, defaults))
-    if tasks and resolve(env).env not in env_defaults:
-        print(f"No tuned hyperparameters for {env}; using the defaults.")
+    tuned = args.env if own else resolve(env).env
+    if tasks and tuned not in env_defaults:
+        print(f"No tuned hyperparameters for {args.env}; using the defaults.")
     return args
 
 

@@ -5,11 +5,10 @@ Worker processes import this module, so it must not import jax.
 
 import contextlib
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
-from gymnasium.spaces import Box, Dict, Space, Tuple
+from gymnasium.spaces import Box, flatten_space
 from gymnasium.wrappers import FlattenObservation, RescaleAction
 
 from common.errors import UserError
@@ -38,24 +37,20 @@ def create(name: str, id: str, arguments: dict) -> gymnasium.Env:
         raise UserError(problem) from error
 
 
-def leaves(space: Space) -> Iterator[Space]:
-    """Yields the spaces inside Dict and Tuple spaces, in the order in which they are flattened."""
-    if isinstance(space, Dict | Tuple):
-        parts = space.values() if isinstance(space, Dict) else space
-        for part in parts:
-            yield from leaves(part)
-    else:
-        yield space
+def action_box(env: gymnasium.Env) -> Box:
+    """Returns the range of an environment's actions before they are rescaled to [-1, 1]."""
+    return env.env.action_space if isinstance(env, RescaleAction) else env.action_space
 
 
 def check(env: gymnasium.Env, name: str) -> None:
     """Raises UserError if the methods cannot work with the spaces, or an episode need not end."""
-    for space in leaves(env.observation_space):
-        if not isinstance(space, Box) or space.dtype.kind != "f" or len(space.shape) > 2:
-            raise UserError(
-                f"{name} observes {in_a_line(space)}; supported are Box spaces of floats, and Dict "
-                "and Tuple of them, but no images: wrap the environment"
-            )
+    seen = env.observation_space
+    space = flatten_space(seen)
+    if not isinstance(space, Box) or space.dtype.kind != "f" or len(seen.shape or ()) > 2:
+        raise UserError(
+            f"{name} observes {in_a_line(seen)}; supported are a Box of floats that is no image, "
+            "and a Dict or Tuple with such a Box: wrap the environment"
+        )
     actions = env.action_space
     flat = isinstance(actions, Box) and actions.dtype.kind == "f" and len(actions.shape) == 1
     if not flat or not actions.is_bounded() or (actions.low >= actions.high).any():

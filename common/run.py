@@ -88,6 +88,7 @@ class Run:
         self.args = args
         self.agents = agents
         self.ends = ends
+        self.reference_scores = data.get("reference_scores")  # returns that are 0 and 100
         offline = hasattr(args, "tasks")
         self.unit = "update" if offline else "step"
         name = args.name or "default"
@@ -133,6 +134,8 @@ class Run:
                 old = json.loads(path.read_text())
                 defaults = json.loads(json.dumps(vars(type(self.args)())))
                 old_flags = defaults | old["flags"]  # some flags may be newer than the run
+                if "checksum" in flags.keys() - old_flags.keys():  # it was called dataset
+                    old_flags |= dict(checksum=old_flags["dataset"], dataset=flags.get("dataset"))
                 config = old | dict(flags=flags)
             refuse_other_flags(self.folder, old_flags, flags)
         if not self.args.eval_only:
@@ -249,9 +252,14 @@ class Run:
         means = {name: x.mean(1) for name, x in results.items() if name != "path"}
         if self.args.env in ONLINE or np.isnan(means["success"]).any():
             del means["success"]  # returns are published there, or no success was reported
+        shown = ["success" if "success" in means else "return"]
+        if self.reference_scores:
+            low, high = self.reference_scores
+            means["normalized_score"] = 100 * (means["return"] - low) / (high - low)
+            shown.append("normalized_score")
         self.tables.log("eval_only.csv" if self.args.eval_only else "eval.csv", step, means)
-        score = "success" if "success" in means else "return"
-        self.bar.write(f"{step:,} {self.unit}s: {score} {means[score].mean():.2f}")
+        scores = ", ".join(f"{name} {means[name].mean():.2f}" for name in shown)
+        self.bar.write(f"{step:,} {self.unit}s: {scores}")
         self.evaluation_due = False
         self.last_results = results
 
