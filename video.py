@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 if __name__ == "__main__":
@@ -33,7 +34,7 @@ from PIL import Image
 from analysis.agents import TrainedAgents, agents_of, load_agents
 from analysis.command_line import run_program
 from analysis.runs import read_flags
-from common.environments import ONLINE, resolve, seed_of, single_task
+from common.environments import env_name, resolve, seed_of
 from common.errors import UserError
 from common.workers import Slot
 
@@ -72,10 +73,7 @@ def main(options: Options) -> Path:
     task, seed = choose_agent(options, agents)
     path = Path(options.out or folder / f"video-task{task}-seed{seed}.gif")
     check_writable(path)
-    name = flags["env"]
-    if name not in ONLINE:
-        name = single_task(name, task)
-    slot = Slot(name, render_mode="rgb_array", width=options.size, height=options.size)
+    slot = make_slot(flags, task, options.size)
     trained = load_agents(folder, slot.env.observation_space.shape[0])
     index = agents.index((task, seed))
     state = jax.tree.map(lambda x: x[[index]], trained.state)
@@ -89,6 +87,16 @@ def main(options: Options) -> Path:
     save_film(path, frames, options.fps)
     print(f"{path}: {len(frames)} pictures")
     return path
+
+
+def make_slot(flags: dict, task: int, size: int) -> Slot:
+    """Makes the environment of a run, which draws at its own size if it cannot at another."""
+    made_before = dict(env_kwargs="", max_episode_steps=0)  # runs from before these flags
+    name = env_name(SimpleNamespace(**made_before | flags), task)
+    try:
+        return Slot(name, render_mode="rgb_array", width=size, height=size)
+    except UserError:
+        return Slot(name, render_mode="rgb_array")
 
 
 def check_options(options: Options) -> None:
@@ -142,7 +150,8 @@ def film_episode(slot: Slot, trained: TrainedAgents, seed: int, every: int) -> t
                 frames.append(slot.env.render())
             if over:
                 break
-    return frames, f"success {success:.0f}, return {total:.1f}, {age} steps"
+    ending = "" if np.isnan(success) else f"success {success:.0f}, "
+    return frames, f"{ending}return {total:.1f}, {age} steps"
 
 
 def policy_of(trained: TrainedAgents, seed: int) -> Callable:

@@ -115,6 +115,12 @@ def refuse_name(name: str, known: list[str]) -> None:
     raise UserError(f"unknown environment {name!r}; known are {', '.join([*known, *ONLINE])}")
 
 
+def is_gymnasium_id(name: str) -> bool:
+    """Whether a name is a registered id, or one that the import of a module registers."""
+    registered = name in gymnasium.registry and not name.startswith(PIXELS)
+    return registered or bool(MODULE_AND_ID.fullmatch(name))
+
+
 def resolve(name: str) -> Source:
     """Looks up an environment by its short name (cube-triple), dataset (cube-triple-noisy), full
     OGBench name (cube-triple-noisy-singletask-task2-v0), name in ONLINE or gymnasium's id."""
@@ -125,8 +131,7 @@ def resolve(name: str) -> Source:
     match = OGBENCH_NAME.fullmatch(name)
     env = match["env"] if match else name
     if env not in known:
-        registered = name in gymnasium.registry and not name.startswith(PIXELS)
-        if registered or MODULE_AND_ID.fullmatch(name):
+        if is_gymnasium_id(name):
             return Source(name, "", 1, {})
         refuse_name(name, known)
     domain = DOMAINS[env.split("-")[0]]
@@ -153,6 +158,8 @@ def single_task(name: str, task: int) -> str:
 
 def env_name(args: Any, task: int) -> str:
     """Returns the environment of a task with the arguments that a script's flags give it."""
+    if args.eval_episodes == 0 and getattr(args, "online_steps", 1) == 0:
+        return args.env  # no episode is played, so it need not exist
     name = single_task(args.env, task)
     limit = dict(max_episode_steps=args.max_episode_steps) if args.max_episode_steps else {}
     try:
