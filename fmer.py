@@ -35,7 +35,7 @@ from jax import Array
 
 from common.devices import over_agents, shard_over_agents, zero_metrics
 from common.env_pool import EnvPool, Episodes
-from common.environments import TRAINING, env_sizes, resolve, seeds_of
+from common.environments import TRAINING, env_name, env_sizes, resolve, seeds_of
 from common.errors import UserError
 from common.flags import (
     NonNegativeFloat,
@@ -99,8 +99,11 @@ class Args:
 
     # --- shared: run arguments ---
     # --- environment ---
-    # multigoal, kitchen-1|2|4|7, hopper, halfcheetah, walker2d, humanoid or online-ant-xy.
+    # multigoal, kitchen-1|2|4|7, hopper, halfcheetah, walker2d, humanoid, online-ant-xy, or
+    # gymnasium's id of any environment (Ant-v5, my_package:MyEnv-v0).
     env: str = "multigoal"
+    env_kwargs: str = ""  # Arguments of the environment as JSON, such as '{"frame_skip": 2}'.
+    max_episode_steps: NonNegativeInt = 0  # Time limit of episodes (0: the environment's own).
     discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
     action_size: tyro.conf.Suppress[int] = 0  # Size d of an action; not a flag, read from the env.
     # --- run ---
@@ -112,7 +115,7 @@ class Args:
     env_steps_per_update: StepOfRun = 1  # Environment steps per update.
     replay_size: PositiveInt = 1_000_000  # Capacity in transitions; the oldest are overwritten.
     eval_interval: PositiveInt = 10_000  # Steps between evaluations and checkpoints.
-    eval_episodes: PositiveInt = 10  # Episodes per evaluation and agent.
+    eval_episodes: NonNegativeInt = 10  # Episodes per evaluation and agent (0: no evaluations).
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     overwrite: bool = False  # Begin anew; the run's old folder is moved aside, not deleted.
@@ -539,7 +542,7 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 
 def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
     """Evaluates the agents, if `run.log_and_save` or `run.restore` set `run.evaluation_due`."""
-    if run.evaluation_due:
+    if run.evaluation_due and args.eval_episodes:
         results = evaluate(args, state, envs, run.agents, step)
         run.log_evaluation(step, results)
 
@@ -554,7 +557,8 @@ def main(args: Args) -> list[dict]:
     # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task  # 1, or k of kitchen-<k>
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]
-    sizes = env_sizes(args.env)
+    env = env_name(args, task)
+    sizes = env_sizes(env)
     observation_size, action_size = sizes
     args = dataclasses.replace(args, action_size=action_size)
     data = dict(observation_size=observation_size)
@@ -564,7 +568,7 @@ def main(args: Args) -> list[dict]:
         capacity = min(args.replay_size, args.total_steps)
         replay = Replay.create(len(agents), capacity, *sizes)
         metrics = zero_metrics(partial(train_step, args), state, replay)
-        env_names = [args.env] * len(agents)
+        env_names = [env] * len(agents)
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 

@@ -71,7 +71,7 @@ def main(options: Options) -> Path:
     agent = load_agent(folder, options.task or None, options.seed if options.seed >= 0 else None)
     path = Path(options.out or folder / f"video-task{agent.task}-seed{agent.seed}.gif")
     check_writable(path)
-    slot = Slot(agent.env, render_mode="rgb_array", width=options.size, height=options.size)
+    slot = make_slot(agent.env, options.size)
     frames = []
     for episode in range(options.episodes):
         start = seed_of(agent.seed, agent.task, agent.step, episode)
@@ -81,6 +81,14 @@ def main(options: Options) -> Path:
     save_film(path, frames, options.fps)
     print(f"{path}: {len(frames)} pictures")
     return path
+
+
+def make_slot(env: str, size: int) -> Slot:
+    """Makes an environment, which draws at its own size if it cannot at another."""
+    try:
+        return Slot(env, render_mode="rgb_array", width=size, height=size)
+    except UserError:
+        return Slot(env, render_mode="rgb_array")
 
 
 def check_options(options: Options) -> None:
@@ -125,7 +133,8 @@ def film_episode(slot: Slot, agent: Agent, seed: int, every: int) -> tuple[list,
         total += reward
         if over or age % every == 0:
             frames.append(slot.env.render())
-    return frames, f"success {success:.0f}, return {total:.1f}, {age} steps"
+    ending = "" if np.isnan(success) else f"success {success:.0f}, "
+    return frames, f"{ending}return {total:.1f}, {age} steps"
 
 
 def render(slot: Slot) -> np.ndarray:

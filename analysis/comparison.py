@@ -57,11 +57,14 @@ def compare(
 
 
 def _usual_metric(rows: list[dict]) -> str:
-    """Returns success where it was logged, and return if all runs are online."""
+    """Returns success where it was logged, else normalised scores if all runs have them, else
+    return; also return if all runs are in the environments of the online papers."""
     if all(row["env"] in ONLINE for row in rows):
         return "return"
     if any(row.get("success", "") != "" for row in rows):
         return "success"
+    if all(row.get("normalized_score", "") != "" for row in rows):
+        return "normalized_score"
     return "return"
 
 

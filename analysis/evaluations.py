@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.command_line import say
-from analysis.runs import domain_of, read_flags, read_rows, script_name
+from analysis.runs import domain_of_run, read_flags, read_rows, script_name
 from common.errors import UserError
 from common.flags import FREE
 
 # Flags of config.json that do not make another method.
-IGNORED = {"env", "seed", "num_seeds", "tasks", *FREE}
+# `dataset` names the domain.
+IGNORED = {"env", "seed", "num_seeds", "tasks", "dataset", "reference_scores", *FREE}
 
 
 class Scores(NamedTuple):
@@ -35,7 +36,7 @@ def method_names(runs: list[tuple[str, dict]]) -> list[str]:
     """
     groups = {}  # (script, domain) -> {index of the run: its flags}
     for i, (script, flags) in enumerate(runs):
-        group = _method_of(script, flags), domain_of(flags["env"])
+        group = _method_of(script, flags), domain_of_run(flags)
         groups.setdefault(group, {})[i] = _own_flags(flags)
     names = {}
     for (script, _), group in groups.items():
@@ -98,7 +99,7 @@ def _read_folders(folders: list[Path]) -> dict[Path, list[dict]]:
     runs = [(script_name(folder), read_flags(folder)) for folder in folders]
     rows_of = {}
     for folder, label, (_, flags) in zip(folders, method_names(runs), runs, strict=True):
-        names = dict(label=label, env=domain_of(flags["env"]))
+        names = dict(label=label, env=domain_of_run(flags))
         rows_of[folder] = [row | names for row in read_rows(folder / "eval.csv")]
         if not rows_of[folder]:
             say(f"Skipping {folder}: it has no evaluation yet.")
@@ -118,19 +119,20 @@ def read_results(path: Path) -> list[dict]:
     for row in rows:
         env = envs.get(row.get("label"))
         row.setdefault("label", path.stem)
-        row["env"] = domain_of(env) if env else path.stem
+        row["env"] = env or path.stem
     return rows
 
 
 def _read_environments(path: Path, labels: set) -> dict[str, str]:
-    """Reads each label's --env from the notes about results; {} if there are none."""
+    """Reads each label's domain from the notes about results; {} if there are none."""
     envs = {}
     try:
         notes = json.loads(path.read_text())
         for label in labels:
             note = notes.get(label, notes)
             flags = note.get("config", note).get("flags", {})
-            envs[label] = flags.get("env")
+            if flags.get("env"):
+                envs[label] = domain_of_run(flags)
     except (OSError, ValueError, AttributeError):  # The file may be about something else.
         return {}
     return envs

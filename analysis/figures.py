@@ -13,9 +13,9 @@ from analysis.comparison import Comparison
 from analysis.curves import Named, Panel, draw_panel
 from analysis.files import open_to_write
 from analysis.published import plain, published_curve
+from analysis.runs import is_online
 from analysis.statistics import curve, shared_scores
 from analysis.style import TITLES, look, settings, thousands
-from common.environments import ONLINE
 from common.errors import UserError
 
 GAP = 0.062  # between names at the ends of lines, in heights of the panel
@@ -99,7 +99,7 @@ def _unit(panels: dict[str, Panel]) -> str:
     """Returns what is counted along the horizontal axis."""
     online = set()
     for panel in panels.values():
-        online |= {domain in ONLINE for domain, _ in panel.pairs}
+        online |= {is_online(domain) for domain, _ in panel.pairs}
     if online == {True}:
         return "environment steps"
     if online == {False}:

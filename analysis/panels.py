@@ -2,7 +2,7 @@
 
 from analysis.command_line import say
 from analysis.evaluations import Scores
-from common.environments import ONLINE
+from analysis.runs import has_tasks
 
 # The domains in the QAM paper's order.
 DOMAINS = """antmaze-large antmaze-giant humanoidmaze-medium humanoidmaze-large scene puzzle-3x3
@@ -24,7 +24,7 @@ def panels(found: Found, by: str, metric: str) -> dict[str, list[Pair]]:
         titles = _panels_of_domains(pairs)
     elif by == "task":
         titles = _panels_of_tasks(pairs)
-    comparable = metric == "success" or len(_domains(pairs)) == 1
+    comparable = metric in ("success", "normalized_score") or len(_domains(pairs)) == 1
     if by == ALL or (len(titles) > 1 and comparable):
         titles[ALL] = pairs
     return titles
@@ -100,7 +100,7 @@ def _panels_of_domains(pairs: list[Pair]) -> dict[str, list[Pair]]:
     for domain in _domains(pairs):
         own = [pair for pair in pairs if pair[0] == domain]
         title = _short(domain)
-        if len(own) != 5 and domain not in ONLINE:
+        if len(own) != 5 and has_tasks(domain):
             word = "task" if len(own) == 1 else "tasks"
             tasks = ", ".join(str(task) for _, task in own)
             title = f"{title}, {word} {tasks}"
@@ -114,9 +114,9 @@ def _panels_of_tasks(pairs: list[Pair]) -> dict[str, list[Pair]]:
     titles = {}
     for domain, task in pairs:
         words = []
-        if several or domain in ONLINE:
+        if several or not has_tasks(domain):
             words.append(_short(domain))
-        if domain not in ONLINE:
+        if has_tasks(domain):
             words.append(f"task {task}")
         titles[", ".join(words)] = [(domain, task)]
     return titles

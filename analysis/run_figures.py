@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.runs import read_csv, read_flags
+from analysis.runs import domain_of_run, is_online, read_csv, read_flags
 from analysis.style import (
     GOAL_COLOURS,
     SOLVED,
@@ -17,18 +17,18 @@ from analysis.style import (
     settings,
     thousands,
 )
-from common.environments import GOALS, ONLINE, make_env, resolve
+from common.environments import GOALS, make_env, resolve
 
 # Metric -> the CSV file that holds it.
 TABLES = {
     "success": "eval",
     "return": "eval",
+    "normalized_score": "eval",
     "length": "eval",
     "q": "train",
     "critic_loss": "train",
 }
-OFFLINE_PANELS = ("success", "length", "q", "critic_loss")
-ONLINE_PANELS = ("return", "length", "q", "critic_loss")
+PANELS = ("success", "return", "normalized_score", "length", "q", "critic_loss")
 COLUMNS = 4  # of panels, at most
 ONLINE_TITLES = TITLES | {"q": "mean Q on the batch"}
 PLANE_AGENTS = 5  # that are shown at most
@@ -36,16 +36,17 @@ PLANE_AGENTS = 5  # that are shown at most
 
 def draw_run(folder: Path) -> list[Path]:
     """Draws all figures that the run has data for, and returns their files."""
-    env = read_flags(folder)["env"]
+    flags = read_flags(folder)
+    env = flags["env"]
     with plt.rc_context(settings("light")):
         figures = []
         if (folder / "rollouts.npz").exists():
-            if "maze" in env:
+            if "maze" in env and resolve(env).dataset:
                 figures.append(draw_maze(folder, env))
             elif env == "multigoal":
                 figures.append(draw_plane(folder))
         # Last, because a run goes by the age of this file.
-        figures.append(draw_curve(folder, env))
+        figures.append(draw_curve(folder, online=is_online(domain_of_run(flags))))
     return [path for path in figures if path is not None]
 
 
@@ -74,12 +75,15 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def draw_curve(folder: Path, env: str) -> Path | None:
-    """Draws curve.png: a panel per metric and per loss that was logged, a line per agent."""
-    online = env in ONLINE
+def draw_curve(folder: Path, online: bool) -> Path | None:
+    """Draws curve.png: a panel per metric and per loss that was logged, a line per agent.
+
+    Offline, returns are shown only if no success was logged.
+    """
     columns_of = {table: read_csv(folder / f"{table}.csv") for table in ("eval", "train")}
-    panels = ONLINE_PANELS if online else OFFLINE_PANELS
-    panels = [metric for metric in panels if metric in columns_of[TABLES[metric]]]
+    panels = [metric for metric in PANELS if metric in columns_of[TABLES[metric]]]
+    if not online and "success" in panels:
+        panels.remove("return")
     panels += [name for name in columns_of["train"] if "loss" in name and name not in panels]
     if not panels:
         return None

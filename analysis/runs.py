@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common.environments import resolve
+from common.environments import ONLINE, is_gymnasium_id, resolve
 from common.errors import UserError
 from common.files import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
+MINARI = "minari:"  # before the id of a dataset
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -57,3 +58,26 @@ def script_name(folder: Path) -> str:
 def domain_of(env: str) -> str:
     """Returns the domain: cube-double, cube-double-play-singletask-task2-v0 -> cube-double-play."""
     return resolve(env).dataset or env
+
+
+def domain_of_run(flags: dict) -> str:
+    """Returns the domain of a run: own data are one, whatever environment they are played in."""
+    own = flags.get("dataset", "") if "checksum" in flags else ""  # it was the checksum once
+    if not own:
+        return domain_of(flags["env"])
+    return own if own.startswith(MINARI) else Path(own).name
+
+
+def is_own_data(domain: str) -> bool:
+    """Whether a domain is a file, or a dataset of Minari."""
+    return domain.startswith(MINARI) or Path(domain).suffix in (".npz", ".hdf5", ".h5")
+
+
+def is_online(domain: str) -> bool:
+    """Whether a domain is an environment in which there are no data."""
+    return domain in ONLINE or (is_gymnasium_id(domain) and not is_own_data(domain))
+
+
+def has_tasks(domain: str) -> bool:
+    """Whether a domain has several tasks, as OGBench's have."""
+    return not is_online(domain) and not is_own_data(domain)

@@ -42,6 +42,7 @@ THEMES = {
 TITLES = {  # of metrics
     "success": "success rate",
     "return": "return",
+    "normalized_score": "normalised score",
     "length": "episode length [steps]",
     "q": "mean Q on the data",
     "critic_loss": "critic loss",

@@ -153,7 +153,7 @@ def markdown_table(table: Table, metric: str, iqm: bool = False) -> str:
         lines.append([label, *(_table_cell(entry, digits) for entry in row.values())])
     what = "interquartile mean" if iqm else "mean"
     return (
-        f"{metric.capitalize()}, {what} [95 % bootstrap interval]. "
+        f"{metric.replace('_', ' ').capitalize()}, {what} [95 % bootstrap interval]. "
         f"Steps: {_most(steps)}. Seeds: {_most(seeds)}.\n\n{markdown(lines)}\n"
     )
 

@@ -41,7 +41,7 @@ from jax import Array
 from common.datasets import OfflineDataset
 from common.devices import over_agents, shard_over_agents, zero_metrics
 from common.env_pool import EnvPool, Episodes
-from common.environments import TRAINING, seeds_of, single_task
+from common.environments import TRAINING, env_name, seeds_of
 from common.flags import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -81,9 +81,14 @@ class Args:
 
     # --- shared: run arguments ---
     # --- environment and data ---
-    env: str = "pointmaze-medium"  # Short name (puzzle-4x4), dataset or full OGBench name.
+    # OGBench's short name (puzzle-4x4), dataset or full name, or gymnasium's id of any environment.
+    env: str = "pointmaze-medium"
+    env_kwargs: str = ""  # Arguments of the environment as JSON, such as '{"frame_skip": 2}'.
+    max_episode_steps: NonNegativeInt = 0  # Time limit of episodes (0: the environment's own).
     # Tasks 1 to 5, trained at once on one copy of the data.
     tasks: tuple[TaskNumber, ...] = (1,)
+    # Own data instead of OGBench's: FILE.npz, FILE.hdf5 or minari:ID (docs/guides/data.md).
+    dataset: str = ""
     # Folder with OGBench's file or its 100M shards (default: OGBench's cache, then data/).
     dataset_dir: str = ""
     # Transitions to collect with OGBench's scripted expert if the dataset is missing (0: none).
@@ -92,6 +97,10 @@ class Args:
     discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
     # Reward -1 until the task is solved, instead of minus the number of unmet sub-goals.
     sparse: bool = False
+    reward_scale: NonNegativeFloat = 1.0  # Factor of the rewards, of data and environments.
+    reward_shift: float = 0.0  # Added to the rewards after that.
+    # Shift and scale observations by the data's mean and standard deviation.
+    normalize_observations: bool = False
     action_size: tyro.conf.Suppress[int] = 0  # Size d of an action; not a flag, read from the data.
     # --- run ---
     seed: NonNegativeInt = 0  # First seed. Results do not depend on the other agents in the run.
@@ -102,7 +111,7 @@ class Args:
     start_training: OnlineStep = 5_000  # First environment step that is followed by an update.
     # Steps (updates offline, environment steps online) between evaluations and checkpoints.
     eval_interval: PositiveInt = 50_000
-    eval_episodes: PositiveInt = 50  # Episodes per evaluation and agent.
+    eval_episodes: NonNegativeInt = 50  # Episodes per evaluation and agent (0: no evaluations).
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     overwrite: bool = False  # Begin anew; the run's old folder is moved aside, not deleted.
@@ -402,7 +411,7 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 
 def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
     """Evaluates the agents, if `run.log_and_save` or `run.restore` set `run.evaluation_due`."""
-    if run.evaluation_due:
+    if run.evaluation_due and args.eval_episodes:
         results = evaluate(args, state, envs, run.agents, step)
         run.log_evaluation(step, results)
 
@@ -427,9 +436,9 @@ def main(args: Args) -> list[dict]:
         replay = Replay.create(len(agents), 0, *sizes)
         task_rows = jnp.array([args.tasks.index(task) for task, _ in agents])
         metrics = zero_metrics(partial(train_step, args, dataset.at(0)), state, replay, task_rows)
-        env_names = [single_task(args.env, task) for task, _ in agents]
-        eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
-        envs = EnvPool(env_names, 1, args.workers)
+        env_names = [env_name(args, task) for task, _ in agents]
+        eval_envs = EnvPool(env_names, args.eval_slots, args.workers, dataset.normalization)
+        envs = EnvPool(env_names, 1, args.workers, dataset.normalization)
 
         # Continue from the last checkpoint. `saved` has its state, metrics, envs and replay, the
         # transitions so far; without a checkpoint, what is passed here and no transitions.

@@ -39,7 +39,7 @@ from jax import Array
 
 from common.devices import over_agents, shard_over_agents, zero_metrics
 from common.env_pool import EnvPool, Episodes
-from common.environments import TRAINING, env_sizes, resolve, seeds_of
+from common.environments import TRAINING, env_name, env_sizes, resolve, seeds_of
 from common.errors import UserError
 from common.flags import (
     NonNegativeFloat,
@@ -75,8 +75,11 @@ class Args:
 
     # --- forked: run arguments (rollouts instead of warm-up and replay) ---
     # --- environment ---
-    # multigoal, kitchen-1|2|4|7, hopper, halfcheetah, walker2d, humanoid or online-ant-xy.
+    # multigoal, kitchen-1|2|4|7, hopper, halfcheetah, walker2d, humanoid, online-ant-xy, or
+    # gymnasium's id of any environment (Ant-v5, my_package:MyEnv-v0).
     env: str = "multigoal"
+    env_kwargs: str = ""  # Arguments of the environment as JSON, such as '{"frame_skip": 2}'.
+    max_episode_steps: NonNegativeInt = 0  # Time limit of episodes (0: the environment's own).
     discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
     action_size: tyro.conf.Suppress[int] = 0  # Size d of an action; not a flag, read from the env.
     # --- run ---
@@ -87,7 +90,7 @@ class Args:
     rollout_steps: PositiveInt = 2048
     num_envs: PositiveInt = 1  # Environments per agent that share a rollout's steps.
     eval_interval: PositiveInt = 10_000  # Steps between evaluations and checkpoints.
-    eval_episodes: PositiveInt = 10  # Episodes per evaluation and agent.
+    eval_episodes: NonNegativeInt = 10  # Episodes per evaluation and agent (0: no evaluations).
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     overwrite: bool = False  # Begin anew; the run's old folder is moved aside, not deleted.
@@ -458,7 +461,7 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 
 def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
     """Evaluates the agents, if `run.log_and_save` or `run.restore` set `run.evaluation_due`."""
-    if run.evaluation_due:
+    if run.evaluation_due and args.eval_episodes:
         results = evaluate(args, state, envs, run.agents, step)
         run.log_evaluation(step, results)
 
@@ -514,7 +517,8 @@ def main(args: Args) -> list[dict]:
     # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]
-    observation_size, action_size = env_sizes(args.env)
+    env = env_name(args, task)
+    observation_size, action_size = env_sizes(env)
     args = dataclasses.replace(args, action_size=action_size)
     data = dict(observation_size=observation_size)
     total_steps = args.total_steps // args.rollout_steps * args.rollout_steps
@@ -523,7 +527,7 @@ def main(args: Args) -> list[dict]:
         state = create_agents(args, agents, observation_size)
         rollout = empty_rollout(args, len(agents), observation_size)
         metrics = zero_metrics(partial(train_step, args), state, rollout)
-        env_names = [args.env] * len(agents)
+        env_names = [env] * len(agents)
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, args.num_envs, args.workers)
         played = np.zeros((*envs.shape, 0, action_size), np.float32)  # in the running episodes

@@ -12,6 +12,7 @@ source. Loading runs this source with the rights of your program, so load only f
 trust, or pass your own copy of the script as `script`.
 """
 
+import dataclasses
 import hashlib
 import sys
 from functools import partial
@@ -26,7 +27,8 @@ from numpy.typing import ArrayLike
 
 from common.checkpoints import CHECKPOINT, check_same_arrays, read_checkpoint
 from common.devices import matmul_precision
-from common.environments import single_task
+from common.env_pool import Normalization, normalize
+from common.environments import env_name
 from common.errors import UserError
 from common.files import file_errors, read_config
 from common.flags import as_command_line, parse
@@ -56,6 +58,7 @@ class TrainedAgents(NamedTuple):
     step: int
     seconds: float  # of training until then
     observation_size: int
+    normalization: Normalization  # of observations
     name: str  # of the script
 
 
@@ -73,9 +76,9 @@ class Agent:
         self.args = trained.args
         self.step = trained.step
         self.task, self.seed = trained.agents[index]
-        self.env = self.args.env
-        if hasattr(self.args, "tasks"):  # offline methods
-            self.env = single_task(self.env, self.task)
+        played = dataclasses.replace(self.args, eval_episodes=1)  # 0 would mean: no environment
+        self.env = env_name(played, self.task)
+        self.normalization = trained.normalization
         self.observation_size = trained.observation_size
         self.action_size = self.args.action_size
         self.state = jax.tree.map(lambda x: x[index], trained.state)
@@ -96,6 +99,7 @@ class Agent:
         shape = observations.shape[1:]
         if shape != (size,):
             raise UserError(f"an observation of {self.env} has shape ({size},), not {shape}")
+        observations = normalize(observations, **self.normalization)
         seeds = np.full((1, len(observations)), seed, np.uint32)
         ages = np.asarray(ages, np.int32)[None]
         mode = getattr(self.script, "MODES", ())[:1]  # online methods have several
@@ -163,6 +167,7 @@ def load_agents(folder: str | Path, script: ModuleType | None = None) -> Trained
         check_same_arrays(flax.serialization.to_state_dict(shapes), saved["state"])
     except ValueError as error:
         raise UserError(f"{path} does not fit {script.__file__} and common/: {error}") from None
+    statistics = {name: x for name, x in saved["envs"].items() if name in ("mean", "std")}
     return TrainedAgents(
         script=script,
         args=args,
@@ -171,6 +176,7 @@ def load_agents(folder: str | Path, script: ModuleType | None = None) -> Trained
         step=int(saved["step"]),
         seconds=float(saved["seconds"]),
         observation_size=flags["observation_size"],
+        normalization=statistics,
         name=config["script"],
     )
 

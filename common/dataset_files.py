@@ -19,7 +19,11 @@ from common.sampling import Dataset
 CACHE = Path(os.path.expanduser(ogbench.utils.DEFAULT_DATASET_DIR))  # also without a home
 LARGEST_RATIO = 100  # of unpacked to packed bytes; no simulator's data reach it
 KEYS = ("observations", "actions", "qpos", "button_states")  # the last one only with buttons
-LIMITS = dict(actions=(-1, 1), terminals=(0, 1), button_states=(0, 1))
+VECTORS = ("terminals", "timeouts", "rewards")  # the others have two axes
+LIMITS = dict.fromkeys(("terminals", "timeouts", "button_states"), (0, 1))
+LARGEST = 1e30  # number that is taken for one
+# Keys that OGBench's files do not have: they say that rewards and ends are the file's own.
+OWN_KEYS = {"rewards", "timeouts", "truncations", "terminations", "next_observations"}
 labelling_env = cache(make_env)  # making one takes as long as labelling a million states
 labelling = Lock()  # threads share these environments
 
@@ -108,13 +112,15 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def check_array(path: Path, key: str, x: np.ndarray, num_rows: int) -> None:
+def check_array(
+    path: Path, key: str, x: np.ndarray, num_rows: int, limits: tuple = (-LARGEST, LARGEST)
+) -> None:
     """Raises BadDataset unless an array has finite numbers within its limits, one row a state."""
-    axes = 1 if key == "terminals" else 2
+    axes = 1 if key in VECTORS else 2
     if x.dtype.kind not in "fiub" or x.ndim != axes or len(x) != num_rows:
         expected = f"{num_rows} rows of numbers in {axes} axes"
         raise BadDataset(path, f"'{key}' is {x.dtype} {x.shape}, expected {expected}")
-    low, high = np.float64(LIMITS.get(key, (-1e30, 1e30)))
+    low, high = np.float64(LIMITS.get(key, limits))
     least = x.min(initial=0)  # NaN if any number is
     most = x.max(initial=0)
     inside = low - 1e-4 < least <= most < high + 1e-4
@@ -130,9 +136,14 @@ def check_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     if missing:
         found = sorted(arrays)
         raise BadDataset(path, f"keys {sorted(missing)} are missing, found {found}")
+    own = sorted(OWN_KEYS & set(arrays))
+    if own:
+        advice = "use the file's own rewards and ends with --dataset, or remove the keys"
+        raise BadDataset(path, f"keys {own} are not OGBench's: {advice}")
     for key in ("terminals", *KEYS):
         if key in arrays:
-            check_array(path, key, arrays[key], arrays["terminals"].size)
+            limits = (-1, 1) if key == "actions" else (-LARGEST, LARGEST)
+            check_array(path, key, arrays[key], arrays["terminals"].size, limits)
     last = arrays["terminals"].astype(bool)
     if last.all() or not last[-1]:
         ends = "1 in the last row and 0 elsewhere except at the ends of trajectories"
@@ -196,4 +207,4 @@ def identify(paths: list[Path]) -> dict[str, str]:
                 checksums += [part.CRC for part in archive.infolist()]
         except Exception as error:  # as in `read_arrays`
             raise BadDataset(path, f"it is not readable as an .npz file ({error})") from None
-    return dict(dataset=f"{zlib.crc32(repr(checksums).encode()):08x}")
+    return dict(checksum=f"{zlib.crc32(repr(checksums).encode()):08x}")

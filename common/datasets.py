@@ -1,6 +1,7 @@
 """The dataset of a run on its devices: one file, or shards that take turns."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 
 from common.dataset_files import identify, locate, read
 from common.devices import replicate
+from common.env_pool import normalize
 from common.environments import resolve
 from common.errors import UserError
 from common.sampling import Dataset
@@ -35,36 +37,77 @@ class OfflineDataset:
     """
 
     def __init__(self, args: Any, num_agents: int):
-        source = resolve(args.env)
-        paths = locate(source, args.dataset_dir, args.collect)
-        if len(paths) == 1 and source.dataset in LARGE:
-            print(f"Note: published results use the 100M dataset; this run uses {paths[0].name}.")
-        self._one_file = len(paths) == 1
+        self._args = args
+        self._num_agents = num_agents
+        if args.dataset:
+            from common.own_data import read_own  # nothing else needs it
 
-        def load(index):
-            data = read(paths[index], source, args.tasks, args.sparse, clip=self._one_file)
-            return replicate(data, num_agents)
-
+            self._paths = [Path(args.dataset)]
+            data, self.identity = read_own(args)
+        else:
+            self._source = resolve(args.env)
+            self._paths = locate(self._source, args.dataset_dir, args.collect)
+            self.identity = identify(self._paths)
+            data = self._read(0)
+            if self._one_file and self._source.dataset in LARGE:
+                name = self._paths[0].name
+                print(f"Note: published results use the 100M dataset; this run uses {name}.")
+        self.normalization = {}  # mean and standard deviation (S,), if observations are normalised
+        if args.normalize_observations:
+            x = data.observations
+            self.normalization = dict(mean=x.mean(0), std=x.std(0) + 1e-3)
         self._offline_steps = getattr(args, "offline_steps", 0)
-        self._sparse = args.sparse
-        self._load = load
-        self._count = len(paths)
         self._index = 0
-        self._data = load(0)
+        self._data = self._put(data)
         self._kept = {}  # index -> shard
         self._loading = {}  # index -> future of the shard that is being read
         self._thread = ThreadPoolExecutor(1)
         self.num_transitions, self.action_size = self._data.actions.shape
         self.observation_size = self._data.observations.shape[1]
-        self.identity = identify(paths) | dict(observation_size=self.observation_size)
-        files = paths[0].name if self._one_file else f"{len(paths)} files like {paths[0].name}"
+        self.identity = self.identity | dict(observation_size=self.observation_size)
+        self._describe(data)
+
+    def _describe(self, data: Dataset) -> None:
+        """Prints what there is, and what cannot be learned from it."""
+        name = self._paths[0].name
+        files = name if self._one_file else f"{len(self._paths)} files like {name}"
         print(f"dataset      {files}, {self.num_transitions:,} transitions")
-        longest = np.diff(np.flatnonzero(self._data.terminals), prepend=-1).max()
-        if args.chunk_length > longest:  # no chunk would be valid, so nothing would be learned
+        for task, rewards, masks in zip(self._args.tasks, data.rewards, data.masks):
+            same = rewards.min() == rewards.max()
+            if same if self._args.dataset else masks.all():
+                print(f"Note: nothing in {name} solves task {task}: its rewards teach nothing.")
+        longest = np.diff(np.flatnonzero(data.terminals), prepend=-1).max()
+        if self._args.chunk_length > longest:  # no chunk would be valid: nothing would be learned
             raise UserError(
-                f"--chunk-length {args.chunk_length} must be at most {longest}, the number of "
-                f"transitions of the longest trajectory in {paths[0].name}"
+                f"--chunk-length {self._args.chunk_length} must be at most {longest}, the number "
+                f"of transitions of the longest trajectory in {name}"
             )
+
+    @property
+    def _one_file(self) -> bool:
+        return len(self._paths) == 1
+
+    def _read(self, index: int) -> Dataset:
+        args = self._args
+        return read(self._paths[index], self._source, args.tasks, args.sparse, clip=self._one_file)
+
+    def _put(self, data: Dataset) -> Dataset:
+        """Puts arrays on the devices, with rewards and observations as the agents see them."""
+        data = data.replace(rewards=self._label(data.rewards))
+        if self.normalization:
+            data = data.replace(observations=normalize(data.observations, **self.normalization))
+        return replicate(data, self._num_agents)
+
+    def _load(self, index: int) -> Dataset:
+        return self._put(self._read(index))
+
+    def _label(self, rewards: np.ndarray) -> np.ndarray:
+        args = self._args
+        if args.sparse:
+            rewards = -np.float32(rewards != 0)
+        if (args.reward_scale, args.reward_shift) != (1, 0):
+            rewards = np.float32(args.reward_scale * rewards + args.reward_shift)
+        return rewards
 
     def at(self, step: int) -> Dataset:
         """Returns the data for the update after `step` steps of the run."""
@@ -76,10 +119,10 @@ class OfflineDataset:
             swaps = self._offline_steps // SWAP_INTERVAL
             swaps += (step + 1 - self._offline_steps) // SWAP_INTERVAL
             self._kept.clear()
-        index = swaps % self._count
+        index = swaps % len(self._paths)
         if index != self._index:
             self._swap(index, keep=not online and has_room(self._data))
-        self._prefetch((index + 1) % self._count)
+        self._prefetch((index + 1) % len(self._paths))
         return self._data
 
     def updates_until_swap(self, step: int) -> int:
@@ -105,7 +148,4 @@ class OfflineDataset:
 
     def relabel(self, transitions: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Labels transitions of the environments like those of the dataset."""
-        if self._sparse:
-            unsolved = transitions["rewards"] != 0
-            transitions["rewards"] = -np.float32(unsolved)
-        return transitions
+        return transitions | dict(rewards=self._label(transitions["rewards"]))

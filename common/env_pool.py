@@ -14,7 +14,13 @@ from common.workers import Slots, Workers, cores
 
 MOST_SLOTS = 100  # in all, because some environments take 170 MiB
 IN_PROCESS = ("multigoal",)  # a step is cheaper than a message to a worker
+Normalization = dict[str, ndarray]  # mean and std (S,) of observations, or nothing
 RESULTS = ("next_observations", "rewards", "masks", "terminals", "success")
+
+
+def normalize(observations: ndarray, mean: ndarray = 0, std: ndarray = 1) -> ndarray:
+    """Returns normalised observations (..., S); the same ones without mean and std."""
+    return (observations - np.float32(mean)) / np.float32(std)
 
 
 class EnvPool:
@@ -24,8 +30,18 @@ class EnvPool:
     `ages` (agents, slots), the number of steps in the running episodes.
     """
 
-    def __init__(self, names: list[str], slots: int = 1, workers: int = 0):
-        """Prepares environments: one name per agent; `workers` processes (0: one per core)."""
+    def __init__(
+        self,
+        names: list[str],
+        slots: int = 1,
+        workers: int = 0,
+        normalization: Normalization | None = None,
+    ):
+        """Prepares environments: one name per agent; `workers` processes (0: one per core).
+
+        Their observations are normalised if `normalization` says how.
+        """
+        self.normalization = normalization or {}
         most = MOST_SLOTS // max(1, len(names))
         slots = min(slots, max(1, most))
         shape = (len(names), slots)
@@ -64,7 +80,7 @@ class EnvPool:
         if self.observations.shape[-1] == 0:  # the first time
             size = observations[0].size
             self.observations = np.zeros((*self.shape, size), np.float32)
-        self.observations[where] = observations
+        self.observations[where] = normalize(np.array(observations), **self.normalization)
 
     def reset(self, seeds: ndarray, where: ndarray | None = None) -> None:
         """Begins an episode with each seed (agents, slots), only in the mask `where` if given."""
@@ -122,6 +138,8 @@ class EnvPool:
         results = self._call("step", active, actions)
         for i, name in enumerate(RESULTS):
             rows = np.array([result[i] for result in results], np.float32)
+            if name == "next_observations":
+                rows = normalize(rows, **self.normalization)
             column = np.zeros((*self.shape, *rows.shape[1:]), np.float32)
             column[active] = rows
             transitions[name] = column
@@ -136,6 +154,7 @@ class EnvPool:
             ages=self.ages,
             plans=self.plans,
             played=self.played,
+            **self.normalization,
         )
 
     def load(self, saved: dict[str, ndarray], actions: ndarray) -> None:

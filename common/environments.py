@@ -5,7 +5,7 @@ Worker processes import this module, so it must not import jax.
 
 import contextlib
 import difflib
-import io
+import json
 import os
 import re
 import tempfile
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 import ogbench  # noqa: F401 (registers the environments)
-from gymnasium.wrappers import RescaleAction
 
 from common.errors import UserError
+from common.gym_environments import adapt, create
 
 GOALS = np.float32([(5, 0), (-5, 0), (0, 5), (0, -5)])  # on the plane `multigoal`
 MULTIGOAL_STEPS = 30  # time limit of an episode there
@@ -83,13 +83,15 @@ OGBENCH_NAME = re.compile(
     r"(-singletask(-task(?P<task>[1-5]))?)?(-v0)?",
     re.DOTALL,
 )
+PIXELS = "visual-"  # OGBench's environments with images
+MODULE_AND_ID = re.compile(r"[\w.]+:[\w./-]+")  # such as my_package:MyEnv-v0
 
 
 class Source(NamedTuple):
     """Where the data and episodes of a run come from."""
 
-    env: str  # such as cube-triple
-    dataset: str  # such as cube-triple-play; empty for online environments
+    env: str  # such as cube-triple, or gymnasium's id
+    dataset: str  # such as cube-triple-play; empty if it is not OGBench's
     task: int  # 1 to 5; of kitchen-<k> it is k
     protocol: dict  # flag -> value, from the QAM paper
 
@@ -108,14 +110,22 @@ def refuse_name(name: str, known: list[str]) -> None:
         kinds = DOMAINS[env.split("-")[0]].kinds
         names += [f"{env}-{kind}" for kind in kinds]
     near = difflib.get_close_matches(name, names, cutoff=0.4)
+    ids = [id for id in gymnasium.registry if not id.startswith(PIXELS)]
+    near += difflib.get_close_matches(name, ids, n=1, cutoff=0.8)
     if near:
         raise UserError(f"unknown environment {name!r}; did you mean {', '.join(near)}?")
     raise UserError(f"unknown environment {name!r}; known are {', '.join([*known, *ONLINE])}")
 
 
+def is_gymnasium_id(name: str) -> bool:
+    """Whether a name is a registered id, or one that the import of a module registers."""
+    registered = name in gymnasium.registry and not name.startswith(PIXELS)
+    return registered or bool(MODULE_AND_ID.fullmatch(name))
+
+
 def resolve(name: str) -> Source:
     """Looks up an environment by its short name (cube-triple), dataset (cube-triple-noisy), full
-    OGBench name (cube-triple-noisy-singletask-task2-v0) or name in ONLINE."""
+    OGBench name (cube-triple-noisy-singletask-task2-v0), name in ONLINE or gymnasium's id."""
     if name in ONLINE:
         task = int(name[-1]) if name.startswith("kitchen") else 1
         return Source(name, "", task, {})
@@ -123,6 +133,8 @@ def resolve(name: str) -> Source:
     match = OGBENCH_NAME.fullmatch(name)
     env = match["env"] if match else name
     if env not in known:
+        if is_gymnasium_id(name):
+            return Source(name, "", 1, {})
         refuse_name(name, known)
     domain = DOMAINS[env.split("-")[0]]
     kind = match["kind"] or domain.kinds[0]
@@ -137,8 +149,27 @@ def resolve(name: str) -> Source:
 
 
 def single_task(name: str, task: int) -> str:
-    """Returns OGBench's name of the environment of one task."""
-    return f"{resolve(name).env}-singletask-task{task}-v0"
+    """Returns the name with which `make_env` makes the environment of one task."""
+    source = resolve(name)
+    if not source.dataset:
+        if task > 1 and name not in ONLINE:
+            raise UserError(f"--tasks must be 1, because {name} has one task")
+        return name
+    return f"{source.env}-singletask-task{task}-v0"
+
+
+def env_name(args: Any, task: int) -> str:
+    """Returns the environment of a task with the arguments that a script's flags give it."""
+    if args.eval_episodes == 0 and getattr(args, "online_steps", 1) == 0:
+        return args.env  # no episode is played, so it need not exist
+    name = single_task(args.env, task)
+    limit = dict(max_episode_steps=args.max_episode_steps) if args.max_episode_steps else {}
+    try:
+        arguments = json.loads(args.env_kwargs or "{}") | limit
+    except (ValueError, TypeError) as error:
+        text = args.env_kwargs
+        raise UserError(f"--env-kwargs must be a JSON object, but is {text!r}: {error}") from None
+    return f"{name}?{json.dumps(arguments)}" if arguments else name
 
 
 @contextlib.contextmanager
@@ -154,29 +185,25 @@ def without_warnings() -> Iterator[None]:
 
 @without_warnings()
 def make_env(name: str, **options: Any) -> gymnasium.Env:
-    """Makes an environment by its OGBench name, such as "cube-single-singletask-task1-v0", or its
-    name in ONLINE, whose actions are rescaled to [-1, 1].
+    """Makes an environment by its OGBench name, such as "cube-single-singletask-task1-v0", its name
+    in ONLINE or its gymnasium id. `?` and arguments of gymnasium.make as JSON may follow.
 
-    `options` are further arguments of gymnasium.make, such as render_mode.
+    `options` are further arguments, such as render_mode. Actions of environments that are not
+    OGBench's are rescaled to [-1, 1], and their observations flattened.
     """
     if "render_mode" not in options:
         os.environ["MUJOCO_GL"] = "disable"  # then a missing driver does not matter
-    if name not in ONLINE:
+    name, _, text = name.partition("?")
+    options = json.loads(text or "{}") | options
+    if name not in ONLINE and resolve(name).dataset:
         env = gymnasium.make(name, disable_env_checker=True, **options)
         _remove_temporary_model(env)
         return env
-    id, arguments = ONLINE[name]
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # gymnasium_robotics' deprecations
-            env = gymnasium.make(id, disable_env_checker=True, **arguments, **options)
-    except (ImportError, AssertionError) as error:  # AssertionError: joints, since mujoco 3.12
-        raise UserError(
-            f"{name} needs gymnasium-robotics>=1.4,<1.5 and mujoco<3.12: "
-            f"pip install -r requirements.txt ({type(error).__name__})"
-        ) from error
-    if name.startswith("kitchen"):
+    id, arguments = ONLINE.get(name, OnlineEnv(name))
+    env = create(name, id, arguments | options)
+    if name in ONLINE and name.startswith("kitchen"):
         env = Kitchen(env)
-    return RescaleAction(env, -1.0, 1.0)
+    return adapt(env, name)
 
 
 def _remove_temporary_model(env: gymnasium.Env) -> None:

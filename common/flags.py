@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import jax
 import tyro
 
-from common.environments import ONLINE, resolve
+from common.environments import resolve
 from common.errors import UserError
 
 LARGEST = 2**31 - 1
@@ -67,24 +67,34 @@ Tracking = Annotated[
 ]
 
 
-def configure(Args: type, env_defaults: dict, env: str, **flags: Any) -> Any:
-    """Returns `Args` for an environment.
+def configure(Args: type, env_defaults: dict, env: str = "", **flags: Any) -> Any:
+    """Returns `Args` for an environment; without one, for that of the flag `dataset`.
 
     In increasing priority: the defaults of the class, the protocol of the environment (as the
     papers evaluate on it), the script's ENV_DEFAULTS, and `flags`.
     """
-    source = resolve(env)
     known = [field.name for field in dataclasses.fields(Args)]
     offline = "tasks" in known
-    if offline == (env in ONLINE):
+    if flags.get("dataset"):
+        return configure_own(Args, env_defaults, env, flags)
+    source = resolve(env)
+    if offline != bool(source.dataset):
         if offline:
-            advice = "this script is offline. Try fmer.py or baselines/sac.py."
+            advice = "this script is offline. Try fmer.py or baselines/sac.py, or give a --dataset."
             raise UserError(f"--env {env} is an online environment; {advice}")
         advice = "this script is online. Try meam.py or qam.py."
         raise UserError(f"--env {env} is an offline environment; {advice}")
     values = source.protocol | dict(tasks=(source.task,)) | env_defaults.get(source.env, {})
     values = {name: value for name, value in values.items() if name in known}
     return Args(**values | flags | dict(env=env))
+
+
+def configure_own(Args: type, env_defaults: dict, env: str, flags: dict) -> Any:
+    """Returns `Args` for data of the user's own, for which no protocol is known."""
+    from common.own_data import recorded_in  # nothing else needs it
+
+    values = dict(env=env) if env else recorded_in(flags["dataset"])
+    return Args(**env_defaults.get(values["env"], {}) | values | flags)
 
 
 def check_range(flag: str, value: float, allowed: Range, args: Any) -> None:
@@ -178,6 +188,7 @@ def name_of_run(args: Any, defaults: Any) -> str:
             text = str(value)
             if isinstance(value, tuple):
                 text = "-".join(map(str, value))
+            text = re.sub(r'[{}" ]', "", text)  # of JSON
             parts.append(f"{flag}={text}".replace("_", "-").replace("/", "-"))
     return ",".join(parts)[:200] or "default"
 
@@ -202,9 +213,14 @@ def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
         raise UserError("the scripts compute in float32: unset JAX_ENABLE_X64")
     argv = sys.argv[1:] if argv is None else argv
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first_look.add_argument("--env", nargs="?", default=Args.env, const="")
-    env = first_look.parse_known_args(argv)[0].env
-    defaults = configure(Args, env_defaults, env)
+    first_look.add_argument("--env", nargs="?", const="")
+    first_look.add_argument("--dataset")
+    look = first_look.parse_known_args(argv)[0]
+    own = dict(dataset=look.dataset) if look.dataset and hasattr(Args, "dataset") else {}
+    env = look.env
+    if env is None:
+        env = "" if own else Args.env
+    defaults = configure(Args, env_defaults, env, **own)
     args = read_command_line(Args, defaults, argv)
     check_ranges(args)
     tasks = getattr(args, "tasks", ())
@@ -217,9 +233,12 @@ def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
             path = os.path.expanduser(getattr(args, flag))
             args = dataclasses.replace(args, **{flag: path})
     if not args.name:
+        if own:
+            defaults = dataclasses.replace(defaults, dataset="")  # it belongs in the name
         args = dataclasses.replace(args, name=name_of_run(args, defaults))
-    if tasks and resolve(env).env not in env_defaults:
-        print(f"No tuned hyperparameters for {env}; using the defaults.")
+    tuned = args.env if own else resolve(env).env
+    if tasks and tuned not in env_defaults:
+        print(f"No tuned hyperparameters for {args.env}; using the defaults.")
     return args
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from common.checkpoints import CHECKPOINT, PREVIOUS, Checkpoints
 from common.devices import configured_jax
+from common.environments import ONLINE
 from common.errors import UserError
 from common.files import FolderLock, file_errors, move_aside, write_file
 from common.flags import FREE
@@ -89,7 +90,8 @@ def run_folder(script: str, args: Any) -> Path:
             f"these flags lack what belongs to {args.env}: Args(...) alone has the defaults of the "
             "class. Use `train` of common.agents or `parse` of common.flags."
         )
-    return Path(args.run_dir).expanduser() / Path(script).stem / args.env / args.name
+    env = args.env.replace("/", "-")  # of ids with a namespace
+    return Path(args.run_dir).expanduser() / Path(script).stem / env / args.name
 
 
 def draw_pictures(folder: Path) -> None:
@@ -114,8 +116,8 @@ class Run:
         self.args = args
         self.agents = agents
         self.ends = ends
+        self.reference_scores = data.get("reference_scores")  # returns that are 0 and 100
         offline = hasattr(args, "tasks")
-        self.score = "success" if offline else "return"
         self.unit = "update" if offline else "step"
         self.folder = run_folder(script, args)
         self.lock = FolderLock(self.folder)
@@ -136,7 +138,7 @@ class Run:
         self.updates_per_call = 1
         self.call_began = None
         self.evaluation_due = False
-        self.last_scores = None  # (agents, episodes)
+        self.last_scores = None  # the name of the score and its values (agents, episodes)
 
     def __enter__(self) -> "Run":
         self.jax_configuration.__enter__()
@@ -178,6 +180,8 @@ class Run:
                 old = json.loads(path.read_text())
                 defaults = json.loads(json.dumps(vars(type(self.args)())))
                 old_flags = defaults | old["flags"]  # some flags may be newer than the run
+                if "checksum" in flags.keys() - old_flags.keys():  # it was called dataset
+                    old_flags |= dict(checksum=old_flags["dataset"], dataset=flags.get("dataset"))
                 config = old | now
             refuse_other_flags(self.folder, old_flags, flags)
             if old.get("source_sha256", digest) != digest:
@@ -298,17 +302,23 @@ class Run:
     def log_evaluation(self, step: int, results: dict[str, np.ndarray]) -> None:
         """Logs the means of results (agents, episodes) and keeps the paths for `finish`."""
         means = {name: x.mean(1) for name, x in results.items() if name != "path"}
-        if self.score != "success":
-            del means["success"]
+        if self.args.env in ONLINE or np.isnan(means["success"]).any():
+            del means["success"]  # returns are published there, or no success was reported
+        score = "success" if "success" in means else "return"
+        shown = [score]
+        if self.reference_scores:
+            low, high = self.reference_scores
+            means["normalized_score"] = 100 * (means["return"] - low) / (high - low)
+            shown.append("normalized_score")
         self.lock.check()
-        if (
-            self.args.eval_only or step >= self.ends[-1]
-        ):  # before the row, which says that it is done
+        if self.args.eval_only or step >= self.ends[-1]:
+            # Before the row of the table, which says that the evaluation is done.
             write_file(self.folder / "rollouts.npz", pack_rollouts(self.agents, results))
         self.tables.log("eval_only.csv" if self.args.eval_only else "eval.csv", step, means)
-        self.bar.write(f"{step:,} {self.unit}s: {self.score} {means[self.score].mean():.2f}")
+        scores = ", ".join(f"{name} {means[name].mean():.2f}" for name in shown)
+        self.bar.write(f"{step:,} {self.unit}s: {scores}")
         self.evaluation_due = False
-        self.last_scores = results[self.score]
+        self.last_scores = (score, results[score])
 
     def _pictures_are_old(self) -> bool:
         picture = self.folder / "curve.png"
@@ -323,7 +333,7 @@ class Run:
             draw_pictures(self.folder)
         self.tracker.log_pictures(self.step)
         if self.last_scores is not None:
-            print(describe_scores(self.score, self.last_scores))
+            print(describe_scores(*self.last_scores))
         state = "complete" if self.step >= self.ends[-1] else "not complete"
         print(f"{self.folder} is {state}: {self.step:,} of {self.ends[-1]:,} {self.unit}s")
         return self.tables.read("eval.csv")

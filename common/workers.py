@@ -49,12 +49,13 @@ class Slot:
 
     def step(self, action: np.ndarray) -> tuple:
         """Returns next observation, reward, mask (0 where the task, not the clock, ended the
-        episode), whether the episode ended, and success."""
+        episode), whether the episode ended, and success (NaN where none is reported)."""
         np.random.set_state(self.generator)
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.generator = np.random.get_state()
         ended = terminated or truncated
-        return np.float32(observation), reward, not terminated, ended, info.get("success", 0)
+        success = info.get("success", info.get("is_success", np.nan))
+        return np.float32(observation), reward, not terminated, ended, success
 
     def replay(self, seed: int, age: int, actions: np.ndarray) -> tuple:
         """Plays the last `age` actions again and returns a tuple with the last observation."""

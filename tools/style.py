@@ -22,9 +22,9 @@ from tools.shared_blocks import ROOT, scripts
 
 MEAN_TOKENS = 11.0  # per line of code, at most
 LINE_TOKENS = 30  # in any line except those of data tables, at most
-SCRIPT_TOKENS = 4_900
-COMMON_TOKENS = 17_500  # of common/ as a whole, without what no script imports
-NOT_IMPORTED = ("common/collect", "common/agents.py")  # beginnings of paths
+SCRIPT_TOKENS = 4_950  # with the flags for own environments and data
+COMMON_TOKENS = 18_700  # of common/ as a whole, without what is imported only where it is asked for
+APART = ("common/collect", "common/own_data.py", "common/agents.py")  # beginnings of these paths
 
 # "file: line of code" -> the reason why this line may break a rule. At most a screen of them.
 EXCEPTIONS: dict[str, str] = {}
@@ -158,9 +158,9 @@ def script_size(source: Source) -> Iterator[Problem]:
 
 
 def common_size(sources: list[Source]) -> Iterator[Problem]:
-    """common/ without what no script imports has at most COMMON_TOKENS tokens."""
+    """common/ without the parts in APART has at most COMMON_TOKENS tokens."""
     own = [x for x in sources if x.path.startswith("common/")]
-    kept = [x for x in own if not x.path.startswith(NOT_IMPORTED)]
+    kept = [x for x in own if not x.path.startswith(APART)]
     total = sum(source.tokens.total() for source in kept)
     if total > COMMON_TOKENS:
         yield Problem("common", 1, f"{total} tokens in all, at most {COMMON_TOKENS}")

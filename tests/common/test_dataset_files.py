@@ -225,6 +225,15 @@ def test_positions_of_another_environment(env, sizes, width, tmp_path):
     refused(write(tmp_path, **arrays, qpos=np.zeros((4, width))), "'qpos'", source=resolve(env))
 
 
+@pytest.mark.parametrize(
+    "key", ["rewards", "timeouts", "truncations", "terminations", "next_observations"]
+)
+def test_rewards_and_ends_of_the_file_itself(key, tmp_path):
+    """They would be overwritten, or not be seen: one line names them and the flag for them."""
+    path = write(tmp_path, **{key: np.zeros(4)})
+    refused(path, f"keys ['{key}'] are not OGBench's", "--dataset")
+
+
 def test_numbers_too_large_for_float32(tmp_path):
     refused(write(tmp_path, observations=with_value(1e300, np.float64)), "'observations'")
 
@@ -361,7 +370,7 @@ def test_the_identity_of_a_dataset(tmp_path):
         np.savez_compressed(folders[3] / "packed.npz", **file)
     assert first.stat().st_size == other.stat().st_size and first.name == other.name
     found = identify([first])
-    assert set(found) == {"dataset"} and len(found["dataset"]) == 8
+    assert set(found) == {"checksum"} and len(found["checksum"]) == 8
     assert found == identify([same]) == identify([folders[3] / "packed.npz"])
     assert found != identify([other]) and found != identify([first, other])
     assert identify([first, other]) != identify([other, first])

@@ -41,8 +41,12 @@ def dataset(paths, env=MAZE.dataset, tasks=(1,), sparse=False, chunk_length=1, *
     args = SimpleNamespace(
         env=env,
         dataset_dir=str(paths[0].parent),
+        dataset="",
         collect=0,
         tasks=tasks,
+        reward_scale=flags.pop("reward_scale", 1.0),
+        reward_shift=flags.pop("reward_shift", 0.0),
+        normalize_observations=flags.pop("normalize_observations", False),
         sparse=sparse,
         chunk_length=chunk_length,
         offline_steps=flags.pop("offline_steps", FOREVER),
@@ -62,8 +66,11 @@ def test_what_a_run_asks_for(three, capsys):
     data = dataset(three)
     assert (data.num_transitions, data.observation_size, data.action_size) == (3, 2, 2)
     assert data.identity == identify(three) | dict(observation_size=2)
-    said = capsys.readouterr().out
-    assert said == f"dataset      3 files like {three[0].name}, 3 transitions\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"dataset      3 files like {three[0].name}, 3 transitions"
+    assert said[1:] == [
+        f"Note: nothing in {three[0].name} solves task 1: its rewards teach nothing."
+    ]
     for path in three[1:]:
         path.unlink()
     one = dataset(three)

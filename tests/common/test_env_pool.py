@@ -20,7 +20,7 @@ from tests.helpers.environments import TOY, Toy, noise, play, same, step
 from tests.helpers.messages import stops
 from tools.shared_blocks import ROOT
 
-gymnasium.register("Toy-v0", Toy)
+gymnasium.register("Toy-v0", Toy, max_episode_steps=1000)
 
 
 def column(*seeds):
@@ -411,7 +411,8 @@ def ended(processes, seconds=10):
 
 def test_workers_keep_the_path(new_pool, monkeypatch, tmp_path):
     """An environment from a folder that PYTHONPATH names."""
-    text = f"import gymnasium\ngymnasium.register('Elsewhere-v0', '{Toy.__module__}:Toy')\n"
+    entry = f"'Elsewhere-v0', '{Toy.__module__}:Toy', max_episode_steps=9"
+    text = f"import gymnasium\ngymnasium.register({entry})\n"
     (tmp_path / "elsewhere.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     pool = new_pool(["elsewhere:Elsewhere-v0"], 1, 1)

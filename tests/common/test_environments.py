@@ -85,7 +85,7 @@ def test_default_tasks_are_those_of_ogbench(env):
         ("visual-cube-double", "cube-double"),
         ("cube-double-v1", "cube-double"),
         ("Cube-Double", "cube-double"),
-        ("HalfCheetah-v5", "halfcheetah"),
+        ("HalfCheetah-v6", "halfcheetah"),
     ],
 )
 def test_unknown_names_end_in_a_line_with_near_ones(name, near):

@@ -90,6 +90,7 @@ def test_an_environment_that_nothing_is_tuned_for(capsys):
         (fmer, "cube-triple-noisy-singletask-task2-v0", "an offline environment"),
         (fmer, "pointmaze-medium", "an offline environment"),
         (qam, "multigoal", "an online environment; this script is offline. Try fmer.py"),
+        (qam, "Hopper-v5", "an online environment; this script is offline. Try fmer.py"),
         (qam, "kitchen-7", "an online environment"),
     ],
 )

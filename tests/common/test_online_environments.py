@@ -46,10 +46,11 @@ def test_names():
     "name, near",
     [
         ("hoper", "hopper"),
-        ("Hopper-v5", "hopper"),
+        ("Hopper-v9", "Hopper-v5"),
+        ("Hopper-v9", "hopper"),
         ("hopper-play", "hopper"),
         ("hopper-v0", "hopper"),
-        ("HalfCheetah-v5", "halfcheetah"),
+        ("HalfCheeta-v5", "halfcheetah"),
         ("walker", "walker2d"),
         ("humanoid-navigate", "humanoidmaze-large-navigate"),
         ("multi-goal", "multigoal"),
@@ -409,7 +410,7 @@ def test_a_fall_masks_the_future(new_pool, name, d, low, most):
     assert low <= len(steps) <= most
     ends = [(x["terminals"].item(), x["masks"].item()) for x in steps]
     assert ends == [(0, 1)] * (len(steps) - 1) + [(1, 0)]
-    assert steps[-1]["success"].item() == (name == "multigoal")
+    assert (steps[-1]["success"].item() == 1) == (name == "multigoal")
 
 
 @pytest.mark.parametrize("name, d", [("multigoal", 2), ("hopper", 3)])
@@ -456,7 +457,7 @@ def test_pool_of_workers(new_pool, name):
         same(first, second)
         assert {x.dtype.name for x in first.values()} == {"float32"}
         assert first["observations"].shape == first["next_observations"].shape == (2, 1, size)
-        assert first["actions"].shape == (2, 1, d) and not first["success"].any()
+        assert first["actions"].shape == (2, 1, d) and not np.nansum(first["success"])
     plan = noise(3, d)(None, column(21, 22), np.zeros((2, 1), int))
     assert np.array_equal(np.stack([row["actions"] for row in steps[0][:3]], 2), plan)
 

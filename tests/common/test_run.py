@@ -59,7 +59,7 @@ def test_the_folder_says_what_made_it(run, tmp_path):
     assert folder == tmp_path / "small_run" / "pointmaze-medium" / "mine"
     config = json.loads((folder / "config.json").read_text())
     flags = config["flags"]
-    assert flags["hidden_dims"] == [4, 4] and flags["dataset"] == DATA["dataset"]
+    assert flags["hidden_dims"] == [4, 4] and flags["checksum"] == DATA["checksum"]
     made = config["made_with"]
     assert {"jax", "numpy", "ogbench"} <= made["packages"].keys() and made["commit"]
     assert made["python"] == sys.version.split()[0] and "1 x" in made["device"]
@@ -119,12 +119,12 @@ def test_another_configuration_is_refused(run):
     folder = first.folder
     del first
     before = (folder / "config.json").read_bytes()
-    other = dict(dataset="other")
+    other = dict(checksum="other")
     message = stops(
         folder,
         "lr: 0.5 there, 0.75 now",
         "hidden_dims: [4, 4] there, [4] now",
-        "dataset: 1234abcd there, other now",
+        "checksum: 1234abcd there, other now",
         "--name",
         lines=9,
         call=lambda: run(other, lr=0.75, hidden_dims=(4,)),
@@ -138,7 +138,9 @@ def test_another_dataset_of_the_same_size_and_name_is_refused(run):
     """Its checksum is part of what a run is."""
     save(run(DATA), 20)
     stops(
-        "dataset: 1234abcd there, 1234abce now", lines=4, call=lambda: run(dict(dataset="1234abce"))
+        "checksum: 1234abcd there, 1234abce now",
+        lines=4,
+        call=lambda: run(dict(checksum="1234abce")),
     )
     run(DATA)
 
@@ -167,6 +169,19 @@ def test_flags_that_change_no_agent_may_differ(run):
     config = json.loads(path.read_text())
     assert (config["flags"]["workers"], config["flags"]["eval_interval"]) == (2, 30)
     assert config["id"] == id
+
+
+def test_the_checksum_was_called_dataset(run):
+    """A run that began before own data took that name is continued."""
+    first = run()
+    save(first, 20)
+    path = first.folder / "config.json"
+    del first
+    config = json.loads(path.read_text())
+    config["flags"]["dataset"] = config["flags"].pop("checksum")
+    path.write_text(json.dumps(config))
+    run()
+    assert json.loads(path.read_text())["flags"]["checksum"] == DATA["checksum"]
 
 
 def test_an_evaluation_changes_no_configuration(run):

@@ -119,7 +119,7 @@ def outcome(path, source, arrays, keys=()):
     begin = time.perf_counter()
     try:
         check_read(path, source, arrays)
-        assert len(identify([path])["dataset"]) == 8
+        assert len(identify([path])["checksum"]) == 8
     except UserError as error:
         line = str(error)
         assert line.startswith(f"bad dataset {path}: ") and "\n" not in line, line
@@ -563,8 +563,12 @@ def dataset(folder, tasks=(1,), chunk_length=1):
     """The dataset of a run on the files of a folder."""
     args = SimpleNamespace(
         env="pointmaze-medium",
+        dataset="",
         dataset_dir=str(folder),
         collect=0,
+        reward_scale=1,
+        reward_shift=0,
+        normalize_observations=False,
         tasks=tasks,
         sparse=False,
         chunk_length=chunk_length,

@@ -5,6 +5,8 @@ MAY_BE_0 = dict(
     # all methods
     seed="a seed like any other",
     workers="one per core",
+    max_episode_steps="the environment's own limit",
+    eval_episodes="no evaluations",
     discount="only the next reward counts",
     target_rate="targets that stay",
     # offline methods
@@ -26,8 +28,8 @@ MAY_BE_0 = dict(
     expectile="the least of the values",
     actor_noise="none",
     noise_clip="no noise",
-    # online methods
     reward_scale="no reward counts",
+    # online methods
     act_candidates="as many as in the update",
     eta_fixed="it is tuned",
     eta_rate="it stays",
@@ -57,7 +59,7 @@ MAY_BE_0 = dict(
 )
 
 
-SIGNED = "target_entropy target_entropy_start target_entropy_end noise_entropy".split()
+SIGNED = "reward_shift target_entropy target_entropy_start target_entropy_end noise_entropy".split()
 
 
 def numbers(script):

@@ -43,7 +43,7 @@ class Args:
 
 ENV_DEFAULTS = {"cube-triple": dict(lr=0.125, discount=0.75), "pointmaze-medium": dict(lr=0.0625)}
 AGENTS = [(1, 0), (1, 1), (4, 0)]  # (task, seed)
-DATA = dict(dataset="1234abcd")
+DATA = dict(checksum="1234abcd")
 
 
 def begin(folder, data=DATA, ends=(100,), **flags):

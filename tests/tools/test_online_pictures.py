@@ -14,7 +14,8 @@ def fake_run(folder, env, tables, agents=1, paths=()):
     """A run folder with `tables`: name -> its metrics, random, and the paths of an evaluation."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
-    (folder / "config.json").write_text(json.dumps(dict(flags=dict(env=env))))
+    flags = env if isinstance(env, dict) else dict(env=env)
+    (folder / "config.json").write_text(json.dumps(dict(flags=flags)))
     for table, metrics in tables.items():
         lines = [",".join(["task", "seed", "step", "seconds", *metrics])]
         for step in (100, 200, 300):
@@ -40,20 +41,25 @@ def drawn(monkeypatch):
         plt.close(figure)
 
 
-BOTH = dict(
-    eval=("return", "success", "length"), train=("policy_loss", "q", "critic_loss", "entropy")
-)
+RETURNS = dict(eval=("return", "length"), train=("policy_loss", "q", "critic_loss", "entropy"))
+BOTH = dict(eval=("return", "success", "length"), train=RETURNS["train"])
+OWN = dict(env="Hopper-v5", dataset="data/hopper-medium-v2.hdf5", checksum="12345678", tasks=[1])
+SHARED = ("episode length", "mean Q", "critic loss", "policy loss")
+SCORES = dict(eval=("return", "length", "normalized_score"))
 
 
 @pytest.mark.parametrize(
     "env, tables, titles",
     [
-        ("hopper", BOTH, ["return", "episode length", "mean Q", "critic loss", "policy loss"]),
+        ("hopper", RETURNS, ["return", "episode length", "mean Q", "critic loss", "policy loss"]),
+        ("my:Env-v0", BOTH, ["success rate", "return", *SHARED]),
         ("kitchen-4", dict(eval=["length", "return"]), ["return", "episode length"]),
         ("multigoal", dict(train=["critic_loss"]), ["critic loss"]),
         ("hopper", dict(train=["value_loss", "loss_of_actor"]), ["value loss", "loss of actor"]),
         ("hopper", {}, []),
-        ("scene", BOTH, ["success rate", "episode length", "mean Q", "critic loss", "policy loss"]),
+        ("scene", BOTH, ["success rate", *SHARED]),
+        (OWN, SCORES, ["return", "normalised score", "episode length"]),
+        (OWN, BOTH, ["success rate", *SHARED]),
     ],
 )
 def test_curves(tmp_path, drawn, env, tables, titles):
@@ -61,12 +67,13 @@ def test_curves(tmp_path, drawn, env, tables, titles):
     each seed."""
     draw_run(fake_run(tmp_path, env, tables, agents=2))
     axes = [axis for axis in drawn[0].axes if axis.axison] if drawn else []
+    offline = env in ("scene", OWN)
     assert len(axes) == len(titles) and (tmp_path / "curve.png").exists() == bool(titles)
     for axis, title in zip(axes, titles):
         assert axis.get_title().startswith(title) and len(axis.lines) == 2
-        assert axis.get_xlabel() == ("updates" if env == "scene" else "environment steps")
+        assert axis.get_xlabel() == ("updates" if offline else "environment steps")
         assert axis.lines[0].get_xdata().tolist() == [100, 200, 300]
-    if titles and env != "scene":
+    if titles and not offline:
         labels = [text.get_text() for text in axes[0].get_legend().get_texts()]
         assert labels == ["seed 0", "seed 1"]
 

@@ -27,7 +27,7 @@ def test_every_module_is_installed():
     assert {f"*{suffix}" for suffix in beside - {".py", ".pyc"}} == {*SETTINGS["package-data"]["*"]}
 
 
-@pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize("file", [f"requirements{end}.txt" for end in ("", "-dev", "-data")])
 def test_the_lock_satisfies(file):
     """Every requirement, within its range."""
     lines = [line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]

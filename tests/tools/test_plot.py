@@ -15,8 +15,10 @@ from matplotlib.colors import to_rgb
 
 import plot
 from analysis import published, run_figures, style
+from analysis.comparison import compare
 from analysis.evaluations import IGNORED, method_names, organise, read_results, read_runs
 from analysis.statistics import centre, interval
+from analysis.tables import markdown_table, table_of
 from benchmarks import multigoal
 from common.environments import make_env
 from common.flags import FREE
@@ -45,6 +47,35 @@ def run_folder(root, script="qam", env="cube-double", name="default", tasks=(1, 
 
 def found(*folders, metric="success"):
     return organise(read_runs(folders), metric)
+
+
+def own_run(root, script, dataset, scores=(1, 2), env="Hopper-v5"):
+    """A run on own data with returns and normalised scores of one seed."""
+    folder = root / script / env / dataset.replace("/", "-")
+    folder.mkdir(parents=True)
+    flags = dict(env=env, dataset=dataset, checksum="12345678", tasks=[1], seed=0, num_seeds=1)
+    (folder / "config.json").write_text(json.dumps(dict(flags=flags)))
+    rows = [f"1,0,{i},1.0,{100 * x},{x}" for i, x in enumerate(scores, 1)]
+    head = "task,seed,step,seconds,return,normalized_score"
+    (folder / "eval.csv").write_text("\n".join([head, *rows, ""]))
+    return folder
+
+
+@pytest.mark.parametrize("datasets", [["minari:x/y-v0", "minari:x/z-v0"], ["a/x.npz", "b/y.hdf5"]])
+def test_own_data_are_domains(tmp_path, datasets):
+    """A column each, without a task, and one of all: normalised scores can be compared."""
+    folders = [own_run(tmp_path, s, x) for s in ("qam", "fql") for x in datasets]
+    comparison = compare(folders)
+    names = [x if ":" in x else x.partition("/")[2] for x in datasets]
+    assert comparison.metric == "normalized_score"
+    assert list(comparison.panels) == [*names, "all"]
+    text = markdown_table(table_of(comparison), comparison.metric)
+    assert text.startswith("Normalized score, mean") and "| qam | 2.0 | 2.0 | 2.0 |" in text
+    assert list(compare(folders, by="task").panels) == [*names, "all"]
+    without = own_run(tmp_path, "ifql", "c.npz")
+    table = (without / "eval.csv").read_text().replace("normalized_score", "length")
+    (without / "eval.csv").write_text(table)
+    assert compare([*folders, without]).metric == "return"
 
 
 # --- statistics ----------------------------------------------------------------------------------

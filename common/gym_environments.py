@@ -1,0 +1,70 @@
+"""Any gymnasium environment whose spaces are flat or can be flattened, as the methods need it.
+
+Worker processes import this module, so it must not import jax.
+"""
+
+import contextlib
+import io
+from typing import Any
+
+import gymnasium
+from gymnasium.spaces import Box, flatten_space
+from gymnasium.wrappers import FlattenObservation, RescaleAction
+
+from common.errors import UserError
+
+ERRORS = (gymnasium.error.Error, ImportError, TypeError, AssertionError)  # of gymnasium.make
+
+
+def in_a_line(text: Any) -> str:
+    """Returns a text, or what describes an object, without line breaks and not too long."""
+    return " ".join(str(text).split())[:300]
+
+
+def create(name: str, id: str, arguments: dict) -> gymnasium.Env:
+    """Calls gymnasium.make; raises UserError where there is no such environment. `name` is ours."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # gymnasium_robotics' deprecations
+            return gymnasium.make(id, disable_env_checker=True, **arguments)
+    except ERRORS as error:
+        if "robotics" in id and isinstance(error, ImportError | AssertionError):
+            problem = (  # AssertionError: joints, since mujoco 3.12
+                f"{name} needs gymnasium-robotics>=1.4,<1.5 and mujoco<3.12: "
+                f"pip install -r requirements.txt ({type(error).__name__})"
+            )
+        else:
+            problem = f"gymnasium cannot make {name}: {in_a_line(error)}"
+        raise UserError(problem) from error
+
+
+def action_box(env: gymnasium.Env) -> Box:
+    """Returns the range of an environment's actions before they are rescaled to [-1, 1]."""
+    return env.env.action_space if isinstance(env, RescaleAction) else env.action_space
+
+
+def check(env: gymnasium.Env, name: str) -> None:
+    """Raises UserError if the methods cannot work with the spaces, or an episode need not end."""
+    seen = env.observation_space
+    space = flatten_space(seen)
+    if not isinstance(space, Box) or space.dtype.kind != "f" or len(seen.shape or ()) > 2:
+        raise UserError(
+            f"{name} observes {in_a_line(seen)}; supported are a Box of floats that is no image, "
+            "and a Dict or Tuple with such a Box: wrap the environment"
+        )
+    actions = env.action_space
+    flat = isinstance(actions, Box) and actions.dtype.kind == "f" and len(actions.shape) == 1
+    if not flat or not actions.is_bounded() or (actions.low >= actions.high).any():
+        raise UserError(
+            f"{name} has the actions {in_a_line(actions)}; supported is a Box of floats with one "
+            "axis and finite bounds: wrap the environment"
+        )
+    if env.spec.max_episode_steps is None:
+        raise UserError(f"{name} has no time limit; give it one with --max-episode-steps")
+
+
+def adapt(env: gymnasium.Env, name: str) -> gymnasium.Env:
+    """Checks an environment, flattens its observations to (S,), rescales actions to [-1, 1]^d."""
+    check(env, name)
+    if len(env.observation_space.shape or ()) != 1:
+        env = FlattenObservation(env)
+    return RescaleAction(env, -1.0, 1.0)

@@ -1,0 +1,184 @@
+"""Your own transitions as a Dataset: .npz and .hdf5 files with D4RL's keys, Minari's datasets."""
+
+import importlib
+import json
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gymnasium.spaces import Box, flatten
+from gymnasium.vector.utils import batch_space, iterate
+
+from common.dataset_files import BadDataset, check_array, read_arrays
+from common.environments import env_name, make_env
+from common.errors import UserError
+from common.gym_environments import action_box, in_a_line
+from common.sampling import Dataset
+
+MINARI = "minari:"  # before the id of a dataset
+KEYS = ("observations", "actions", "rewards", "terminals")
+END_KEYS = ("timeouts", "next_observations")  # at least one of them
+OTHER_NAMES = dict(terminations="terminals", truncations="timeouts")  # gymnasium's and Minari's
+# Returns of a random and of an expert policy that D4RL publishes, by the first word of its files.
+D4RL_SCORES = dict(
+    halfcheetah=(-280.178953, 12135.0),
+    hopper=(-20.272305, 3234.3),
+    walker2d=(1.629008, 4592.3),
+    ant=(-325.6, 3879.7),
+)
+Arrays = dict[str, np.ndarray]
+
+
+def load_extra(name: str) -> Any:
+    """Imports a package that only own data need."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f'{name} is missing: pip install "minari[hdf5]"') from None
+
+
+def load_minari(name: str) -> Any:
+    """Returns a MinariDataset that is on this machine."""
+    id = name.removeprefix(MINARI)
+    minari = load_extra("minari")
+    try:
+        return minari.load_dataset(id)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{in_a_line(error)} Get it with: minari download {id}") from None
+
+
+def recorded_in(dataset: str) -> dict:
+    """Returns the flags of the environment in which a dataset was recorded; of a file, its name."""
+    spec = load_minari(dataset).env_spec if dataset.startswith(MINARI) else None
+    if spec is None:
+        return dict(env=Path(dataset).stem)
+    package = re.split("[.:]", spec.entry_point)[0]  # its import registers the environment
+    return dict(
+        env=spec.id if package == "gymnasium" else f"{package}:{spec.id}",
+        env_kwargs=json.dumps(spec.kwargs),
+        max_episode_steps=spec.max_episode_steps or 0,
+    )
+
+
+def read_minari(name: str) -> tuple[Arrays, Box, list]:
+    """Returns a dataset's arrays, the range of its actions, and its reference scores, if any."""
+    minari = load_minari(name)
+    space = minari.observation_space
+    episodes = []
+    for episode in minari.iterate_episodes():
+        steps = iterate(batch_space(space, len(episode) + 1), episode.observations)
+        states = np.array([flatten(space, state) for state in steps])
+        columns = {key: getattr(episode, key) for key in ("actions", "rewards", *OTHER_NAMES)}
+        episodes.append(columns | dict(observations=states[:-1], next_observations=states[1:]))
+        columns["truncations"][-1] = True  # also where the recording was stopped
+    arrays = {}
+    for key in episodes[0]:
+        arrays[key] = np.concatenate([columns[key] for columns in episodes])
+    metadata = minari.storage.metadata
+    scores = [metadata.get(f"ref_{end}_score") for end in ("min", "max")]
+    return arrays, minari.action_space, scores
+
+
+def read_file(path: Path) -> Arrays:
+    """Reads the arrays of an .npz file, or those at the root of an .hdf5 file."""
+    if path.suffix == ".npz":
+        return read_arrays(path)
+    h5py = load_extra("h5py")
+    try:
+        with h5py.File(path) as file:
+            return {key: np.array(x) for key, x in file.items()}  # of a group, its names
+    except OSError as error:
+        raise BadDataset(path, f"it is not readable as .npz or .hdf5 ({error})") from None
+
+
+def check(name: str, arrays: Arrays) -> None:
+    """Raises BadDataset unless there are transitions, and it is known where episodes end."""
+    missing = sorted({*KEYS} - {*arrays})
+    if missing:
+        found = f"found {sorted(arrays)}; OGBench's own files are read with --dataset-dir"
+        raise BadDataset(name, f"keys {missing} are missing, {found}")
+    if not {*END_KEYS} & {*arrays}:
+        keys = "'timeouts' or 'truncations', or 'next_observations'"
+        raise BadDataset(name, f"it does not say where episodes are cut off: add {keys}")
+    for key, x in arrays.items():
+        check_array(name, key, x, len(arrays["rewards"]))
+
+
+def to_dataset(arrays: Arrays) -> Dataset:
+    """Returns the transitions, with the final state of every trajectory after its other states.
+
+    A trajectory ends at `terminals`, at `timeouts`, and where `next_observations` are not what the
+    next row observes. Without `next_observations` the last row before a time-out is the final
+    state, and its action is not used, because nobody knows where it led.
+    """
+    observations = np.float32(arrays["observations"])
+    terminals = arrays["terminals"].astype(bool)
+    ends = terminals | arrays.get("timeouts", terminals).astype(bool)
+    ends[-1] = True
+    if "next_observations" in arrays:
+        following = np.float32(arrays["next_observations"])
+        ends[:-1] |= (following[:-1] != observations[1:]).any(axis=1)
+        used = ends | True
+    else:
+        following = np.roll(observations, -1, axis=0)
+        following[terminals] = observations[terminals]  # nothing is expected there
+        used = terminals | ~ends
+    trajectory = (np.cumsum(ends) - ends)[used]
+    last = np.append(trajectory[1:] != trajectory[:-1], True)
+    rows = np.arange(len(last)) + np.cumsum(last) - last
+    states = np.empty((rows[-1] + 2, observations.shape[1]), np.float32)
+    states[rows] = observations[used]
+    states[rows + 1] = following[used]
+    return Dataset(
+        observations=states,
+        rows=np.int32(rows),
+        actions=np.float32(arrays["actions"][used]),
+        rewards=np.float32(arrays["rewards"][used])[None],
+        masks=np.float32(~terminals[used])[None],
+        terminals=np.float32(last),
+    )
+
+
+def read_own(args: Any) -> tuple[Dataset, dict]:
+    """Reads the data of --dataset, in NumPy arrays; also returns what identifies them.
+
+    Actions are rescaled to [-1, 1] like those of the environment, which is made only if episodes
+    are to be played.
+    """
+    if len(args.tasks) > 1:
+        raise UserError("--tasks must name one task, because the rewards of --dataset are of one")
+    name = args.dataset
+    path = Path(name).expanduser()
+    if name.startswith(MINARI):
+        found, box, scores = read_minari(name)
+    else:
+        found = read_file(path)
+        box = None
+        scores = D4RL_SCORES.get(re.split("[-_]", path.name)[0])
+    found = {OTHER_NAMES.get(key, key): x for key, x in found.items()}
+    arrays = {key: x for key, x in found.items() if key in KEYS + END_KEYS}
+    check(name, arrays)
+    print(f"not used     {', '.join(found.keys() - arrays) or 'nothing'}")
+    if args.eval_episodes or args.online_steps:
+        env = make_env(env_name(args, args.tasks[0]))
+        box = box or action_box(env)
+        widths = [arrays[key].shape[1] for key in KEYS[:2]]
+        expected = [*env.observation_space.shape, *env.action_space.shape]
+        if widths != expected:
+            where = f"expected {expected} for {args.env}"
+            raise BadDataset(name, f"{KEYS[:2]} have widths {widths}, {where}")
+    actions = arrays["actions"]
+    if box is not None:
+        actions = 2 * (actions - box.low) / (box.high - box.low) - 1
+    check_array(name, "actions", actions, len(actions), (-1, 1))
+    arrays["actions"] = np.clip(actions, -1 + 1e-5, 1 - 1e-5)  # as of OGBench's files
+    data = to_dataset(arrays)
+    checksum = 0
+    for x in vars(data).values():
+        checksum = zlib.crc32(x, checksum)
+    identity = dict(checksum=f"{checksum:08x}")
+    if scores and None not in scores:
+        identity["reference_scores"] = [*map(float, scores)]
+    return data, identity
