@@ -91,7 +91,7 @@ class Args:
     hidden_dims: tuple[PositiveInt, ...] = (256, 256, 256)  # Hidden-layer widths of all networks.
     batch_size: PositiveInt = 256  # Batch size B, in transitions.
     actor_lr: PositiveFloat = 3e-4  # Adam's initial learning rate of the policy.
-    # Final policy learning rate. The rate decays linearly between 12.5 % and 37.5 % of the updates.
+    # Final policy learning rate. The rate decays linearly between 25 % and 75 % of the updates.
     actor_lr_end: NonNegativeFloat = 3e-5
     critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
     target_rate: UnitInterval = 0.005  # Step size of the moving average of the critics.
@@ -173,8 +173,8 @@ def planned_updates(args: Args) -> int:
 
 def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
     """Makes one Adam per network; the policy's rate falls between two shares of the run."""
-    start = int(0.125 * planned_updates(args))
-    end = int(0.375 * planned_updates(args))
+    start = int(0.25 * planned_updates(args))
+    end = int(0.75 * planned_updates(args))
     rate = optax.linear_schedule(args.actor_lr, args.actor_lr_end, max(1, end - start), start)
     return dict(critic=optax.adam(args.critic_lr), policy=optax.adam(rate))
 

@@ -162,7 +162,7 @@ def create(args: Args, observation_size: int, key: Array) -> State:
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))
     critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
-    denoiser = TimedMLP(args.hidden_dims, 32, ())
+    denoiser = TimedMLP(args.hidden_dims, 32, (), scale_waves=True)
     params = dict(
         critic=critics.init(critic_key, observations, actions),
         policy=denoiser.init(policy_key, observations, actions, 0),
@@ -194,7 +194,7 @@ def critic(args: Args, params: dict, observations: Array, actions: Array) -> Arr
 def predict_noise(args: Args, params: dict, observations: Array, x: Array, i: Array) -> Array:
     """Computes e(s, x, i): (B, S), (..., B, d), steps i that broadcast to (..., B) ->
     (..., B, d)."""
-    denoiser = TimedMLP(args.hidden_dims, 32, ())
+    denoiser = TimedMLP(args.hidden_dims, 32, (), scale_waves=True)
     return denoiser.apply(params, observations, x, i)
 
 

@@ -201,7 +201,7 @@ def networks(args: Args) -> dict[str, nn.Module]:
     a truncated normal of deviation 1 / (2 sqrt(inputs))."""
     start = nn.initializers.variance_scaling(0.25, "fan_in", "truncated_normal")
     critics = Critic(args.hidden_dims, 2, False, mish, start)
-    denoiser = TimedMLP(args.hidden_dims, 32, (256, 32), 1.0, start)
+    denoiser = TimedMLP(args.hidden_dims, 32, (256, 32), 1.0, start, inclusive=True)
     return dict(critic=critics, policy=denoiser)
 
 

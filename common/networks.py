@@ -138,13 +138,26 @@ def _mish_jvp(primals, tangents):
     return mish(x), mish_slope(x) * dx
 
 
+def waves(t: Array, count: int, inclusive: bool = False) -> Array:
+    """Computes sines of t, then cosines, `count` in all: (...) -> (..., count).
+
+    Their angular frequencies fall from 1 by equal ratios towards 1e-4, which only the last one of
+    `inclusive` waves has.
+    """
+    half = count // 2
+    intervals = half - 1 if inclusive else half
+    frequencies = 10_000.0 ** (-jnp.arange(half) / intervals)
+    angle = jnp.asarray(t)[..., None] * frequencies
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+
+
 class TimedMLP(nn.Module):
     """Noise or velocity f(s, x, t, ...) of the online methods, an MLP with Mish.
 
     Its inputs are s, x and, for every time, `sinusoids` waves of it through a small MLP of widths
-    `embed` (if there are any). Their angular frequencies go from 1 to 2e-4, so they suit steps that
-    count to about 100. (B, S), (..., B, A), times that broadcast to (..., B) -> (..., B, A). The
-    last layer's initial weights are scaled by `scale`.
+    `embed` (if there are any). The waves suit steps that count to about 100. (B, S), (..., B, A),
+    times that broadcast to (..., B) -> (..., B, A). The last layer's initial weights are scaled by
+    `scale`.
     """
 
     hidden: Sequence[int]
@@ -152,20 +165,21 @@ class TimedMLP(nn.Module):
     embed: Sequence[int] = (32, 16)
     scale: float = 1.0
     kernel_init: Callable = LECUN
+    scale_waves: bool = False  # by 1 / sqrt(sinusoids)
+    inclusive: bool = False  # see `waves`
 
     @nn.compact
     def __call__(self, observations: Array, x: Array, *times: Array) -> Array:
         lead = x.shape[:-1]
-        half = self.sinusoids // 2
-        frequencies = 10_000.0 ** (-jnp.arange(half) / half)
         inputs = [jnp.broadcast_to(observations, (*lead, observations.shape[-1])), x]
         for t in times:
-            angle = jnp.asarray(t)[..., None] * frequencies
-            waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+            encoded = waves(t, self.sinusoids, self.inclusive)
+            if self.scale_waves:
+                encoded /= self.sinusoids**0.5
             if self.embed:
                 embed = MLP(self.embed[:-1], self.embed[-1], False, mish, self.kernel_init)
-                waves = embed(waves)
-            inputs.append(jnp.broadcast_to(waves, (*lead, waves.shape[-1])))
+                encoded = embed(encoded)
+            inputs.append(jnp.broadcast_to(encoded, (*lead, encoded.shape[-1])))
 
         def last_init(*arguments):
             return self.scale * self.kernel_init(*arguments)

@@ -744,7 +744,7 @@ def test_class_holds_the_values_of_the_paper_or_of_the_page():
 
 
 def test_learning_rates():
-    """Adam's step for gradients of one sign is the rate: constant to 12.5 %, linear to 37.5 % of
+    """Adam's step for gradients of one sign is the rate: constant to 25 %, linear to 75 % of
     the planned updates, constant to the end; the critics' does not change."""
     args = make_args(total_steps=900, warmup_steps=100, env_steps_per_update=5)
     args = dataclasses.replace(args, actor_lr=3e-4, actor_lr_end=3e-5)
@@ -758,7 +758,7 @@ def test_learning_rates():
 
         start = optimizer.init(jnp.float32(0.0))
         rates[name] = np.asarray(jax.lax.scan(step, start, None, 160)[1])
-    expected = np.interp(np.arange(160), [20, 60], [3e-4, 3e-5])
+    expected = np.interp(np.arange(160), [40, 120], [3e-4, 3e-5])
     np.testing.assert_allclose(rates["policy"], expected, rtol=1e-3)
     np.testing.assert_allclose(rates["critic"], args.critic_lr, rtol=1e-3)
 
