@@ -352,22 +352,30 @@ def alpha_gradient(args: Args, state: State) -> Array:
     return args.action_size * (entropy - args.noise_entropy)  # Eq. (DPMD4)
 
 
-def gradient(
+def descend(
     args: Args, state: State, name: str, loss: Callable, *inputs: Any
-) -> tuple[dict, dict]:
-    """Computes the gradient of a loss in params[name], and its metrics."""
-    gradient_of = jax.grad(partial(loss, args), has_aux=True)
-    grads, metrics = gradient_of(state.params[name], state, *inputs)
-    return grads, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
-
-
-def descend(args: Args, state: State, name: str, grads: dict) -> State:
-    """Takes one Adam step of params[name]; everything else is constant."""
+) -> tuple[State, dict]:
+    """Takes one Adam step on a loss of params[name]; everything else is constant."""
+    gradient = jax.grad(partial(loss, args), has_aux=True)
+    grads, metrics = gradient(state.params[name], state, *inputs)
     updates, opt_state = optimizers(args)[name].update(grads, state.opt_state[name])
     new_params = optax.apply_updates(state.params[name], updates)
-    return state.replace(
+    state = state.replace(
         params=state.params | {name: new_params},
         opt_state=state.opt_state | {name: opt_state},
+    )
+    return state, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
+
+
+def repeat_step(args: Args, before: State, state: State, *inputs: Any) -> State:
+    """Takes another Adam step of the critics along the gradient `before` their first one."""
+    gradient = jax.grad(partial(critic_loss, args), has_aux=True)
+    grads, _ = gradient(before.params["critic"], before, *inputs)
+    updates, opt_state = optimizers(args)["critic"].update(grads, state.opt_state["critic"])
+    new_params = optax.apply_updates(state.params["critic"], updates)
+    return state.replace(
+        params=state.params | dict(critic=new_params),
+        opt_state=state.opt_state | dict(critic=opt_state),
     )
 
 
@@ -381,17 +389,17 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     observations = batch.next_observations
     policy = state.params["policy"]
     actions = choose(args, state, policy, observations, next_key, args.num_candidates, 1.0)
-    grads, metrics = gradient(args, state, "critic", critic_loss, batch, actions)
-    state = descend(args, state, "critic", grads)
+    before = state
+    state, metrics = descend(args, state, "critic", critic_loss, batch, actions)
     q = critic(args, state.params["critic"], observations, actions).min(0)
     weights = weigh(args, state, q)
-    if args.as_published:  # ref: with the same gradient, which was meant to be used once
-        state = descend(args, state, "critic", grads)
+    if args.as_published:  # ref: with the same gradient
+        state = repeat_step(args, before, state, batch, actions)
 
     # Update the policy and the averages.
-    inputs = observations, actions, weights, loss_key
-    grads, more = gradient(args, state, "policy", policy_loss, *inputs)
-    after = descend(args, state, "policy", grads)
+    after, more = descend(
+        args, state, "policy", policy_loss, observations, actions, weights, loss_key
+    )
     targets = optax.incremental_update(after.params, state.targets, args.target_rate)
     after = after.replace(targets=targets)
     step = state.step + 1

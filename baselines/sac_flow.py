@@ -183,7 +183,8 @@ class FlowG(nn.Module):
     def __call__(self, observations: Array, x: Array, t: Array, corrected: Array | None) -> Array:
         inputs = jnp.concatenate([observations, x], -1)
         inputs = Renorm()(inputs, corrected)
-        time = MLP((64,), 32, False, nn.swish, LECUN)(waves(t, 32, inclusive=True))
+        embed = MLP((64,), 32, False, nn.swish, LECUN)
+        time = embed(waves(t, 32, inclusive=True))
         time = jnp.broadcast_to(time, (*x.shape[:-1], *time.shape))
         inputs = jnp.concatenate([inputs, time], -1)
         network = partial(MLP, (self.width,), x.shape[-1], False, nn.swish, LECUN)

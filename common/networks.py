@@ -11,16 +11,43 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 GLOROT = nn.initializers.glorot_uniform()
 LECUN = nn.initializers.lecun_normal()
 Dense = partial(nn.Dense, kernel_init=GLOROT)
+SPLIT_FROM = 32  # repeated features from which computing their part once is faster
+
+
+class JoinedDense(nn.Module):
+    """A dense layer on inputs (..., n_i) that broadcast, as if they were concatenated.
+
+    Each input is multiplied by its own rows of the kernel and broadcast afterwards, so that of many
+    actions at one state the state's part is computed once.
+    """
+
+    width: int
+    kernel_init: Callable
+
+    @nn.compact
+    def __call__(self, *inputs: Array) -> Array:
+        sizes = [x.shape[-1] for x in inputs]
+        kernel = self.param("kernel", self.kernel_init, (sum(sizes), self.width))
+        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+        repeated = sum(x.shape[-1] for x in inputs if x.shape[:-1] != lead)
+        if repeated < SPLIT_FROM:
+            inputs = [jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in inputs]
+            return jnp.concatenate(inputs, -1) @ kernel + bias
+        parts = jnp.split(kernel, np.cumsum(sizes)[:-1])
+        products = map(jnp.matmul, inputs, parts)
+        return sum(products, bias)
 
 
 class MLP(nn.Module):
     """Dense -> activation (-> LayerNorm, *after* the activation as in the official QAM code) for
-    every hidden width, then a linear layer of `out` units."""
+    every hidden width, then a linear layer of `out` units. Several inputs (..., n_i) broadcast."""
 
     hidden: Sequence[int]
     out: int
@@ -30,13 +57,15 @@ class MLP(nn.Module):
     last_init: Callable | None = None  # of the linear layer, where it is another
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        for width in self.hidden:
-            x = self.activation(nn.Dense(width, kernel_init=self.kernel_init)(x))
+    def __call__(self, *inputs: Array) -> Array:
+        for i, width in enumerate(self.hidden):
+            x = JoinedDense(width, self.kernel_init, name=f"Dense_{i}")(*inputs)
+            x = self.activation(x)
             if self.layer_norm:
                 x = nn.LayerNorm()(x)
+            inputs = (x,)
         last_init = self.last_init or self.kernel_init
-        return nn.Dense(self.out, kernel_init=last_init)(x)
+        return JoinedDense(self.out, last_init, name=f"Dense_{len(self.hidden)}")(*inputs)
 
 
 class Critic(nn.Module):
@@ -59,10 +88,7 @@ class Critic(nn.Module):
             axis_size=self.members,
         )
         body = Members(self.hidden, 1, self.layer_norm, self.activation, self.kernel_init)
-        lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in inputs))
-        inputs = [jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in inputs]
-        values = body(jnp.concatenate(inputs, -1))
-        return values[..., 0]
+        return body(*inputs)[..., 0]
 
 
 class Field(nn.Module):
@@ -170,8 +196,7 @@ class TimedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, observations: Array, x: Array, *times: Array) -> Array:
-        lead = x.shape[:-1]
-        inputs = [jnp.broadcast_to(observations, (*lead, observations.shape[-1])), x]
+        inputs = [observations, x]
         for t in times:
             encoded = waves(t, self.sinusoids, self.inclusive)
             if self.scale_waves:
@@ -179,10 +204,10 @@ class TimedMLP(nn.Module):
             if self.embed:
                 embed = MLP(self.embed[:-1], self.embed[-1], False, mish, self.kernel_init)
                 encoded = embed(encoded)
-            inputs.append(jnp.broadcast_to(encoded, (*lead, encoded.shape[-1])))
+            inputs.append(encoded)
 
         def last_init(*arguments):
             return self.scale * self.kernel_init(*arguments)
 
         body = MLP(self.hidden, x.shape[-1], False, mish, self.kernel_init, last_init)
-        return body(jnp.concatenate(inputs, -1))
+        return body(*inputs)

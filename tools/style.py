@@ -23,7 +23,9 @@ from tools.shared_blocks import ROOT, scripts
 MEAN_TOKENS = 11.0  # per line of code, at most
 LINE_TOKENS = 30  # in any line except those of data tables, at most
 SCRIPT_TOKENS = 4_800
-COMMON_TOKENS = 14_500  # of common/ as a whole, without what collects datasets
+# Of common/ as a whole, without what collects datasets. 14,500 until the first layer of the online
+# networks shared what is the same for all candidates: 22 to 41 % of an update on Humanoid.
+COMMON_TOKENS = 14_900
 COLLECTION = ("common/collect", "common/ant.py")  # beginnings of paths
 
 # "file: line of code" -> the reason why this line may break a rule. At most a screen of them.

@@ -35,7 +35,9 @@ timed = partial(online_reference.timed, factor=1 / 4)  # 16 sinusoids / sqrt(16)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 make_args = partial(online_reference.make_args, flame)
 make_state = partial(online_reference.make_state, flame)
-ARGS = make_args(num_proposals=5, entropy_steps=3, noise_scale=0.3, alpha_init=0.6, policy_delay=2)
+ARGS = make_args(
+    num_proposals=5, entropy_steps=3, noise_scale=0.3, alpha_init=0.6, policy_delay=2, q_gradient=0.0
+)  # fmt: skip
 M, SIGMA = 0.3, 0.4  # of the Gaussian data whose average velocity is known
 
 
@@ -379,6 +381,7 @@ def test_bandit(optimised, monkeypatch):
     args = make_args(
         action_size=1, hidden_dims=(32, 32), batch_size=B, num_proposals=16, policy_delay=1,
         actor_lr=5e-3, actor_lr_end=5e-4, total_steps=rounds, warmup_steps=0, target_rate=0.01,
+        q_gradient=0.0,
     )  # fmt: skip
     state = flame.create(args, 1, jax.random.PRNGKey(0))
     blank = online_reference.make_batch(args, observation_size=1)

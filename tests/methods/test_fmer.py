@@ -18,7 +18,7 @@ import fmer
 from common.checkpoints import read_checkpoint
 from common.errors import UserError
 from common.flags import parse
-from common.networks import TimedMLP, mish
+from common.networks import Critic, TimedMLP, mish
 from tests.helpers import online_reference as ref
 from tests.helpers.online_reference import (
     S,
@@ -852,6 +852,25 @@ def test_timed_network(float64, count, embed, times):
     close(net.apply(tree, s, x, *[0.3] * times), net.apply(tree, s, x, *[0 * t + 0.3 for t in ts]))
     scaled = TimedMLP((8, 7), sinusoids=count, embed=embed, scale=0.01)
     close(scaled.apply(scaled.init(KEY, s, x, *ts), s, x, *ts), 0.01 * out, 1e-6)
+
+
+@pytest.mark.parametrize("size, tolerance", [(2, 0), (40, 1e-12)])
+def test_candidates_share_the_part_of_their_state(float64, size, tolerance):
+    """Many actions at one state, given once: what the state repeated for each of them gives, with
+    values and gradients; to the last bit where the state is too small to be taken apart."""
+    rng = np.random.default_rng(0)
+    s, a = jnp.asarray(rng.normal(size=(6, size))), jnp.asarray(rng.normal(size=(5, 6, 2)))
+    repeated = jnp.broadcast_to(s, (5, 6, size))
+    t = jnp.asarray(rng.random((5, 6)))
+    nets = (Critic((8, 7), 2, False, mish), (a,)), (TimedMLP((8, 7), sinusoids=6), (a, t))
+    for net, inputs in nets:
+        tree = net.init(KEY, s, *inputs)
+        assert jax.tree.map(jnp.shape, tree) == jax.tree.map(
+            jnp.shape, net.init(KEY, repeated, *inputs)
+        )
+        total = lambda tree, s, net=net, inputs=inputs: (net.apply(tree, s, *inputs) ** 2).sum()
+        run = jax.jit(jax.value_and_grad(total))
+        close(run(tree, s), run(tree, repeated), tolerance)
 
 
 # --- refusals ------------------------------------------------------------------------------------
