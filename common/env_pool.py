@@ -6,15 +6,27 @@ whichever process plays it.
 
 from typing import Any
 
+import gymnasium
 import numpy as np
 from numpy import ndarray
 
+from common.environments import ONLINE
 from common.errors import UserError
 from common.workers import Slots, Workers, cores
 
 MOST_SLOTS = 100  # in all, because some environments take 170 MiB
 IN_PROCESS = ("multigoal",)  # a step is cheaper than a message to a worker
+# So is one of gymnasium's own environments, which takes 0.1 to 0.3 ms, up to about as many slots;
+# beyond them, several workers are faster.
+MOST_IN_PROCESS = 8
 RESULTS = ("next_observations", "rewards", "masks", "terminals", "success")
+
+
+def is_gymnasiums(name: str) -> bool:
+    """Returns whether an environment comes with gymnasium itself."""
+    id, _ = ONLINE.get(name, (name, {}))
+    spec = gymnasium.registry.get(id)
+    return spec is not None and str(spec.entry_point).startswith("gymnasium.envs.")
 
 
 class EnvPool:
@@ -38,6 +50,8 @@ class EnvPool:
         self.played = np.zeros(shape, np.int32)  # how many actions of each plan were played
         self._names = [name for name in names for _ in range(slots)]
         self._num_workers = min(workers or cores(), len(self._names))
+        few = workers == 0 and len(self._names) <= MOST_IN_PROCESS
+        self._in_process = all(name in IN_PROCESS or few and is_gymnasiums(name) for name in names)
         self._slots = None  # they are made when they are first used
 
     def _call(self, method: str, where: ndarray, *arguments: ndarray) -> list[tuple]:
@@ -52,7 +66,7 @@ class EnvPool:
         return results
 
     def _make_slots(self) -> Slots | Workers:
-        if self._slots is None and set(self._names) <= set(IN_PROCESS):
+        if self._slots is None and self._in_process:
             self._slots = Slots(self._names)
         elif self._slots is None:
             self._slots = Workers(self._names, self._num_workers)

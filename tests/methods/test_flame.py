@@ -36,7 +36,8 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 make_args = partial(online_reference.make_args, flame)
 make_state = partial(online_reference.make_state, flame)
 ARGS = make_args(
-    num_proposals=5, entropy_steps=3, noise_scale=0.3, alpha_init=0.6, policy_delay=2, q_gradient=0.0
+    num_proposals=5, entropy_steps=3, noise_scale=0.3, alpha_init=0.6, policy_delay=2,
+    q_gradient=0.0,
 )  # fmt: skip
 M, SIGMA = 0.3, 0.4  # of the Gaussian data whose average velocity is known
 
