@@ -74,6 +74,8 @@ class Args:
     lambda_init: PositiveFloat = 0.5  # Initial multiplier lambda of the entropy.
     # Step size of log lambda; the error is the entropy deficit per action dimension.
     lambda_rate: NonNegativeFloat = 1e-2
+    # Steps of log lambda and log eta: plain, or Adam's with the policy's initial learning rate.
+    dual_optimizer: Literal["plain", "adam"] = "plain"
     target_entropy_start: float = 0.0  # Initial target entropy per action dimension.
     target_entropy_end: float = -1.0  # Final target entropy per action dimension.
     # Fraction of the updates after which the target entropy has reached its final value.
@@ -158,7 +160,7 @@ class State:
 
     params: dict  # critic (phi_1, phi_2), policy (theta)
     targets: dict  # moving averages: critic and, with --policy-ema, policy
-    opt_state: dict  # of critic and policy
+    opt_state: dict  # of critic, policy, log_lambda and log_eta
     log_eta: Array  # (): temperature of the weights
     log_lambda: Array  # (): multiplier of the entropy
     step: Array  # () int32: updates so far
@@ -179,6 +181,14 @@ def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
     return dict(critic=optax.adam(args.critic_lr), policy=optax.adam(rate))
 
 
+def dual_optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
+    """Makes the optimisers of log lambda and log eta."""
+    if args.dual_optimizer == "adam":
+        adam = optax.adam(args.actor_lr)
+        return dict(log_lambda=adam, log_eta=adam)
+    return dict(log_lambda=optax.sgd(args.lambda_rate), log_eta=optax.sgd(args.eta_rate))
+
+
 def create(args: Args, observation_size: int, key: Array) -> State:
     """Creates an agent whose initial actions are approximately tanh(N(0, I)).
 
@@ -196,6 +206,8 @@ def create(args: Args, observation_size: int, key: Array) -> State:
     averaged = ("critic", "policy") if args.policy_ema else ("critic",)
     targets = {name: jax.tree.map(jnp.copy, params[name]) for name in averaged}
     opt_state = {name: adam.init(params[name]) for name, adam in optimizers(args).items()}
+    for name, optimizer in dual_optimizers(args).items():
+        opt_state[name] = optimizer.init(jnp.zeros(()))
     return State(
         params=params,
         targets=targets,
@@ -386,8 +398,8 @@ def descend(
 
 
 def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
-    """Updates the critics, then the policy with the new critics, then lambda and eta (by plain
-    steps on their logarithms), then the moving averages."""
+    """Updates the critics, then the policy with the new critics, then lambda and eta (by steps on
+    their logarithms), then the moving averages."""
     key, next_key, now_key, loss_key = jax.random.split(state.key, 4)
 
     # Update the critics.
@@ -408,14 +420,18 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
 
     # Update lambda and eta.
     goal = target_entropy(args, state.step)
-    missing = goal - more["entropy"]
-    log_lambda = state.log_lambda + args.lambda_rate * missing  # Eq. (7)
+    excess = ess - args.target_ess * args.num_candidates
+    errors = dict(log_lambda=more["entropy"] - goal, log_eta=excess)
+    steps = {}
+    opt_state = dict(state.opt_state)
+    for name, optimizer in dual_optimizers(args).items():
+        steps[name], opt_state[name] = optimizer.update(errors[name], opt_state[name])
+    log_lambda = state.log_lambda + steps["log_lambda"]  # Eq. (7)
     log_lambda = jnp.clip(log_lambda, jnp.log(1e-3), jnp.log(10.0))
     log_lambda = jnp.where(state.step < args.entropy_until, log_lambda, state.log_lambda)
     log_eta = state.log_eta
     if args.weights == "soft" and not args.eta_fixed:
-        excess = ess - args.target_ess * args.num_candidates
-        log_eta = jnp.clip(log_eta - args.eta_rate * excess, jnp.log(1e-3), jnp.log(100.0))
+        log_eta = jnp.clip(log_eta + steps["log_eta"], jnp.log(1e-3), jnp.log(100.0))
 
     # Update the averages.
     rates = dict(critic=args.target_rate, policy=args.policy_ema)
@@ -433,6 +449,7 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     )
     state = state.replace(
         targets=targets,
+        opt_state=opt_state,
         log_eta=log_eta,
         log_lambda=log_lambda,
         step=state.step + 1,

@@ -241,7 +241,7 @@ def test_update(float64, flags):
     close({name: getattr(new, name) for name in expected}, expected, 2e-7)  # Adam's are float32
     assert {*metrics} == {*values, "q", "target"}
     close({name: metrics[name] for name in values}, values, 1e-6)
-    moments = {name: tree[0].mu for name, tree in new.opt_state.items()}
+    moments = {name: new.opt_state[name][0].mu for name in grads}
     close(moments, jax.tree.map(lambda g: 0.1 * g, grads), 1e-7)
 
 
@@ -666,6 +666,21 @@ def test_directions(monkeypatch, entropy, multiplier, spread, temperature):
     close(after.log_eta - state.log_eta, -1e-3 * (ess - 4), 1e-6)
     assert np.sign(after.log_lambda - state.log_lambda) == multiplier
     assert np.sign(after.log_eta - state.log_eta) == temperature
+
+
+def test_duals_by_adam(monkeypatch):
+    """The other reading: steps of Adam with the policy's rate on both logarithms, twice."""
+    args = dataclasses.replace(ARGS, num_candidates=8, dual_optimizer="adam", actor_lr=2e-3)
+    args = dataclasses.replace(args, target_entropy_start=-0.5, target_entropy_end=-0.5)
+    state, batch = some_state(args), make_batch(args)
+    stub(monkeypatch, lambda i: jnp.where(i % 2 == 0, 0.3, -0.4), lambda i: 0.0)
+    update = jax.jit(partial(fmer.update, args))
+    after, _ = update(*(update(state, batch)[0], batch))
+    first = 0.3 if state.step % 2 == 0 else -0.4
+    slopes = iter([first + 0.5, -0.1 - first + 0.5])  # the entropy less its target
+    moved = ref.adam_steps(state.log_lambda, lambda _: next(slopes), [2e-3] * 2)
+    close(after.log_lambda, moved, 1e-6)
+    close(after.log_eta, state.log_eta - 2 * 2e-3, 1e-6)  # ESS 8, target 4: the same slope twice
 
 
 def stub(monkeypatch, entropy, spread):
