@@ -33,7 +33,7 @@ import optax
 import tyro
 from jax import Array
 
-from common.devices import over_agents, shard_over_agents, zero_metrics
+from common.devices import keep_freed_memory, over_agents, shard_over_agents, zero_metrics
 from common.env_pool import EnvPool, Episodes
 from common.environments import TRAINING, env_name, env_sizes, resolve, seeds_of
 from common.errors import UserError
@@ -75,6 +75,8 @@ class Args:
     lambda_init: PositiveFloat = 0.5  # Initial multiplier lambda of the entropy.
     # Step size of log lambda; the error is the entropy deficit per action dimension.
     lambda_rate: NonNegativeFloat = 1e-2
+    # Steps of log lambda and log eta: plain, or Adam's with the policy's initial learning rate.
+    dual_optimizer: Literal["plain", "adam"] = "plain"
     target_entropy_start: float = 0.0  # Initial target entropy per action dimension.
     target_entropy_end: float = -1.0  # Final target entropy per action dimension.
     # Fraction of the updates after which the target entropy has reached its final value.
@@ -92,7 +94,7 @@ class Args:
     hidden_dims: tuple[PositiveInt, ...] = (256, 256, 256)  # Hidden-layer widths of all networks.
     batch_size: PositiveInt = 256  # Batch size B, in transitions.
     actor_lr: PositiveFloat = 3e-4  # Adam's initial learning rate of the policy.
-    # Final policy learning rate. The rate decays linearly between 12.5 % and 37.5 % of the updates.
+    # Final policy learning rate. The rate decays linearly between 25 % and 75 % of the updates.
     actor_lr_end: NonNegativeFloat = 3e-5
     critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
     target_rate: UnitInterval = 0.005  # Step size of the moving average of the critics.
@@ -167,7 +169,7 @@ class State:
 
     params: dict  # critic (phi_1, phi_2), policy (theta)
     targets: dict  # moving averages: critic and, with --policy-ema, policy
-    opt_state: dict  # of critic and policy
+    opt_state: dict  # of critic, policy, log_lambda and log_eta
     log_eta: Array  # (): temperature of the weights
     log_lambda: Array  # (): multiplier of the entropy
     step: Array  # () int32: updates so far
@@ -182,10 +184,18 @@ def planned_updates(args: Args) -> int:
 
 def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
     """Makes one Adam per network; the policy's rate falls between two shares of the run."""
-    start = int(0.125 * planned_updates(args))
-    end = int(0.375 * planned_updates(args))
+    start = int(0.25 * planned_updates(args))
+    end = int(0.75 * planned_updates(args))
     rate = optax.linear_schedule(args.actor_lr, args.actor_lr_end, max(1, end - start), start)
     return dict(critic=optax.adam(args.critic_lr), policy=optax.adam(rate))
+
+
+def dual_optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
+    """Makes the optimisers of log lambda and log eta."""
+    if args.dual_optimizer == "adam":
+        adam = optax.adam(args.actor_lr)
+        return dict(log_lambda=adam, log_eta=adam)
+    return dict(log_lambda=optax.sgd(args.lambda_rate), log_eta=optax.sgd(args.eta_rate))
 
 
 def create(args: Args, observation_size: int, key: Array) -> State:
@@ -205,6 +215,8 @@ def create(args: Args, observation_size: int, key: Array) -> State:
     averaged = ("critic", "policy") if args.policy_ema else ("critic",)
     targets = {name: jax.tree.map(jnp.copy, params[name]) for name in averaged}
     opt_state = {name: adam.init(params[name]) for name, adam in optimizers(args).items()}
+    for name, optimizer in dual_optimizers(args).items():
+        opt_state[name] = optimizer.init(jnp.zeros(()))
     return State(
         params=params,
         targets=targets,
@@ -395,8 +407,8 @@ def descend(
 
 
 def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
-    """Updates the critics, then the policy with the new critics, then lambda and eta (by plain
-    steps on their logarithms), then the moving averages."""
+    """Updates the critics, then the policy with the new critics, then lambda and eta (by steps on
+    their logarithms), then the moving averages."""
     key, next_key, now_key, loss_key = jax.random.split(state.key, 4)
 
     # Update the critics.
@@ -417,14 +429,18 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
 
     # Update lambda and eta.
     goal = target_entropy(args, state.step)
-    missing = goal - more["entropy"]
-    log_lambda = state.log_lambda + args.lambda_rate * missing  # Eq. (7)
+    excess = ess - args.target_ess * args.num_candidates
+    errors = dict(log_lambda=more["entropy"] - goal, log_eta=excess)
+    steps = {}
+    opt_state = dict(state.opt_state)
+    for name, optimizer in dual_optimizers(args).items():
+        steps[name], opt_state[name] = optimizer.update(errors[name], opt_state[name])
+    log_lambda = state.log_lambda + steps["log_lambda"]  # Eq. (7)
     log_lambda = jnp.clip(log_lambda, jnp.log(1e-3), jnp.log(10.0))
     log_lambda = jnp.where(state.step < args.entropy_until, log_lambda, state.log_lambda)
     log_eta = state.log_eta
     if args.weights == "soft" and not args.eta_fixed:
-        excess = ess - args.target_ess * args.num_candidates
-        log_eta = jnp.clip(log_eta - args.eta_rate * excess, jnp.log(1e-3), jnp.log(100.0))
+        log_eta = jnp.clip(log_eta + steps["log_eta"], jnp.log(1e-3), jnp.log(100.0))
 
     # Update the averages.
     rates = dict(critic=args.target_rate, policy=args.policy_ema)
@@ -442,6 +458,7 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     )
     state = state.replace(
         targets=targets,
+        opt_state=opt_state,
         log_eta=log_eta,
         log_lambda=log_lambda,
         step=state.step + 1,
@@ -554,6 +571,7 @@ def main(args: Args) -> list[dict]:
     --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
     evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    keep_freed_memory()
     # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task  # 1, or k of kitchen-<k>
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]

@@ -39,7 +39,7 @@ import optax
 import tyro
 from jax import Array
 
-from common.devices import over_agents, shard_over_agents, zero_metrics
+from common.devices import keep_freed_memory, over_agents, shard_over_agents, zero_metrics
 from common.env_pool import EnvPool, Episodes
 from common.environments import TRAINING, env_name, env_sizes, resolve, seeds_of
 from common.flags import (
@@ -171,7 +171,7 @@ def create(args: Args, observation_size: int, key: Array) -> State:
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))
     critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
-    denoiser = TimedMLP(args.hidden_dims, 32, ())
+    denoiser = TimedMLP(args.hidden_dims, 32, (), scale_waves=True)
     params = dict(
         critic=critics.init(critic_key, observations, actions),
         policy=denoiser.init(policy_key, observations, actions, 0),
@@ -203,7 +203,7 @@ def critic(args: Args, params: dict, observations: Array, actions: Array) -> Arr
 def predict_noise(args: Args, params: dict, observations: Array, x: Array, i: Array) -> Array:
     """Computes e(s, x, i): (B, S), (..., B, d), steps i that broadcast to (..., B) ->
     (..., B, d)."""
-    denoiser = TimedMLP(args.hidden_dims, 32, ())
+    denoiser = TimedMLP(args.hidden_dims, 32, (), scale_waves=True)
     return denoiser.apply(params, observations, x, i)
 
 
@@ -486,6 +486,7 @@ def main(args: Args) -> list[dict]:
     --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
     evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    keep_freed_memory()
     # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task  # 1, or k of kitchen-<k>
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]

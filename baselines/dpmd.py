@@ -40,7 +40,7 @@ import optax
 import tyro
 from jax import Array
 
-from common.devices import over_agents, shard_over_agents, zero_metrics
+from common.devices import keep_freed_memory, over_agents, shard_over_agents, zero_metrics
 from common.env_pool import EnvPool, Episodes
 from common.environments import TRAINING, env_name, env_sizes, resolve, seeds_of
 from common.flags import (
@@ -73,20 +73,22 @@ class Args:
     beta_scale: Annotated[float, Range(0, 1, exclusive=True)] = 0.8
     start_scale: NonNegativeFloat = 0.5  # Standard deviation of the noise that chains start from.
     noise_scale: PositiveFloat = 0.1  # Standard deviation of the training noise, per alpha.
-    alpha_init: PositiveFloat = 5.0  # Initial temperature alpha of the weights.
+    alpha_init: PositiveFloat = 5.0  # Initial temperature alpha.
     alpha_lr: PositiveFloat = 7e-3  # Adam's learning rate of log alpha.
-    alpha_period: PositiveInt = 250  # Critic updates per step of alpha.
+    alpha_steps: PositiveInt = 800  # Steps of alpha, spread evenly over the updates of the run.
     # Target entropy H*/d of the training noise, per action dimension.
     noise_entropy: float = -0.9
     q_clip: NonNegativeFloat = 3.0  # Largest |(Q - m) / sigma| in a weight.
     q_rate: UnitInterval = 1e-3  # Step size of the running mean m and deviation sigma of Q.
     policy_delay: PositiveInt = 2  # Critic updates per update of the policy and averages.
+    # Repeat two slips of the public code: its normalisation, and a second step of the critics.
+    as_published: bool = False
 
     # --- networks and optimiser ---
     hidden_dims: tuple[PositiveInt, ...] = (256, 256, 256)  # Hidden-layer widths of all networks.
     batch_size: PositiveInt = 256  # Batch size B, in transitions.
     actor_lr: PositiveFloat = 3e-4  # Adam's initial learning rate of the policy.
-    # Final policy learning rate. The rate decays linearly between 12.5 % and 37.5 % of the updates.
+    # Final policy learning rate. The rate decays linearly between 25 % and 75 % of the updates.
     actor_lr_end: NonNegativeFloat = 3e-5
     critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
     target_rate: UnitInterval = 0.005  # Step size of the moving averages of critics and policy.
@@ -137,7 +139,6 @@ ENV_DEFAULTS = {
         warmup_steps=1_000,
         reward_scale=0.1,
         num_candidates=8,
-        alpha_period=10,
         actor_lr=1e-3,
         actor_lr_end=1e-3,
         critic_lr=1e-3,
@@ -174,8 +175,9 @@ def planned_updates(args: Args) -> int:
 def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
     """Makes one Adam for each network and for log alpha; the policy's rate falls between two shares
     of the run, counted in its own updates."""
-    start = int(0.125 * planned_updates(args) / args.policy_delay)
-    end = int(0.375 * planned_updates(args) / args.policy_delay)
+    steps = planned_updates(args) / args.policy_delay
+    start = int(0.25 * steps)
+    end = int(0.75 * steps)
     rate = optax.linear_schedule(args.actor_lr, args.actor_lr_end, max(1, end - start), start)
     return dict(
         critic=optax.adam(args.critic_lr),
@@ -190,7 +192,7 @@ def create(args: Args, observation_size: int, key: Array) -> State:
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))
     critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
-    denoiser = TimedMLP(args.hidden_dims)
+    denoiser = TimedMLP(args.hidden_dims, scale_waves=True)
     params = dict(
         critic=critics.init(critic_key, observations, actions),
         policy=denoiser.init(policy_key, observations, actions, 0),
@@ -224,7 +226,7 @@ def critic(args: Args, params: dict, observations: Array, actions: Array) -> Arr
 def predict_noise(args: Args, params: dict, observations: Array, x: Array, i: Array) -> Array:
     """Computes e(s, x, i): (B, S), (..., B, d), steps i that broadcast to (..., B) ->
     (..., B, d)."""
-    denoiser = TimedMLP(args.hidden_dims)
+    denoiser = TimedMLP(args.hidden_dims, scale_waves=True)
     return denoiser.apply(params, observations, x, i)
 
 
@@ -319,7 +321,10 @@ def critic_loss(
 
 def weigh(args: Args, state: State, q: Array) -> Array:
     """Computes weights of actions of these values, not normalised: (B,) -> (B,)."""
-    normal = (q - state.q_mean) / state.q_std  # ref: the code has q - m / sigma
+    if args.as_published:  # ref: by the precedence of operators
+        normal = q - state.q_mean / state.q_std
+    else:
+        normal = (q - state.q_mean) / state.q_std
     normal = jnp.clip(normal, -args.q_clip, args.q_clip)
     return jnp.exp(normal / jnp.exp(state.log_alpha))  # Eq. (DPMD3)
 
@@ -371,22 +376,36 @@ def descend(
     return state, metrics | {f"{name}_grad_norm": optax.global_norm(grads)}
 
 
+def repeat_step(args: Args, before: State, state: State, *inputs: Any) -> State:
+    """Takes another Adam step of the critics along the gradient `before` their first one."""
+    gradient = jax.grad(partial(critic_loss, args), has_aux=True)
+    grads, _ = gradient(before.params["critic"], before, *inputs)
+    updates, opt_state = optimizers(args)["critic"].update(grads, state.opt_state["critic"])
+    new_params = optax.apply_updates(state.params["critic"], updates)
+    return state.replace(
+        params=state.params | dict(critic=new_params),
+        opt_state=state.opt_state | dict(critic=opt_state),
+    )
+
+
 def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     """Makes one step of the critics. Every policy_delay-th update also makes one of the policy,
     with the actions of the TD target, weighted by the critics' new values, and one of the averages.
-    Every alpha_period-th update makes one of alpha."""
+    alpha_steps updates, evenly spread over the run, make one of alpha."""
     key, next_key, loss_key = jax.random.split(state.key, 3)
 
     # Update the critics.
     observations = batch.next_observations
     policy = state.params["policy"]
     actions = choose(args, state, policy, observations, next_key, args.num_candidates, 1.0)
-    # ref: one Adam step per update, the code takes two with the same gradient
+    before = state
     state, metrics = descend(args, state, "critic", critic_loss, batch, actions)
-
-    # Update the policy and the averages.
     q = critic(args, state.params["critic"], observations, actions).min(0)
     weights = weigh(args, state, q)
+    if args.as_published:  # ref: with the same gradient
+        state = repeat_step(args, before, state, batch, actions)
+
+    # Update the policy and the averages.
     after, more = descend(
         args, state, "policy", policy_loss, observations, actions, weights, loss_key
     )
@@ -400,7 +419,8 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     adam = optimizers(args)["alpha"]
     change, moments = adam.update(alpha_gradient(args, state), old["moments"])
     new = dict(log_alpha=state.log_alpha + change, moments=moments)
-    new = optax.periodic_update(new, old, step, args.alpha_period)
+    period = max(1, planned_updates(args) // args.alpha_steps)
+    new = optax.periodic_update(new, old, step, period)
 
     # Update the statistics of Q.
     q_mean = state.q_mean + args.q_rate * (q.mean() - state.q_mean)  # Eq. (DPMD5)
@@ -529,6 +549,7 @@ def main(args: Args) -> list[dict]:
     --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
     evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    keep_freed_memory()
     # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task  # 1, or k of kitchen-<k>
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]

@@ -42,7 +42,7 @@ import optax
 import tyro
 from jax import Array
 
-from common.devices import over_agents, shard_over_agents, zero_metrics
+from common.devices import keep_freed_memory, over_agents, shard_over_agents, zero_metrics
 from common.env_pool import EnvPool, Episodes
 from common.environments import TRAINING, env_name, env_sizes, resolve, seeds_of
 from common.errors import UserError
@@ -72,23 +72,23 @@ class Args:
     num_proposals: PositiveInt = 100  # Noise draws K per point, weighted by their actions' values.
     time_min: PositiveFloat = 0.0054  # Earliest time in the policy's loss.
     time_max: PositiveFloat = 0.999  # Latest time in the policy's loss; times are uniform.
-    alpha_init: PositiveFloat = 1.0  # Initial temperature alpha of the weights.
+    alpha_init: PositiveFloat = 1.0  # Initial temperature alpha.
     alpha_lr: PositiveFloat = 5e-3  # Adam's learning rate of log alpha.
-    alpha_period: PositiveInt = 100  # Critic updates per step of alpha.
+    alpha_steps: PositiveInt = 2_000  # Steps of alpha, spread evenly over the updates of the run.
     # Target entropy H*/d per action dimension; alpha falls while the entropy is above it.
-    target_entropy: float = -1.0
-    entropy_steps: PositiveInt = 5  # Number n of jumps along which the entropy is measured.
+    target_entropy: float = -3.0
+    entropy_steps: PositiveInt = 2  # Number n of jumps along which the entropy is measured.
     trace_clip: PositiveFloat = 10.0  # Largest trace of one of these jumps, per action dimension.
-    noise_scale: PositiveFloat = 0.01  # Standard deviation of the training noise, per alpha.
+    noise_scale: PositiveFloat = 1.0  # Standard deviation of the training noise, per alpha.
     policy_delay: PositiveInt = 2  # Critic updates per update of the policy and averages.
     # Weight of -Q(one-step action) in the policy's loss (variant "2" of the code: 1).
-    q_gradient: NonNegativeFloat = 0.0
+    q_gradient: NonNegativeFloat = 1.0
 
     # --- networks and optimiser ---
     hidden_dims: tuple[PositiveInt, ...] = (256, 256, 256)  # Hidden-layer widths of all networks.
     batch_size: PositiveInt = 256  # Batch size B, in transitions.
     actor_lr: PositiveFloat = 3e-4  # Adam's initial learning rate of the policy.
-    # Final policy learning rate. The rate decays linearly between 12.5 % and 37.5 % of the updates.
+    # Final policy learning rate. The rate decays linearly between 25 % and 75 % of the updates.
     actor_lr_end: NonNegativeFloat = 3e-5
     critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
     target_rate: UnitInterval = 0.005  # Step size of the moving averages of critics and policy.
@@ -143,7 +143,9 @@ ENV_DEFAULTS = {
         warmup_steps=1_000,
         reward_scale=0.1,
         num_proposals=32,
-        alpha_period=10,
+        target_entropy=-1.0,
+        entropy_steps=5,
+        noise_scale=0.01,
         actor_lr=1e-3,
         actor_lr_end=1e-3,
         critic_lr=1e-3,
@@ -178,8 +180,9 @@ def planned_updates(args: Args) -> int:
 def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
     """Makes one Adam for each network and for log alpha; the policy's rate falls between two shares
     of the run, counted in its own updates."""
-    start = int(0.125 * planned_updates(args) / args.policy_delay)
-    end = int(0.375 * planned_updates(args) / args.policy_delay)
+    steps = planned_updates(args) / args.policy_delay
+    start = int(0.25 * steps)
+    end = int(0.75 * steps)
     rate = optax.linear_schedule(args.actor_lr, args.actor_lr_end, max(1, end - start), start)
     return dict(
         critic=optax.adam(args.critic_lr),
@@ -194,7 +197,7 @@ def create(args: Args, observation_size: int, key: Array) -> State:
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))
     critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
-    flow = TimedMLP(args.hidden_dims, scale=0.01)
+    flow = TimedMLP(args.hidden_dims, scale=0.01, scale_waves=True)
     params = dict(
         critic=critics.init(critic_key, observations, actions),
         policy=flow.init(policy_key, observations, actions, 0.0, 0.0),
@@ -229,7 +232,7 @@ def average_velocity(
     """Computes u(x, r, t, s) over the times from t down to r, so that x_r = x_t - (t - r) u:
     (B, S), (..., B, d), times that broadcast to (..., B) -> (..., B, d)."""
     # Times are in [0, 1]; 100 times that, as in fmer.py, makes du/dt of Eq. (FLAME5) blow up.
-    flow = TimedMLP(args.hidden_dims, scale=0.01)
+    flow = TimedMLP(args.hidden_dims, scale=0.01, scale_waves=True)
     return flow.apply(params, observations, x, r, t)
 
 
@@ -454,7 +457,7 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     change, moments = adam.update(excess, old["moments"])
     log_alpha = jnp.maximum(state.log_alpha + change, jnp.log(1e-3))
     new = dict(log_alpha=log_alpha, moments=moments)
-    due = step % args.alpha_period == 0
+    due = step % max(1, planned_updates(args) // args.alpha_steps) == 0
     new = jax.tree.map(partial(jnp.where, due), new, old)
     opt_state = state.opt_state | dict(alpha=new["moments"])
     return state.replace(log_alpha=new["log_alpha"], opt_state=opt_state), metrics
@@ -564,6 +567,7 @@ def main(args: Args) -> list[dict]:
     --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
     evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    keep_freed_memory()
     # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task  # 1, or k of kitchen-<k>
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]

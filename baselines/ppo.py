@@ -37,7 +37,7 @@ import optax
 import tyro
 from jax import Array
 
-from common.devices import over_agents, shard_over_agents, zero_metrics
+from common.devices import keep_freed_memory, over_agents, shard_over_agents, zero_metrics
 from common.env_pool import EnvPool, Episodes
 from common.environments import TRAINING, env_name, env_sizes, resolve, seeds_of
 from common.errors import UserError
@@ -515,6 +515,7 @@ def main(args: Args) -> list[dict]:
     evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
     # An agent is a task and a seed. All arrays have a leading axis of agents.
+    keep_freed_memory()
     task = resolve(args.env).task
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]
     env = env_name(args, task)

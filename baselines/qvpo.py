@@ -42,7 +42,7 @@ import optax
 import tyro
 from jax import Array
 
-from common.devices import over_agents, shard_over_agents, zero_metrics
+from common.devices import keep_freed_memory, over_agents, shard_over_agents, zero_metrics
 from common.env_pool import EnvPool, Episodes
 from common.environments import TRAINING, env_name, env_sizes, resolve, seeds_of
 from common.flags import (
@@ -210,7 +210,7 @@ def networks(args: Args) -> dict[str, nn.Module]:
     a truncated normal of deviation 1 / (2 sqrt(inputs))."""
     start = nn.initializers.variance_scaling(0.25, "fan_in", "truncated_normal")
     critics = Critic(args.hidden_dims, 2, False, mish, start)
-    denoiser = TimedMLP(args.hidden_dims, 32, (256, 32), 1.0, start)
+    denoiser = TimedMLP(args.hidden_dims, 32, (256, 32), 1.0, start, inclusive=True)
     return dict(critic=critics, policy=denoiser)
 
 
@@ -492,6 +492,7 @@ def main(args: Args) -> list[dict]:
     --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
     evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    keep_freed_memory()
     # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task  # 1, or k of kitchen-<k>
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]

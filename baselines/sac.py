@@ -40,7 +40,7 @@ import optax
 import tyro
 from jax import Array
 
-from common.devices import over_agents, shard_over_agents, zero_metrics
+from common.devices import keep_freed_memory, over_agents, shard_over_agents, zero_metrics
 from common.env_pool import EnvPool, Episodes
 from common.environments import TRAINING, env_name, env_sizes, resolve, seeds_of
 from common.flags import (
@@ -406,6 +406,7 @@ def main(args: Args) -> list[dict]:
     --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
     evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    keep_freed_memory()
     # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task  # 1, or k of kitchen-<k>
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]

@@ -43,7 +43,7 @@ import tyro
 from jax import Array
 from jax.scipy.stats import norm
 
-from common.devices import over_agents, shard_over_agents, zero_metrics
+from common.devices import keep_freed_memory, over_agents, shard_over_agents, zero_metrics
 from common.env_pool import EnvPool, Episodes
 from common.environments import TRAINING, env_name, env_sizes, resolve, seeds_of
 from common.flags import (
@@ -57,7 +57,7 @@ from common.flags import (
     UnitInterval,
     launch,
 )
-from common.networks import LECUN, MLP
+from common.networks import LECUN, MLP, waves
 from common.run import Run
 from common.sampling import Replay
 
@@ -69,6 +69,7 @@ class Args:
     # --- method ---
     reward_scale: NonNegativeFloat = 1.0  # Factor c of the rewards in the TD target.
     policy_delay: PositiveInt = 3  # Critic updates per update of the policy and of alpha.
+    alpha_init: PositiveFloat = 0.2  # Initial temperature alpha.
     # Target entropy H*/d of the path, per action dimension; alpha falls while the entropy is above.
     target_entropy: float = 0.0
     flow_steps: PositiveInt = 4  # Steps T of the solver from noise to action.
@@ -191,10 +192,10 @@ class FlowG(nn.Module):
     def __call__(self, observations: Array, x: Array, t: Array, corrected: Array | None) -> Array:
         inputs = jnp.concatenate([observations, x], -1)
         inputs = Renorm()(inputs, corrected)
-        angle = 100 * t * 10_000.0 ** (-jnp.arange(16) / 16)
-        waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)])
-        waves = jnp.broadcast_to(waves, (*x.shape[:-1], *waves.shape))
-        inputs = jnp.concatenate([inputs, waves], -1)
+        embed = MLP((64,), 32, False, nn.swish, LECUN)
+        time = embed(waves(t, 32, inclusive=True))
+        time = jnp.broadcast_to(time, (*x.shape[:-1], *time.shape))
+        inputs = jnp.concatenate([inputs, time], -1)
         network = partial(MLP, (self.width,), x.shape[-1], False, nn.swish, LECUN)
         gate = nn.sigmoid(5 + network(nn.initializers.zeros)(inputs))
         candidate = network()(inputs)
@@ -207,7 +208,7 @@ class State:
     networks."""
 
     params: dict  # critic (Q_1, Q_2), policy (velocity v and deviation sigma), log_alpha
-    statistics: dict  # running moments of critic and, for every step of the flow, of policy
+    statistics: dict  # running moments of critic and policy
     opt_state: dict  # of each of params
     step: Array  # () int32: updates so far
     key: Array  # (2,) uint32
@@ -253,17 +254,12 @@ def create(args: Args, observation_size: int, key: Array) -> State:
     params = dict(
         critic=critics["params"],
         policy=dict(velocity=flow["params"], deviation=log_std["params"]),
-        log_alpha=jnp.zeros(()),  # alpha = 1
+        log_alpha=jnp.float32(np.log(args.alpha_init)),
     )
-
-    def for_every_step(x):  # see `rollout`
-        return jnp.repeat(x[None], args.flow_steps, 0)
-
-    moments = jax.tree.map(for_every_step, flow["statistics"])
     opt_state = {name: adam.init(params[name]) for name, adam in optimizers(args).items()}
     return State(
         params=params,
-        statistics=dict(critic=critics["statistics"], policy=moments),
+        statistics=dict(critic=critics["statistics"], policy=flow["statistics"]),
         opt_state=opt_state,
         step=jnp.int32(0),
         key=key,
@@ -323,8 +319,8 @@ def rollout(
     noisy: bool = True,
 ) -> tuple[Array, Array, dict]:
     """Draws actions, and computes log-densities of their paths and the statistics after them:
-    (B, S) -> (B, d), (B,), dict. Every step has its own statistics, because x changes from noise to
-    action."""
+    (B, S) -> (B, d), (B,), dict. All steps share the statistics, and in training each of them moves
+    them."""
     T = args.flow_steps
     start_key, noise_key = jax.random.split(key)
     x0 = jax.random.normal(start_key, (len(observations), args.action_size))
@@ -333,13 +329,15 @@ def rollout(
         noise = jax.random.normal(noise_key, noise.shape)
     log_std = deviation(args, params["deviation"], observations)
 
-    def step(x, inputs):
-        t, moments, xi = inputs
+    def step(carry, inputs):
+        x, moments = carry
+        t, xi = inputs
         v, moments = velocity(args, params["velocity"], moments, observations, x, t, corrected)
-        return x + v / T + jnp.exp(log_std) * xi, moments  # Eq. (SF1)
+        x = x + v / T + jnp.exp(log_std) * xi  # Eq. (SF1)
+        return (x, moments), None
 
     times = jnp.arange(T) / T
-    x, statistics = jax.lax.scan(step, x0, (times, statistics, noise))
+    (x, statistics), _ = jax.lax.scan(step, (x0, statistics), (times, noise))
     steps = (norm.logpdf(noise) - log_std).sum(0)
     slope = 2 * (jnp.log(2) - x - jax.nn.softplus(-2 * x))  # log(1 - tanh^2 x), for any x
     log_prob = (norm.logpdf(x0) + steps - slope).sum(-1)  # Eq. (SF3)
@@ -549,6 +547,7 @@ def main(args: Args) -> list[dict]:
     --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
     evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
     """
+    keep_freed_memory()
     # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task  # 1, or k of kitchen-<k>
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]

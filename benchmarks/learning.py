@@ -7,6 +7,9 @@
     python -m benchmarks.learning puzzle-4x4         paper size, rho, lambda, sigma_min: for a GPU
     python -m benchmarks.learning cube-double        the same
     python -m benchmarks.learning plane              every online method on multigoal
+    python -m benchmarks.learning plane-ablations    FMER with one change at a time, on multigoal
+    python -m benchmarks.learning plane-duals        FMER's two readings of the dual step
+    python -m benchmarks.learning plane-dpmd         DPMD, and DPMD as published
     python -m benchmarks.learning halfcheetah        FMER (small networks), SAC, TD3, 100,000 steps
     python -m benchmarks.learning halfcheetah-300k   SAC and TD3, 300,000 steps
     python -m benchmarks.learning hopper             FMER, SAC, TD3, 30,000 steps
@@ -104,6 +107,28 @@ NINE = """fmer baselines.sac baselines.td3 baselines.ppo baselines.dipo baseline
     baselines.qvpo baselines.sac_flow baselines.flame"""
 SMALL = "fmer --hidden-dims 128 128 128 --batch-size 64"  # an update on a CPU core in 15 to 30 ms
 SHORT = {"FMER": SMALL, "SAC": "baselines.sac", "TD3": "baselines.td3"}
+# Figures 2, 5 and 6 and Tables 10 to 15 of the FMER paper; of its fixed eta only three guesses.
+FMER_ABLATIONS = {
+    "FMER": "fmer",
+    "top-1": "fmer --weights top1",
+    "uniform weights": "fmer --weights uniform",
+    "no entropy": "fmer --entropy-until 0",
+    "no entropy from 7,000 on": "fmer --entropy-until 7000",
+    "clip": "fmer --squash clip",
+    "exact divergence": "fmer --divergence exact",
+    "eta = 0.1": "fmer --eta-fixed 0.1",
+    "eta = 0.5": "fmer --eta-fixed 0.5",
+    "eta = 1": "fmer --eta-fixed 1",
+    "4 candidates": "fmer --num-candidates 4",
+    "16 candidates": "fmer --num-candidates 16",
+    "5 steps": "fmer --flow-steps 5",
+    "20 steps": "fmer --flow-steps 20",
+    "midpoint rule": "fmer --solver rk2",
+    "RK4": "fmer --solver rk4",
+    "next states": "fmer --actor-states next",
+}
+DUALS = {"plain": "fmer", "Adam": "fmer --dual-optimizer adam"}
+DPMD = {"DPMD": "baselines.dpmd", "as published": "baselines.dpmd --as-published"}
 LARGE = "--collect 1000000 --offline-steps 300000"  # transitions; ordinary size, not the 100M set
 # the kitchen's four, MuJoCo's four
 EIGHT_TASKS = [env for env in ONLINE if env not in ("multigoal", "online-ant-xy")]
@@ -148,6 +173,9 @@ SUITES = {  # suite -> (label -> command line, flags of all, tasks)
     "puzzle-4x4": (sweep(0.3), f"--env puzzle-4x4 {LARGE}", (1, 2, 3, 4, 5)),
     "cube-double": (sweep(0.01), f"--env cube-double {LARGE}", (1, 2, 3, 4, 5)),
     "plane": (labelled(NINE), "--env multigoal", ()),
+    "plane-ablations": (FMER_ABLATIONS, "--env multigoal", ()),
+    "plane-duals": (DUALS, "--env multigoal", ()),
+    "plane-dpmd": (DPMD, "--env multigoal", ()),
 }
 FEW = "--env {} --total-steps {} --warmup-steps 5000"
 SUITES |= {

@@ -3,16 +3,22 @@
     python -m benchmarks.online_throughput --script fmer --env halfcheetah --hidden-dims 128 128 128
         --batch-size 64
     python -m benchmarks.online_throughput --table         prints the committed rows
+    for env in humanoid halfcheetah; do for script in fmer sac td3 dipo dpmd qvpo sac_flow flame
+        do python -m benchmarks.online_throughput --script $script --env $env; done; done
+                                                           as the FMER paper's Tables 8 and 9
 
 The loop of the scripts' `main` (act, update, environment step alongside, replay) is timed in blocks
-of `--steps`, alternating with the same loop without environments (their last answer again) and with
-as many updates in one program. The share of the second that is missing in the first is the time
-spent waiting for environments. Medians of five blocks each, after compilation. The row of a
-configuration replaces an older one in benchmarks/results/online-throughput.csv.
+of `--steps`, alternating with the same loop without environments (their last answer again), with as
+many updates in one program, and with a reference: the loop of CleanRL's scripts (a NumPy replay,
+and act, step, store, one jitted update, one after the other) around the script's own functions. The
+share of the second that is missing in the first is the time spent waiting for environments. Medians
+of five blocks each, after compilation. The row of a configuration replaces an older one in
+benchmarks/results/online-throughput.csv.
 """
 
 import dataclasses
 import importlib.metadata
+import inspect
 import os
 import time
 from functools import partial
@@ -26,9 +32,9 @@ from analysis.runs import read_rows
 from analysis.scripts import script_of
 from benchmarks import as_table
 from benchmarks.throughput import put_row
-from common.devices import zero_metrics
+from common.devices import keep_freed_memory, zero_metrics
 from common.env_pool import EnvPool
-from common.environments import TRAINING, env_sizes, seeds_of
+from common.environments import TRAINING, env_sizes, make_env, seeds_of
 from common.errors import UserError
 from common.flags import configure
 from common.sampling import Replay
@@ -42,6 +48,7 @@ COLUMNS = (
     "ms_step",
     "ms_no_env",
     "ms_update",
+    "ms_reference",
     "jax",
 )
 
@@ -66,7 +73,7 @@ class Options:
     """File of the results."""
 
 
-WAYS = ("loop", "no env", "update")
+WAYS = ("loop", "no env", "update", "reference")
 
 
 class Training:
@@ -126,6 +133,65 @@ class Training:
         return 1e3 * (time.perf_counter() - start) / steps
 
 
+class Reference:
+    """One agent in CleanRL's loop. DIPO's update also needs the replay, so it has no reference."""
+
+    def __init__(self, script, args, capacity: int = 100_000):
+        observation_size, action_size = env_sizes(args.env)
+        args = dataclasses.replace(args, action_size=action_size)
+        self.batch_size = args.batch_size
+        self.env = make_env(args.env)
+        self.observation, _ = self.env.reset(seed=0)
+        self.random = np.random.default_rng(0)
+        self.key = jax.random.PRNGKey(0)
+        self.size = 0
+        self.columns = dict(
+            observations=np.zeros((capacity, observation_size), np.float32),
+            next_observations=np.zeros((capacity, observation_size), np.float32),
+            actions=np.zeros((capacity, action_size), np.float32),
+            rewards=np.zeros(capacity, np.float32),
+            masks=np.zeros(capacity, np.float32),
+            terminals=np.zeros(capacity, np.float32),
+        )
+        self.state = script.create(args, observation_size, self.key)
+        self.act = jax.jit(partial(script.sample_actions, args, mode="explore"))
+        self.update = jax.jit(partial(script.update, args), donate_argnums=0)
+
+    def step(self) -> None:
+        """Acts, steps the environment, stores the transition and makes an update."""
+        self.key, key = jax.random.split(self.key)
+        observation = np.float32(self.observation)
+        action = np.asarray(self.act(self.state, observation[None], key))[0]
+        self.observation, reward, terminated, truncated, _ = self.env.step(action)
+        transition = dict(
+            observations=observation,
+            next_observations=self.observation,
+            actions=action,
+            rewards=reward,
+            masks=not terminated,
+            terminals=terminated or truncated,
+        )
+        row = self.size % len(self.columns["rewards"])
+        for name, value in transition.items():
+            self.columns[name][row] = value
+        self.size += 1
+        if terminated or truncated:
+            self.observation, _ = self.env.reset()
+        filled = min(self.size, len(self.columns["rewards"]))
+        rows = self.random.integers(filled, size=self.batch_size)
+        batch = {name: column[rows] for name, column in self.columns.items()}
+        self.state, _ = self.update(self.state, Replay(**batch, size=np.int32(filled)))
+
+    def block(self, steps: int) -> float:
+        """Returns the milliseconds of a step."""
+        jax.block_until_ready(self.state)
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        jax.block_until_ready(self.state)
+        return 1e3 * (time.perf_counter() - start) / steps
+
+
 def measure(options: Options) -> dict:
     """Returns a row."""
     script = script_of(options.script)
@@ -136,11 +202,17 @@ def measure(options: Options) -> dict:
     flags = dict(hidden_dims=options.hidden_dims, batch_size=options.batch_size)
     flags = {name: x for name, x in flags.items() if x}
     args = configure(script.Args, script.ENV_DEFAULTS, options.env, **flags)
+    keep_freed_memory()
     training = Training(script, args, options.agents)
+    reference = None
+    if options.agents == 1 and "replay" not in inspect.signature(script.update).parameters:
+        reference = Reference(script, args)
     times = []
     for _ in range(6):
-        times.append([training.block(way, options.steps) for way in WAYS])
-    loop, without, update = np.median(times[1:], 0)  # The first round compiles.
+        row = [training.block(way, options.steps) for way in WAYS[:3]]
+        row.append(reference.block(options.steps) if reference else np.nan)
+        times.append(row)
+    loop, without, update, as_cleanrl = np.median(times[1:], 0)  # The first round compiles.
     return dict(
         script=script.__name__,
         env=options.env,
@@ -154,6 +226,7 @@ def measure(options: Options) -> dict:
         ms_step=round(loop, 3),
         ms_no_env=round(without, 3),
         ms_update=round(update, 3),
+        ms_reference=round(as_cleanrl, 3) if reference else "",
         jax=importlib.metadata.version("jax"),
     )
 

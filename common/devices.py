@@ -1,6 +1,7 @@
 """Agents on devices: one array axis for all agents of a run, spread over the local devices."""
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,19 @@ def matmul_precision(precision: str) -> contextlib.AbstractContextManager:
     elif precision == "bfloat16":  # jax's own "bfloat16" means TF32 on a GPU
         precision = "BF16_BF16_F32"
     return jax.default_matmul_precision(precision)
+
+
+def keep_freed_memory() -> None:
+    """Makes this process reuse large blocks of memory that it has freed.
+
+    XLA takes its working memory anew in every call. The GNU C library returns blocks from 32 MiB on
+    to the system, which clears all pages of the next one. Where there is another C library, this
+    does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 @contextlib.contextmanager

@@ -6,14 +6,19 @@ whichever process plays it.
 
 from typing import Any
 
+import gymnasium
 import numpy as np
 from numpy import ndarray
 
+from common.environments import ONLINE
 from common.errors import UserError
 from common.workers import Slots, Workers, cores
 
 MOST_SLOTS = 100  # in all, because some environments take 170 MiB
 IN_PROCESS = ("multigoal",)  # a step is cheaper than a message to a worker
+# So is one of gymnasium's own environments, which takes 0.1 to 0.3 ms, up to about as many slots;
+# beyond them, several workers are faster.
+MOST_IN_PROCESS = 8
 Normalization = dict[str, ndarray]  # mean and std (S,) of observations, or nothing
 RESULTS = ("next_observations", "rewards", "masks", "terminals", "success")
 
@@ -21,6 +26,14 @@ RESULTS = ("next_observations", "rewards", "masks", "terminals", "success")
 def normalize(observations: ndarray, mean: ndarray = 0, std: ndarray = 1) -> ndarray:
     """Returns normalised observations (..., S); the same ones without mean and std."""
     return (observations - np.float32(mean)) / np.float32(std)
+
+
+def is_gymnasiums(name: str) -> bool:
+    """Returns whether an environment comes with gymnasium itself."""
+    name = name.partition("?")[0]
+    id, _ = ONLINE.get(name, (name, {}))
+    spec = gymnasium.registry.get(id)
+    return spec is not None and str(spec.entry_point).startswith("gymnasium.envs.")
 
 
 class EnvPool:
@@ -54,6 +67,8 @@ class EnvPool:
         self.played = np.zeros(shape, np.int32)  # how many actions of each plan were played
         self._names = [name for name in names for _ in range(slots)]
         self._num_workers = min(workers or cores(), len(self._names))
+        few = workers == 0 and len(self._names) <= MOST_IN_PROCESS
+        self._in_process = all(name in IN_PROCESS or few and is_gymnasiums(name) for name in names)
         self._slots = None  # they are made when they are first used
 
     def _call(self, method: str, where: ndarray, *arguments: ndarray) -> list[tuple]:
@@ -68,7 +83,7 @@ class EnvPool:
         return results
 
     def _make_slots(self) -> Slots | Workers:
-        if self._slots is None and set(self._names) <= set(IN_PROCESS):
+        if self._slots is None and self._in_process:
             self._slots = Slots(self._names)
         elif self._slots is None:
             self._slots = Workers(self._names, self._num_workers)

@@ -11,16 +11,43 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 GLOROT = nn.initializers.glorot_uniform()
 LECUN = nn.initializers.lecun_normal()
 Dense = partial(nn.Dense, kernel_init=GLOROT)
+SPLIT_FROM = 32  # repeated features from which computing their part once is faster
+
+
+class JoinedDense(nn.Module):
+    """A dense layer on inputs (..., n_i) that broadcast, as if they were concatenated.
+
+    Each input is multiplied by its own rows of the kernel and broadcast afterwards, so that of many
+    actions at one state the state's part is computed once.
+    """
+
+    width: int
+    kernel_init: Callable
+
+    @nn.compact
+    def __call__(self, *inputs: Array) -> Array:
+        sizes = [x.shape[-1] for x in inputs]
+        kernel = self.param("kernel", self.kernel_init, (sum(sizes), self.width))
+        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+        repeated = sum(x.shape[-1] for x in inputs if x.shape[:-1] != lead)
+        if repeated < SPLIT_FROM:
+            inputs = [jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in inputs]
+            return jnp.concatenate(inputs, -1) @ kernel + bias
+        parts = jnp.split(kernel, np.cumsum(sizes)[:-1])
+        products = map(jnp.matmul, inputs, parts)
+        return sum(products, bias)
 
 
 class MLP(nn.Module):
     """Dense -> activation (-> LayerNorm, *after* the activation as in the official QAM code) for
-    every hidden width, then a linear layer of `out` units."""
+    every hidden width, then a linear layer of `out` units. Several inputs (..., n_i) broadcast."""
 
     hidden: Sequence[int]
     out: int
@@ -30,13 +57,15 @@ class MLP(nn.Module):
     last_init: Callable | None = None  # of the linear layer, where it is another
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        for width in self.hidden:
-            x = self.activation(nn.Dense(width, kernel_init=self.kernel_init)(x))
+    def __call__(self, *inputs: Array) -> Array:
+        for i, width in enumerate(self.hidden):
+            x = JoinedDense(width, self.kernel_init, name=f"Dense_{i}")(*inputs)
+            x = self.activation(x)
             if self.layer_norm:
                 x = nn.LayerNorm()(x)
+            inputs = (x,)
         last_init = self.last_init or self.kernel_init
-        return nn.Dense(self.out, kernel_init=last_init)(x)
+        return JoinedDense(self.out, last_init, name=f"Dense_{len(self.hidden)}")(*inputs)
 
 
 class Critic(nn.Module):
@@ -59,10 +88,7 @@ class Critic(nn.Module):
             axis_size=self.members,
         )
         body = Members(self.hidden, 1, self.layer_norm, self.activation, self.kernel_init)
-        lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in inputs))
-        inputs = [jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in inputs]
-        values = body(jnp.concatenate(inputs, -1))
-        return values[..., 0]
+        return body(*inputs)[..., 0]
 
 
 class Field(nn.Module):
@@ -138,13 +164,26 @@ def _mish_jvp(primals, tangents):
     return mish(x), mish_slope(x) * dx
 
 
+def waves(t: Array, count: int, inclusive: bool = False) -> Array:
+    """Computes sines of t, then cosines, `count` in all: (...) -> (..., count).
+
+    Their angular frequencies fall from 1 by equal ratios towards 1e-4, which only the last one of
+    `inclusive` waves has.
+    """
+    half = count // 2
+    intervals = half - 1 if inclusive else half
+    frequencies = 10_000.0 ** (-jnp.arange(half) / intervals)
+    angle = jnp.asarray(t)[..., None] * frequencies
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+
+
 class TimedMLP(nn.Module):
     """Noise or velocity f(s, x, t, ...) of the online methods, an MLP with Mish.
 
     Its inputs are s, x and, for every time, `sinusoids` waves of it through a small MLP of widths
-    `embed` (if there are any). Their angular frequencies go from 1 to 2e-4, so they suit steps that
-    count to about 100. (B, S), (..., B, A), times that broadcast to (..., B) -> (..., B, A). The
-    last layer's initial weights are scaled by `scale`.
+    `embed` (if there are any). The waves suit steps that count to about 100. (B, S), (..., B, A),
+    times that broadcast to (..., B) -> (..., B, A). The last layer's initial weights are scaled by
+    `scale`.
     """
 
     hidden: Sequence[int]
@@ -152,23 +191,23 @@ class TimedMLP(nn.Module):
     embed: Sequence[int] = (32, 16)
     scale: float = 1.0
     kernel_init: Callable = LECUN
+    scale_waves: bool = False  # by 1 / sqrt(sinusoids)
+    inclusive: bool = False  # see `waves`
 
     @nn.compact
     def __call__(self, observations: Array, x: Array, *times: Array) -> Array:
-        lead = x.shape[:-1]
-        half = self.sinusoids // 2
-        frequencies = 10_000.0 ** (-jnp.arange(half) / half)
-        inputs = [jnp.broadcast_to(observations, (*lead, observations.shape[-1])), x]
+        inputs = [observations, x]
         for t in times:
-            angle = jnp.asarray(t)[..., None] * frequencies
-            waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+            encoded = waves(t, self.sinusoids, self.inclusive)
+            if self.scale_waves:
+                encoded /= self.sinusoids**0.5
             if self.embed:
                 embed = MLP(self.embed[:-1], self.embed[-1], False, mish, self.kernel_init)
-                waves = embed(waves)
-            inputs.append(jnp.broadcast_to(waves, (*lead, waves.shape[-1])))
+                encoded = embed(encoded)
+            inputs.append(encoded)
 
         def last_init(*arguments):
             return self.scale * self.kernel_init(*arguments)
 
         body = MLP(self.hidden, x.shape[-1], False, mish, self.kernel_init, last_init)
-        return body(jnp.concatenate(inputs, -1))
+        return body(*inputs)

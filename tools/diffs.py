@@ -25,8 +25,8 @@ FAMILIES = {  # (parent, child) -> most lines that may be added and removed
     ("baselines/fql", "baselines/fbrac"): 55,
     ("baselines/dac", "baselines/qsm"): 40,
     ("baselines/sac", "baselines/td3"): 130,
-    ("baselines/dpmd", "baselines/qvpo"): 210,
-    ("baselines/dpmd", "baselines/dipo"): 215,
+    ("baselines/dpmd", "baselines/qvpo"): 225,  # 15 of them are --as-published
+    ("baselines/dpmd", "baselines/dipo"): 235,  # the same
 }
 
 

@@ -1,6 +1,7 @@
 """Tests of devices: agents spread over them, programs that exchange nothing, the precision of
 products, and a place for compiled programs."""
 
+import ctypes
 import dataclasses
 import os
 import subprocess
@@ -56,6 +57,7 @@ def test_chunks_on_a_cpu(monkeypatch, chunk, backend, devices, sequential):
 
 
 PROGRAMS = """
+import ctypes
 import dataclasses
 from functools import partial
 
@@ -195,3 +197,32 @@ with configured_jax(parse(fmer.Args, fmer.ENV_DEFAULTS, sys.argv[1:])):
     assert not (tmp_path / "elsewhere").exists()
     run("--run-dir", "third", "--compile-cache", "none")
     assert not (tmp_path / "third").exists() and not (tmp_path / "none").exists()
+
+
+def test_freed_memory_is_kept():
+    """64 MiB that were freed are taken again without new pages from the system."""
+    code = """
+import ctypes, resource
+from common.devices import keep_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+size = 2**26
+
+def use():
+    block = libc.malloc(ctypes.c_size_t(size))
+    ctypes.memset(block, 1, size)
+    libc.free(ctypes.c_void_p(block))
+
+keep_freed_memory()
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("the C library is not GNU's")
+    line = [sys.executable, "-c", code]
+    variables = {**os.environ} | dict(PYTHONPATH=str(ROOT))
+    found = subprocess.run(line, env=variables, check=True, capture_output=True, text=True)
+    assert int(found.stdout) < 10

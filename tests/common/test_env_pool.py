@@ -115,6 +115,22 @@ def test_environments_in_this_process_are_those_in_workers(new_pool, monkeypatch
     same(*outcomes)
 
 
+@pytest.mark.parametrize("name", ["hopper", "Pendulum-v1"])
+def test_few_cheap_environments_stay_in_this_process(new_pool, name):
+    """Gymnasium's own, up to eight, unless --workers asks for processes; episodes do not differ."""
+    env = make_env(name)
+    seeds = np.array([[seed_of(i) for i in range(3)]], np.uint32)
+    outcomes = []
+    for workers in (0, 2):
+        before = set(psutil.Process().children())
+        pool = new_pool([name], 2, workers)
+        outcomes.append(play(pool, noise(1, env.action_space.shape[0]), seeds))
+        assert len(set(psutil.Process().children()) - before) == workers
+    same(*outcomes)
+    assert not new_pool([name], 9)._in_process
+    assert not new_pool(["kitchen-1"])._in_process
+
+
 @functools.cache
 def guide(task):
     """A policy that walks to the goal of the point maze, from cell to cell."""

@@ -8,7 +8,11 @@ from baselines import dipo, dpmd, qvpo
 from tests.helpers import online_reference as online
 from tests.helpers.online_reference import timed
 
-WAVES = {dpmd: 16, qvpo: 32, dipo: 32}
+WAVES = {  # of the public programs: how the step enters
+    dpmd: dict(count=16, factor=1 / 4),
+    qvpo: dict(count=32, intervals=15),
+    dipo: dict(count=32, factor=32**-0.5),
+}
 
 
 MILD = dict(schedule="linear", beta_scale=0.4, start_scale=0.5)  # few actions on the border
@@ -55,7 +59,7 @@ def chains(args, noise_of, s, key, count, noise=1.0):
 
 
 def predictor(module, tree):
-    return lambda s, x, i: timed(tree, s, x, i, count=WAVES[module])
+    return lambda s, x, i: timed(tree, s, x, i, **WAVES[module])
 
 
 def expected_denoising(module, args, params, s, actions, weights, key):
@@ -65,7 +69,7 @@ def expected_denoising(module, args, params, s, actions, weights, key):
     noise = jax.random.normal(noise_key, actions.shape)
     abar = jnp.asarray(rates(args)[1])[i][..., None]
     x = jnp.sqrt(abar) * actions + jnp.sqrt(1 - abar) * noise
-    error = timed(params, s, x, i, count=WAVES[module]) - noise
+    error = timed(params, s, x, i, **WAVES[module]) - noise
     return (weights[..., None] * error**2).sum() / actions.size
 
 

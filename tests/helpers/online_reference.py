@@ -109,18 +109,19 @@ def values(tree, *inputs, activation=mish, layer_norm=False):
     return jnp.stack([member(k) for k in range(K)])
 
 
-def waves(t, count):
-    """sin(t w_j), then cos(t w_j), with w_j = 10000^(-j / half): (...) -> (..., count)."""
+def waves(t, count, intervals=None):
+    """sin(t w_j), then cos(t w_j), with w_j = 10000^(-j / intervals): (...) -> (..., count)."""
     half = count // 2
-    angles = [t * 10_000.0 ** (-j / half) for j in range(half)]
+    angles = [t * 10_000.0 ** (-j / (intervals or half)) for j in range(half)]
     return jnp.stack([*map(jnp.sin, angles), *map(jnp.cos, angles)], -1)
 
 
-def timed(tree, s, x, *times, count=16):
-    """A `TimedMLP` with `count` sinusoids per time. Every time has an embedding of its own."""
+def timed(tree, s, x, *times, count=16, factor=1.0, intervals=None):
+    """A `TimedMLP` with `count` sinusoids per time, times a factor. Every time has an embedding of
+    its own."""
     tree, inputs = tree["params"], [s, x]
     for k, t in enumerate(times):
-        embedded = waves(jnp.broadcast_to(t, x.shape[:-1]), count)
+        embedded = factor * waves(jnp.broadcast_to(t, x.shape[:-1]), count, intervals)
         if len(tree) > 1:
             embedded = mlp(tree[f"MLP_{k}"], embedded, activation=mish)
         inputs.append(embedded)

@@ -47,7 +47,7 @@ DIFFERENT = dict(
 )
 # flags of online methods with the values of each method's own paper, under the same type and help
 OWN_VALUES = """reward_scale critic_lr alpha_lr act_candidates flow_steps diffusion_steps
-schedule beta_scale start_scale noise_scale alpha_init alpha_period""".split()
+schedule beta_scale start_scale noise_scale alpha_init alpha_steps""".split()
 LOOP = "create_agents act train_step train_chunk evaluate main"
 ORDER = dict(
     offline=f"Args ENV_DEFAULTS State create update {LOOP}".split(),

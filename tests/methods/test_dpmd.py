@@ -100,7 +100,8 @@ def test_defaults_are_those_of_the_specification(module):
     assert (args.hidden_dims, args.batch_size, args.discount) == ((256,) * 3, 256, 0.99)
     assert args.target_rate == 0.005
     if module is dpmd:
-        assert (args.num_candidates, args.alpha_period, args.actor_lr_end) == (32, 250, 3e-5)
+        assert (args.num_candidates, args.alpha_steps, args.actor_lr_end) == (32, 800, 3e-5)
+        assert not args.as_published
 
 
 @each
@@ -193,6 +194,36 @@ def test_denoising_loss(float64, module):
         close(even, expected(*inputs, jnp.ones(lead), KEY))
 
 
+@each
+def test_how_the_step_enters(float64, module):
+    """In NumPy, at step 3: DPMD's and DIPO's sinusoids are divided by the root of their number,
+    QVPO's frequencies end at 1e-4."""
+    angles, factor, first = {
+        dpmd: (3 * 10_000.0 ** (-np.arange(8) / 8), 0.25, (0.0352800, -0.2474981)),
+        dipo: (3 * 10_000.0 ** (-np.arange(16) / 16), 32**-0.5, (0.0249468, -0.1750076)),
+        qvpo: (3 * np.geomspace(1, 1e-4, 16), 1.0, (0.1411200, -0.9899925)),
+    }[module]
+    encoded = factor * np.concatenate([np.sin(angles), np.cos(angles)])
+    np.testing.assert_allclose(encoded[[0, len(angles)]], first, atol=5e-7)
+    args = online.make_args(module)
+    tree, batch = make_state(module, args).params["policy"], online.make_batch(args)
+    s, x = np.asarray(batch.observations), np.asarray(batch.actions)
+    *embedding, body = [tree["params"][name] for name in sorted(tree["params"])]
+    mish = lambda x: x * np.tanh(np.log1p(np.exp(x)))
+
+    def mlp(layers, x):
+        for i in range(len(layers)):
+            x = mish(x) if i else x
+            layer = layers[f"Dense_{i}"]
+            x = x @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
+        return x
+
+    for layers in embedding:
+        encoded = mlp(layers, encoded)
+    inputs = np.concatenate([s, x, np.broadcast_to(encoded, (len(s), encoded.size))], 1)
+    close(module.predict_noise(args, tree, s, x, 3), mlp(body, inputs), 1e-7)
+
+
 # --- choosing actions ----------------------------------------------------------------------------
 
 
@@ -269,6 +300,29 @@ def test_weights(float64):
     close(dpmd.weigh(args, start, q)[3:5], np.exp([3 / 5, -3 / 5]), 1e-6)
 
 
+def test_weights_as_published(float64):
+    """exp(clip(q - m / sigma) / alpha), by hand for m / sigma = 5."""
+    args = make_args(as_published=True)
+    state = make_state(dpmd, args).replace(
+        q_mean=jnp.float64(10.0), q_std=jnp.float64(2.0), log_alpha=jnp.log(1.5)
+    )
+    q = jnp.array([5.0, 6.0, 2.0, 10.0, 1.0])
+    exact = np.exp(np.array([0.0, 1.0, -3.0, 3.0, -3.0]) / 1.5)
+    close(dpmd.weigh(args, state, q), exact)
+
+
+@pytest.mark.parametrize("updates, period", [(200_000, 250), (990_000, 1237), (14_000, 17)])
+def test_alpha_moves_by_the_share_of_the_run(updates, period):
+    """800 steps in a run of any length: every 250 of 200,000 updates, as in the public code."""
+    args = make_args(diffusion_steps=1, num_candidates=1, total_steps=updates + 1_000)
+    args = dataclasses.replace(args, hidden_dims=(2,), batch_size=2)
+    state, batch = make_state(dpmd, args), online.make_batch(args)
+    update = jax.jit(partial(dpmd.update, args))
+    for step, moves_now in ((period - 2, False), (period - 1, True), (period, False)):
+        new, _ = update(state.replace(step=jnp.int32(step)), batch)
+        assert (new.log_alpha != state.log_alpha) == moves_now
+
+
 def alpha_path(args, steps):
     """log alpha after 0, 1, ... steps: Adam on d (log(0.1 alpha) + log(2 pi e) / 2 + 0.9)."""
     x, m, v, path = np.log(args.alpha_init), 0.0, 0.0, []
@@ -284,8 +338,8 @@ def alpha_path(args, steps):
 def test_alpha(d):
     """A step every few updates, from 5 to the fixed point 0.98378, the same for every d; it is
     within 0.02 of it after 530 steps (Adam's memory of the first gradients slows it down)."""
-    args = make_args(action_size=d, alpha_period=3, diffusion_steps=1, num_candidates=1)
-    args = dataclasses.replace(args, hidden_dims=(2,), batch_size=2)
+    args = make_args(action_size=d, diffusion_steps=1, num_candidates=1, alpha_steps=1000)
+    args = dataclasses.replace(args, hidden_dims=(2,), batch_size=2, total_steps=4_500)
     state, batch = make_state(dpmd, args), online.make_batch(args)
 
     def step(state, _):
@@ -324,7 +378,7 @@ def expected_update(args, state, batch, loss_key, next_key):
 @pytest.mark.parametrize("step", [0, 1, 2, 7])
 def test_update(float64, step):
     """Critics always; policy and averages at every second update; alpha at every fourth, here."""
-    args = dataclasses.replace(ARGS, alpha_period=4)
+    args = dataclasses.replace(ARGS, alpha_steps=3_500)  # of 14,000 updates
     batch, state = online.make_batch(args), make_state(dpmd, args)
     scalars = dict(q_mean=jnp.float64(0.5), q_std=jnp.float64(0.7), log_alpha=jnp.log(1.5))
     state = state.replace(step=jnp.int32(step), **scalars)
@@ -353,6 +407,30 @@ def test_update(float64, step):
     close(metrics["alpha"], 1.5, 1e-7)
 
 
+def test_update_as_published(float64):
+    """The critics make two steps of Adam with one gradient; weights are those after the first, the
+    averages follow the second."""
+    args = dataclasses.replace(ARGS, as_published=True, q_clip=3.0)
+    batch, state = online.make_batch(args), make_state(dpmd, args)
+    state = state.replace(step=jnp.int32(1), log_alpha=jnp.log(1.5))
+    new, metrics = jax.jit(dpmd.update, static_argnums=0)(args, state, batch)
+    _, next_key, loss_key = jax.random.split(state.key, 3)
+    old, s = state.params, batch.next_observations
+    actions = expected_actions(args, state, old["policy"], s, next_key, args.num_candidates, 1)
+    loss = partial(expected_critic, args, state, batch, actions)
+    grads = jax.grad(loss)(old["critic"])
+    once = adam(old["critic"], grads, args.critic_lr)
+    twice = jax.tree.map(
+        lambda x, g: online.adam_steps(x, lambda _: g, [args.critic_lr] * 2), old["critic"], grads
+    )
+    close(new.params["critic"], twice, 1e-6)
+    close(new.targets["critic"], polyak(state.targets["critic"], twice, 0.005), 1e-7)
+    q = jnp.minimum(*values(once, s, actions))
+    weights = jnp.exp(jnp.clip(q - state.q_mean / state.q_std, -3, 3) / 1.5)
+    close(metrics["weight"], weights.mean(), 1e-5)
+    assert new.opt_state["critic"][0].count == 2
+
+
 # --- the rest ------------------------------------------------------------------------------------
 
 
@@ -372,7 +450,8 @@ def test_create():
 
 
 def test_learning_rate_of_the_policy():
-    """3e-4 until 12.5 % of the updates, 3e-5 from 37.5 % on; it makes every second update."""
+    """3e-4 until 25 % of the updates, 3e-5 from 75 % on; it makes every second update. The public
+    code: 25,000 and 75,000 of its 100,000 policy steps, which are 200,000 updates."""
     args = dataclasses.replace(dpmd.Args(), total_steps=9_000, warmup_steps=1_000, action_size=1)
     opt, x = dpmd.optimizers(args)["policy"], jnp.zeros(())
     state = opt.init(x)
@@ -382,7 +461,7 @@ def test_learning_rate_of_the_policy():
         return state, -move
 
     _, rate = jax.lax.scan(step, state, None, 4_000)
-    share = [0, 499, 500, 1000, 1500, 3999]
+    share = [0, 999, 1000, 2000, 3000, 3999]
     np.testing.assert_allclose(
         rate[np.array(share)], [3e-4, 3e-4, 3e-4, 1.65e-4, 3e-5, 3e-5], rtol=1e-3
     )

@@ -28,14 +28,17 @@ from tests.helpers.online_reference import (
     make_batch,
     moves,
     polyak,
-    timed,
     values,
 )
 
+timed = partial(online_reference.timed, factor=1 / 4)  # 16 sinusoids / sqrt(16)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 make_args = partial(online_reference.make_args, flame)
 make_state = partial(online_reference.make_state, flame)
-ARGS = make_args(num_proposals=5, entropy_steps=3, noise_scale=0.3, alpha_init=0.6, policy_delay=2)
+ARGS = make_args(
+    num_proposals=5, entropy_steps=3, noise_scale=0.3, alpha_init=0.6, policy_delay=2,
+    q_gradient=0.0,
+)  # fmt: skip
 M, SIGMA = 0.3, 0.4  # of the Gaussian data whose average velocity is known
 
 
@@ -140,6 +143,28 @@ def make_points(args, seed=1):
     r, t = np.sort(rng.uniform(0.1, 0.9, (2, B)), 0)
     arrays = rng.normal(size=(B, d)), r, t, rng.normal(size=(B, d))
     return tuple(map(jnp.asarray, arrays))
+
+
+def test_how_the_times_enter(float64):
+    """In NumPy: 16 sinusoids of r and of t themselves, divided by 4, each through layers of its own
+    (32 with Mish, 16)."""
+    tree, batch = make_state(ARGS).params["policy"], make_batch(ARGS)
+    s, x = np.asarray(batch.observations), np.asarray(batch.actions)
+    inputs, mish = [s, x], lambda x: x * np.tanh(np.log1p(np.exp(x)))
+
+    def mlp(layers, x):
+        for i in range(len(layers)):
+            x = mish(x) if i else x
+            layer = layers[f"Dense_{i}"]
+            x = x @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
+        return x
+
+    for k, t in enumerate((0.2, 0.7)):
+        angles = t * 10_000.0 ** (-np.arange(8) / 8)
+        encoded = mlp(tree["params"][f"MLP_{k}"], np.r_[np.sin(angles), np.cos(angles)] / 4)
+        inputs.append(np.broadcast_to(encoded, (len(s), 16)))
+    expected = mlp(tree["params"]["MLP_2"], np.concatenate(inputs, 1))
+    close(flame.average_velocity(ARGS, tree, s, x, 0.2, 0.7), expected, 1e-7)
 
 
 def test_critic_loss(float64):
@@ -357,6 +382,7 @@ def test_bandit(optimised, monkeypatch):
     args = make_args(
         action_size=1, hidden_dims=(32, 32), batch_size=B, num_proposals=16, policy_delay=1,
         actor_lr=5e-3, actor_lr_end=5e-4, total_steps=rounds, warmup_steps=0, target_rate=0.01,
+        q_gradient=0.0,
     )  # fmt: skip
     state = flame.create(args, 1, jax.random.PRNGKey(0))
     blank = online_reference.make_batch(args, observation_size=1)
@@ -443,7 +469,7 @@ def cheap(monkeypatch):
 def test_delays(float64, cheap):
     """Policy and averages move at every third update here, alpha at every fourth, critics always;
     a number of the policy's is logged so that its mean is right."""
-    args = dataclasses.replace(ARGS, policy_delay=3, alpha_period=4)
+    args = dataclasses.replace(ARGS, policy_delay=3, alpha_steps=3_500)  # of 14,000 updates
     state, update, batch = cheap(args, 0.0, log_alpha=jnp.log(0.6))
     first, logged, alphas = state, [], []
     for number in range(1, 9):
@@ -463,7 +489,7 @@ def test_delays(float64, cheap):
 def test_alpha_goes_where_the_entropy_is_missing(float64, cheap, entropy, sign):
     """Down while the entropy is above its target, here of -0.7 for each of two dimensions, by the
     logarithm's Adam, and not below 0.001."""
-    args = dataclasses.replace(ARGS, target_entropy=-0.7, alpha_period=1, alpha_lr=0.01)
+    args = dataclasses.replace(ARGS, target_entropy=-0.7, alpha_steps=14_000, alpha_lr=0.01)
     state, update, batch = cheap(args, entropy)
     new, metrics = update(state, batch)
     close(new.log_alpha - state.log_alpha, sign * 0.01, 1e-5)
@@ -473,7 +499,7 @@ def test_alpha_goes_where_the_entropy_is_missing(float64, cheap, entropy, sign):
 
 
 def test_policy_rate(float64):
-    """Constant until 12.5 % of the policy's own steps, linear until 37.5 %, then constant."""
+    """Constant until 25 % of the policy's own steps, linear until 75 %, then constant."""
     args = make_args(
         total_steps=1700, warmup_steps=100, env_steps_per_update=2, policy_delay=2, actor_lr=1e-3,
         actor_lr_end=1e-4,
@@ -481,7 +507,7 @@ def test_policy_rate(float64):
     opt = flame.optimizers(args)["policy"]  # 800 updates, 400 of the policy
     x = jnp.zeros(())
     _, steps = jax.lax.scan(lambda s, _: opt.update(jnp.ones(()), s)[::-1], opt.init(x), None, 400)
-    at = [0, 50, 100, 150, 399]  # a constant gradient: Adam's step is the rate
+    at = [0, 100, 200, 300, 399]  # a constant gradient: Adam's step is the rate
     np.testing.assert_allclose(-steps[np.array(at)], [1e-3, 1e-3, 5.5e-4, 1e-4, 1e-4], rtol=1e-4)
 
 
@@ -511,10 +537,12 @@ def test_acting(float64):
 
 def test_class_holds_the_values_of_the_specification():
     args = flame.Args()
-    assert (args.num_candidates, args.num_proposals, args.entropy_steps) == (32, 100, 5)
+    assert (args.num_candidates, args.num_proposals, args.entropy_steps) == (32, 100, 2)
     assert (args.time_min, args.time_max, args.trace_clip) == (0.0054, 0.999, 10)
-    assert (args.alpha_init, args.alpha_lr, args.alpha_period) == (1, 5e-3, 100)
-    assert (args.target_entropy, args.noise_scale, args.q_gradient) == (-1, 0.01, 0)
+    assert (args.alpha_init, args.alpha_lr, args.alpha_steps) == (1, 5e-3, 2_000)
+    assert (args.target_entropy, args.noise_scale, args.q_gradient) == (-3, 1, 1)
+    plane = flame.ENV_DEFAULTS["multigoal"]
+    assert (plane["target_entropy"], plane["noise_scale"], plane["entropy_steps"]) == (-1, 0.01, 5)
     assert (args.policy_delay, args.target_rate, args.reward_scale) == (2, 0.005, 0.2)
     assert (args.actor_lr, args.actor_lr_end, args.critic_lr) == (3e-4, 3e-5, 3e-4)
     assert (args.batch_size, args.discount) == (256, 0.99)

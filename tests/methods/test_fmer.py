@@ -18,7 +18,7 @@ import fmer
 from common.checkpoints import read_checkpoint
 from common.errors import UserError
 from common.flags import parse
-from common.networks import TimedMLP, mish
+from common.networks import Critic, TimedMLP, mish
 from tests.helpers import online_reference as ref
 from tests.helpers.online_reference import (
     S,
@@ -241,7 +241,7 @@ def test_update(float64, flags):
     close({name: getattr(new, name) for name in expected}, expected, 2e-7)  # Adam's are float32
     assert {*metrics} == {*values, "q", "target"}
     close({name: metrics[name] for name in values}, values, 1e-6)
-    moments = {name: tree[0].mu for name, tree in new.opt_state.items()}
+    moments = {name: new.opt_state[name][0].mu for name in grads}
     close(moments, jax.tree.map(lambda g: 0.1 * g, grads), 1e-7)
 
 
@@ -668,6 +668,21 @@ def test_directions(monkeypatch, entropy, multiplier, spread, temperature):
     assert np.sign(after.log_eta - state.log_eta) == temperature
 
 
+def test_duals_by_adam(monkeypatch):
+    """The other reading: steps of Adam with the policy's rate on both logarithms, twice."""
+    args = dataclasses.replace(ARGS, num_candidates=8, dual_optimizer="adam", actor_lr=2e-3)
+    args = dataclasses.replace(args, target_entropy_start=-0.5, target_entropy_end=-0.5)
+    state, batch = some_state(args), make_batch(args)
+    stub(monkeypatch, lambda i: jnp.where(i % 2 == 0, 0.3, -0.4), lambda i: 0.0)
+    update = jax.jit(partial(fmer.update, args))
+    after, _ = update(*(update(state, batch)[0], batch))
+    first = 0.3 if state.step % 2 == 0 else -0.4
+    slopes = iter([first + 0.5, -0.1 - first + 0.5])  # the entropy less its target
+    moved = ref.adam_steps(state.log_lambda, lambda _: next(slopes), [2e-3] * 2)
+    close(after.log_lambda, moved, 1e-6)
+    close(after.log_eta, state.log_eta - 2 * 2e-3, 1e-6)  # ESS 8, target 4: the same slope twice
+
+
 def stub(monkeypatch, entropy, spread):
     """Losses that cost nothing: the entropy and the differences between candidates' values are
     functions of the update, which the observations tell to the critic."""
@@ -744,7 +759,7 @@ def test_class_holds_the_values_of_the_paper_or_of_the_page():
 
 
 def test_learning_rates():
-    """Adam's step for gradients of one sign is the rate: constant to 12.5 %, linear to 37.5 % of
+    """Adam's step for gradients of one sign is the rate: constant to 25 %, linear to 75 % of
     the planned updates, constant to the end; the critics' does not change."""
     args = make_args(total_steps=900, warmup_steps=100, env_steps_per_update=5)
     args = dataclasses.replace(args, actor_lr=3e-4, actor_lr_end=3e-5)
@@ -758,7 +773,7 @@ def test_learning_rates():
 
         start = optimizer.init(jnp.float32(0.0))
         rates[name] = np.asarray(jax.lax.scan(step, start, None, 160)[1])
-    expected = np.interp(np.arange(160), [20, 60], [3e-4, 3e-5])
+    expected = np.interp(np.arange(160), [40, 120], [3e-4, 3e-5])
     np.testing.assert_allclose(rates["policy"], expected, rtol=1e-3)
     np.testing.assert_allclose(rates["critic"], args.critic_lr, rtol=1e-3)
 
@@ -852,6 +867,25 @@ def test_timed_network(float64, count, embed, times):
     close(net.apply(tree, s, x, *[0.3] * times), net.apply(tree, s, x, *[0 * t + 0.3 for t in ts]))
     scaled = TimedMLP((8, 7), sinusoids=count, embed=embed, scale=0.01)
     close(scaled.apply(scaled.init(KEY, s, x, *ts), s, x, *ts), 0.01 * out, 1e-6)
+
+
+@pytest.mark.parametrize("size, tolerance", [(2, 0), (40, 1e-12)])
+def test_candidates_share_the_part_of_their_state(float64, size, tolerance):
+    """Many actions at one state, given once: what the state repeated for each of them gives, with
+    values and gradients; to the last bit where the state is too small to be taken apart."""
+    rng = np.random.default_rng(0)
+    s, a = jnp.asarray(rng.normal(size=(6, size))), jnp.asarray(rng.normal(size=(5, 6, 2)))
+    repeated = jnp.broadcast_to(s, (5, 6, size))
+    t = jnp.asarray(rng.random((5, 6)))
+    nets = (Critic((8, 7), 2, False, mish), (a,)), (TimedMLP((8, 7), sinusoids=6), (a, t))
+    for net, inputs in nets:
+        tree = net.init(KEY, s, *inputs)
+        assert jax.tree.map(jnp.shape, tree) == jax.tree.map(
+            jnp.shape, net.init(KEY, repeated, *inputs)
+        )
+        total = lambda tree, s, net=net, inputs=inputs: (net.apply(tree, s, *inputs) ** 2).sum()
+        run = jax.jit(jax.value_and_grad(total))
+        close(run(tree, s), run(tree, repeated), tolerance)
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 
 from baselines import sac_flow
+from common.networks import waves as network_waves
 from tests.helpers import online_reference as reference
 from tests.helpers.online_reference import (
     S,
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 # No two numbers are alike, so that none can stand in for another. Renormalisation sets in at 100.
 ARGS = reference.make_args(
     sac_flow, reward_scale=0.7, discount=0.9, target_entropy=-0.4, actor_lr=2e-3, critic_lr=5e-3,
-    alpha_lr=3e-2, policy_width=8, renorm_after=100,
+    alpha_lr=3e-2, alpha_init=0.6, policy_width=8, renorm_after=100,
 )  # fmt: skip
 MANY = dataclasses.replace(ARGS, batch_size=40)  # rows: either critic is the lower one somewhere
 KEY = jax.random.PRNGKey(7)
@@ -75,9 +76,9 @@ def renorm(layer, moments, x, mode):
     own = sum(x) / len(x)
     var = sum((x - own) ** 2) / len(x)
     y = (x - own) / jnp.sqrt(var + 1e-3)
-    if mode == CORRECTED:
-        r = jnp.clip(jax.lax.stop_gradient(jnp.sqrt(var + 1e-3)) / std, 1 / 3, 3)
-        y = y * r + jnp.clip((jax.lax.stop_gradient(own) - mean) / std, -5, 5)
+    if mode == CORRECTED:  # its constants depend on earlier steps of a path, too
+        r = jnp.clip(jax.lax.stop_gradient(jnp.sqrt(var + 1e-3) / std), 1 / 3, 3)
+        y = y * r + jnp.clip(jax.lax.stop_gradient((own - mean) / std), -5, 5)
     after = dict(mean=0.99 * mean + 0.01 * own, var=0.99 * moments["var"] + 0.01 * var)
     return layer["scale"] * y + layer["bias"], after
 
@@ -103,10 +104,15 @@ def swish(x):
 
 def velocity(tree, moments, s, x, t, mode):
     y, after = renorm(tree["Renorm_0"], moments["Renorm_0"], jnp.concatenate([s, x], 1), mode)
-    time = jnp.broadcast_to(waves(100 * t, 32), (len(x), 32))
-    y = jnp.concatenate([y, time], 1)
-    gate = 1 / (1 + jnp.exp(-5 - mlp(tree["MLP_0"], y, activation=swish)))
-    return gate * (mlp(tree["MLP_1"], y, activation=swish) - x), dict(Renorm_0=after)
+    y = jnp.concatenate([y, time_input(tree, t, len(x))], 1)
+    gate = 1 / (1 + jnp.exp(-5 - mlp(tree["MLP_1"], y, activation=swish)))
+    return gate * (mlp(tree["MLP_2"], y, activation=swish) - x), dict(Renorm_0=after)
+
+
+def time_input(tree, t, rows):
+    """32 sinusoids of t itself, the last ones of frequency 1e-4, through layers of 64 and 32."""
+    sines = jnp.broadcast_to(waves(t, 32, intervals=15), (rows, 32))
+    return mlp(tree["MLP_0"], sines, activation=swish)
 
 
 def deviation(tree, s):
@@ -114,20 +120,19 @@ def deviation(tree, s):
 
 
 def path(args, tree, moments, s, key, mode, noisy=1.0):
-    """Action, log-density of the path as its definition says, moments after every step."""
+    """Action, log-density of the path as its definition says, moments after its last step."""
     start_key, noise_key = jax.random.split(key)
     logpdf = jax.scipy.stats.norm.logpdf
     x = jax.random.normal(start_key, (len(s), args.action_size))
     noise = noisy * jax.random.normal(noise_key, (args.flow_steps, *x.shape))
-    sigma, log_prob, T, after = deviation(tree["deviation"], s), logpdf(x), args.flow_steps, []
+    sigma, log_prob, T = deviation(tree["deviation"], s), logpdf(x), args.flow_steps
     for k in range(T):
-        own = jax.tree.map(lambda x: x[k], moments)
-        v, own = velocity(tree["velocity"], own, s, x, k / T, mode)
+        v, moments = velocity(tree["velocity"], moments, s, x, k / T, mode)
         mean = x + v / T
         x = mean + sigma * noise[k]
-        log_prob, after = log_prob + logpdf(x, mean, sigma), [*after, own]
+        log_prob = log_prob + logpdf(x, mean, sigma)
     log_prob = (log_prob + 2 * jnp.log(jnp.cosh(x))).sum(1)  # -log(1 - tanh^2 x), exactly
-    return jnp.tanh(x), log_prob, jax.tree.map(lambda *x: jnp.stack(x), *after)
+    return jnp.tanh(x), log_prob, moments
 
 
 def expected_critic(mode, params, state, batch, key):
@@ -156,21 +161,22 @@ def expected_policy(mode, params, state, s, key):
 
 
 def test_create():
-    """Parameters of an agent for Hopper; alpha is 1, and there is nothing but one copy of each
-    network (G-1: no targets) and the running moments. All numbers are strong."""
+    """Parameters of an agent for Hopper; alpha is alpha_init, and there is nothing but one copy of
+    each network (G-1: no targets) and one set of running moments. All numbers are strong."""
     norm = lambda n: 2 * n
     critic = norm(14) + (14 * 1024 + 1024) + norm(1024) + (1024 * 1024 + 1024) + norm(1024) + 1025
     gate = ((14 + 32) * 512 + 512) + (512 * 3 + 3)
     sigma = (11 * 512 + 512) + (512 * 512 + 512) + (512 * 3 + 3)
-    expected = 2 * critic + norm(14) + 2 * gate + sigma + 1
+    time = (32 * 64 + 64) + (64 * 32 + 32)
+    expected = 2 * critic + norm(14) + time + 2 * gate + sigma + 1
     assert count_parameters(sac_flow, 11, 3) == expected
     names = [field.name for field in dataclasses.fields(sac_flow.State)]
     assert names == ["params", "statistics", "opt_state", "step", "key"]
     state = sac_flow.create(ARGS, S, KEY)
     assert set(state.params) == {"critic", "policy", "log_alpha"}
-    assert state.params["log_alpha"] == 0
+    assert abs(state.params["log_alpha"] - np.log(0.6)) < 1e-6
     numbers = [x.size for x in jax.tree.leaves(state.statistics)]
-    assert sum(numbers) == 2 * (2 * (5 + 8 + 8) + ARGS.flow_steps * 5)
+    assert sum(numbers) == 2 * (2 * (5 + 8 + 8) + 5)
     for x in jax.tree.leaves(state):
         assert not x.weak_type and x.dtype in (jnp.float32, jnp.int32, jnp.uint32)
 
@@ -180,6 +186,44 @@ def test_class_holds_the_values_of_the_code():
     assert (args.flow_steps, args.policy_delay, args.batch_size) == (4, 3, 512)
     assert (args.actor_lr, args.critic_lr, args.alpha_lr) == (3e-4, 1e-3, 1e-3)
     assert (args.target_entropy, args.renorm_after, args.reward_scale) == (0, 100_000, 1)
+    assert args.alpha_init == 0.2
+
+
+def test_time_input(float64):
+    """By hand: the first sinusoids of t = 0.75 are sin(0.75) and cos(0.75), the last ones have the
+    frequency 1e-4; a layer of 64 with swish, then a linear one of 32, make the input of them."""
+    found = np.asarray(network_waves(0.75, 32, inclusive=True))
+    sines = {0: 0.6816387600, 1: 0.75 * 10 ** (-4 / 15), 15: 7.5e-5, 16: 0.7316888689, 31: 1.0}
+    for index, value in sines.items():
+        exact = np.sin(value) if index == 1 else value
+        assert abs(found[index] - exact) < 1e-8, index
+    tree = sac_flow.create(ARGS, S, KEY).params["policy"]["velocity"]
+    shapes = [tree["MLP_0"][f"Dense_{i}"]["kernel"].shape for i in (0, 1)]
+    assert shapes == [(32, 64), (64, 32)]
+
+
+def test_steps_share_one_set_of_moments(float64):
+    """In NumPy: with the gate closed x is noise with known increments, so four steps of momentum
+    0.99 in one rollout say what the moments are after it."""
+    args = dataclasses.replace(ARGS, flow_steps=4, batch_size=40)
+    state, s = make_state(args), np.asarray(make_batch(args).observations)
+    params = jax.tree.map(jnp.copy, state.params["policy"])
+    last = params["velocity"]["MLP_1"]["Dense_1"]
+    last["kernel"], last["bias"] = 0 * last["kernel"], jnp.full(2, -200.0)
+    start, noise = jax.random.split(KEY)
+    x = np.asarray(jax.random.normal(start, (40, 2)))
+    xi = np.asarray(jax.random.normal(noise, (4, 40, 2)))
+    sigma = np.asarray(deviation(params["deviation"], s))
+    moments = jax.tree.map(np.asarray, state.statistics["policy"]["Renorm_0"])
+    mean, var = moments["mean"], moments["var"]
+    for k in range(4):
+        inputs = np.concatenate([s, x], 1)
+        mean = 0.99 * mean + 0.01 * inputs.mean(0)
+        var = 0.99 * var + 0.01 * inputs.var(0)
+        x = x + sigma * xi[k]
+    rollout = partial(sac_flow.rollout, args, corrected=True)
+    after = rollout(params, state.statistics["policy"], s, KEY)[2]["Renorm_0"]
+    close(after, dict(mean=mean, var=var), 1e-8)
 
 
 MODES = {RUNNING: None, PLAIN: False, CORRECTED: True}
@@ -226,12 +270,12 @@ def test_gate_is_open_at_first(float64):
     """G-1: v = 0.9933 (C - x) for any input of a new agent."""
     state, batch = sac_flow.create(ARGS, S, KEY), make_batch()
     tree = state.params["policy"]["velocity"]
-    moments = jax.tree.map(lambda x: x[0], state.statistics["policy"])
+    moments = state.statistics["policy"]
     s, x = batch.observations, 3 * batch.actions
     v, _ = sac_flow.velocity(ARGS, tree, moments, s, x, 0.5)
     y, _ = renorm(tree["Renorm_0"], moments["Renorm_0"], jnp.concatenate([s, x], 1), RUNNING)
-    y = jnp.concatenate([y, jnp.broadcast_to(waves(50.0, 32), (len(x), 32))], 1)
-    candidate = mlp(tree["MLP_1"], y, activation=swish)
+    y = jnp.concatenate([y, time_input(tree, 0.5, len(x))], 1)
+    candidate = mlp(tree["MLP_2"], y, activation=swish)
     close(v / (candidate - x), np.full(x.shape, 0.9933071), 1e-5)
 
 
@@ -240,7 +284,7 @@ def test_networks(float64, mode):
     """Velocity and critics with random weights, and their moments."""
     state, batch = make_state(ARGS), make_batch()
     s, x, tree = batch.observations, 2 * batch.actions, state.params["policy"]["velocity"]
-    moments = jax.tree.map(lambda x: x[1], state.statistics["policy"])
+    moments = state.statistics["policy"]
     found = sac_flow.velocity(ARGS, tree, moments, s, x, 0.25, MODES[mode])
     close(found, velocity(tree, moments, s, x, 0.25, mode))
     critic = state.params["critic"], state.statistics["critic"]
@@ -256,7 +300,7 @@ def test_networks(float64, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_rollout(float64, mode):
-    """Actions, densities of paths and moments of every step."""
+    """Actions, densities of paths and the moments after them."""
     state, s = make_state(ARGS), make_batch().observations
     policy = state.params["policy"], state.statistics["policy"]
     run = jax.jit(partial(sac_flow.rollout, ARGS, corrected=MODES[mode]))
@@ -269,7 +313,7 @@ def test_noise_alone(float64):
     args = dataclasses.replace(ARGS, action_size=1, flow_steps=4, batch_size=40_000)
     state = make_state(args)
     params = jax.tree.map(jnp.zeros_like, state.params["policy"])
-    params["velocity"]["MLP_0"]["Dense_1"]["bias"] = jnp.array([-200.0])  # the gate is closed
+    params["velocity"]["MLP_1"]["Dense_1"]["bias"] = jnp.array([-200.0])  # the gate is closed
     raw = np.arctanh((np.log(0.3) + 5) / 3.5 - 1)
     params["deviation"]["Dense_2"]["bias"] = jnp.array([raw])
     s = np.zeros((args.batch_size, S))
@@ -328,7 +372,7 @@ def test_saturated_actions():
     with jax.enable_x64(True):
         state = jax.tree.map(narrow, make_state(ARGS))
     s, policy = jnp.zeros((6, S)), jax.tree.map(jnp.copy, state.params["policy"])
-    policy["velocity"]["MLP_1"]["Dense_1"]["bias"] = jnp.array([90.0, -90.0])
+    policy["velocity"]["MLP_2"]["Dense_1"]["bias"] = jnp.array([90.0, -90.0])
     actions = sac_flow.rollout(ARGS, policy, state.statistics["policy"], s, KEY)[0]
     assert (jnp.abs(actions) == 1).all()
     loss = partial(sac_flow.policy_loss, ARGS)

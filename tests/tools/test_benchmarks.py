@@ -25,6 +25,7 @@ from benchmarks import (
     online_throughput,
     parts,
     precision,
+    samples,
     throughput,
     values,
 )
@@ -348,6 +349,42 @@ def test_names_of_scripts(tmp_path):
     ):  # fmt: skip
         stops(words, call=call)
     assert not any(tmp_path.iterdir())
+
+
+def test_online_loop_next_to_a_plain_one(tmp_path):
+    """A row with the times of all ways; the plain loop has stored and learnt what it has seen."""
+    out = tmp_path / "rows.csv"
+    options = dict(script="sac", env="multigoal", steps=3, out=str(out))
+    online_throughput.main(online_throughput.Options(**options))
+    (row,) = read_rows(out)
+    assert min(float(row[name]) for name in ("ms_step", "ms_update", "ms_reference")) > 0
+    reference = online_throughput.Reference(sac, parse(sac.Args, sac.ENV_DEFAULTS, []), 20)
+    before = jax.tree.map(np.asarray, reference.state)
+    reference.block(40)
+    assert reference.size == 40 and reference.state.step == 40
+    columns = reference.columns
+    assert np.isin(columns["terminals"], (0, 1)).all() and columns["terminals"].any()
+    assert (columns["masks"][columns["terminals"] == 0] == 1).all()
+    going_on = np.flatnonzero(columns["terminals"][:-1] == 0)
+    later = going_on[going_on != 40 % 20 - 1] + 1  # the row after it, not across the ring's end
+    moved = columns["next_observations"][later - 1] == columns["observations"][later]
+    assert moved.all()
+    assert not np.array_equal(
+        jax.tree.leaves(before.params)[0], jax.tree.leaves(reference.state.params)[0]
+    )
+
+
+def test_samples_while_learning(tmp_path, capsys):
+    """Shares per seed and goal at the times asked for, and a picture; the script is as before."""
+    evaluate = sac.evaluate_if_due
+    options = dict(script="sac", steps=(1005, 1060), seeds=2, samples=99)
+    folders = dict(out=str(tmp_path), pictures=str(tmp_path))
+    samples.main(samples.Options(**options, **folders))
+    found = json.loads((tmp_path / "samples-sac.json").read_text())["shares"]
+    assert [*found] == ["1005", "1060"] and np.shape(found["1005"]) == (2, 4)
+    assert found["1005"] != found["1060"] and (tmp_path / "samples-sac.png").exists()
+    assert sac.evaluate_if_due is evaluate
+    stops("fql is not one", call=lambda: samples.main(samples.Options("fql", **folders)))
 
 
 def test_what_checkpoints_cost(tmp_path):

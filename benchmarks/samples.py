@@ -1,0 +1,97 @@
+"""Samples of a policy at one state while it learns: Figure 7 of the FMER paper, on the plane.
+
+    python -m benchmarks.samples                      FMER after 10,000, 20,000 and 45,000 steps
+    python -m benchmarks.samples --script sac         another online method
+    python -m benchmarks.samples --steps 1500 3000    other times; the last one is the run's length
+
+Trains agents in a temporary folder and draws unselected actions at the origin at each time. Writes
+benchmarks/results/samples-<script>.json, with the share of each seed's samples within 45 degrees of
+each goal, and the picture docs/images/samples-<script>.png of the first seed.
+"""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from analysis.command_line import run_program
+from analysis.runs import ROOT
+from analysis.scripts import script_of
+from benchmarks.multigoal import choose, cosine
+from common.environments import GOALS
+from common.errors import UserError
+from common.flags import configure
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    script: str = "fmer"
+    """Online method, such as fmer or sac."""
+    steps: tuple[int, ...] = (10_000, 20_000, 45_000)
+    """Environment steps after which samples are drawn."""
+    seeds: int = 5
+    """Agents, with seeds 0, 1, ..."""
+    samples: int = 400
+    """Samples of each agent."""
+    out: str = str(ROOT / "benchmarks/results")
+    """Folder of the JSON file."""
+    pictures: str = str(ROOT / "docs/images")
+    """Folder of the picture."""
+
+
+def watch(script: ModuleType, args, steps: tuple[int, ...], samples: int) -> dict[int, np.ndarray]:
+    """Trains agents, and returns step -> actions (agents, samples, 2) at the origin."""
+    found = {}
+    evaluate = script.evaluate_if_due
+    origin = np.zeros((1, samples, 2))
+
+    def evaluate_and_draw(args, run, state, envs, step):
+        if step in steps:
+            found[step] = choose(script, args, state, origin, 3000, selected=False)
+        evaluate(args, run, state, envs, step)
+
+    script.evaluate_if_due = evaluate_and_draw
+    try:
+        script.main(args)
+    finally:
+        script.evaluate_if_due = evaluate
+    return found
+
+
+def draw(found: dict[int, np.ndarray], path: Path) -> None:
+    """Draws the first agent's samples at each step."""
+    figure, axes = plt.subplots(1, len(found), figsize=(3 * len(found), 3.2), squeeze=False)
+    for axis, (step, actions) in zip(axes[0], found.items(), strict=True):
+        axis.scatter(*actions[0].T, s=6, alpha=0.5)
+        axis.set(title=f"{step:,} steps", xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(options: Options) -> None:
+    """Trains, draws samples, and writes shares and picture."""
+    script = script_of(options.script)
+    if not hasattr(script, "sample_actions") or not hasattr(script.Args, "total_steps"):
+        raise UserError(f"{options.script} is not one of the off-policy online methods")
+    with tempfile.TemporaryDirectory() as folder:
+        flags = dict(total_steps=max(options.steps), num_seeds=options.seeds, run_dir=folder)
+        args = configure(script.Args, script.ENV_DEFAULTS, "multigoal", **flags)
+        found = watch(script, args, options.steps, options.samples)
+    shares = {}
+    for step, actions in found.items():
+        near = cosine(actions[:, :, None], GOALS) > np.cos(np.pi / 4)  # (agents, samples, goals)
+        shares[step] = near.mean(1).round(3).tolist()
+        print(f"{step:,} steps: shares towards each goal, per seed: {shares[step]}")
+    name = f"samples-{options.script}"
+    text = json.dumps(dict(goals=GOALS.tolist(), shares=shares), indent=1)
+    Path(options.out, f"{name}.json").write_text(text + "\n")
+    draw(found, Path(options.pictures, f"{name}.png"))
+
+
+if __name__ == "__main__":
+    run_program(main, Options, __doc__)
