@@ -39,9 +39,9 @@ METHODS = {  # label -> command line
     "rebrac": "baselines.rebrac",
 }
 SMALL = "--hidden-dims 128 128 --num-critics 2 --batch-size 128 --lr 1e-3"
-LARGER = "--hidden-dims 256 256 --num-critics 2 --lr 3e-4"
+LARGER = "--hidden-dims 256 256 --num-critics 2 --batch-size 128 --lr 5e-4"
 SHORT = "--offline-steps 5000 --eval-interval 2500 --eval-episodes 20 --log-interval 500"
-LONG = "--offline-steps 20000 --eval-interval 10000 --eval-episodes 10 --log-interval 1000"
+LONG = "--offline-steps 10000 --eval-interval 5000 --eval-episodes 10 --log-interval 1000"
 SCALED = "--chunk-length 1 --reward-scale 0.1"
 
 

@@ -7,6 +7,7 @@ The replay of the run's last checkpoint has the transitions from random to train
 as --replay-size reaches. Observations are flat, and actions are in the environment's own range.
 """
 
+import copy
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,9 @@ def read_replay(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     try:
         flags = json.loads((folder / "config.json").read_text())["flags"]
         numbers = read_checkpoint(folder / CHECKPOINT)["parts"]
-        parts = [(int(n), read_checkpoint(folder / PART.format(n))["rows"]) for n in numbers]
+        parts = []
+        for n in map(int, numbers):
+            parts.append((n, read_checkpoint(folder / PART.format(n))["rows"]))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} is not a run with a checkpoint: {error!r}") from None
     if "tasks" in flags or not parts:
@@ -88,12 +91,14 @@ def convert(
         for episode in episodes_of(rows):
             fields = buffer_of(len(buffers), episode, env)
             buffers.append(minari.data_collector.EpisodeBuffer(**fields))
+    spec = copy.deepcopy(env.spec)
+    spec.additional_wrappers = ()  # that of the actions is undone, and observations are flat
     size = columns["observations"].shape[-1]
     low, high = scores or (None, None)
     minari.create_dataset_from_buffers(
         dataset,
         buffers,
-        env=env.unwrapped.spec,
+        env=spec,
         observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (size,)),
         action_space=action_box(env),
         algorithm_name=Path(run).resolve().parent.parent.name,
