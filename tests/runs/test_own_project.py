@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from tools.shared_blocks import ROOT
 
@@ -54,10 +55,20 @@ def run(project, command):
     return answer.stdout
 
 
+def film(folder, project):
+    """The page's last command."""
+    (line,) = re.findall(r"    PYTHONPATH=. python (.*)\n", PAGE)
+    path, run_folder, *flags = line.split()
+    assert path.endswith("/video.py") and project / run_folder == folder
+    command = [sys.executable, str(ROOT / "video.py"), run_folder, *flags]
+    subprocess.run(command, cwd=project, env=os.environ | dict(PYTHONPATH="."), check=True)
+
+
 def test_the_page(project, quick_compile):
     """The scripted policy's data, offline training, and the same run continued online."""
     commands = "".join(blocks("bash")).splitlines()
-    assert [line.split()[1] for line in commands] == ["collect.py", "qam.py", "qam.py"]
+    scripts = [line.split()[1] for line in commands]
+    assert scripts == ["collect.py", "qam.py", "qam.py", "act.py"]
     said = [run(project, line) for line in commands]
     assert "resuming from step 4 of 10" in said[2]
     folder = project / "runs/qam/my_env:Puck-v0/puck"
@@ -66,6 +77,10 @@ def test_the_page(project, quick_compile):
     assert [row["step"] for row in rows] == ["4", "8", "10"]
     assert list(rows[0])[4:] == ["success", "return", "length"]
     assert all(row["length"] == "50.0" for row in rows)
+    assert said[3] == "success False after 50 steps\n"
+    film(folder, project)
+    with Image.open(folder / "video-task1-seed0.gif") as drawn:
+        assert drawn.size == (120, 120) and drawn.n_frames > 1  # equal pictures are joined
 
 
 def test_the_environment(project):
