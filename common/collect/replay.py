@@ -44,7 +44,9 @@ def read_replay(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
 def episodes_of(rows: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
     """Yields the episodes of one agent's transitions (n, ...); the last one may be cut off."""
     ends = np.flatnonzero(rows["terminals"]) + 1
-    for start, end in zip([0, *ends], [*ends, len(rows["terminals"])], strict=True):
+    starts = [0, *ends]
+    ends = [*ends, len(rows["terminals"])]
+    for start, end in zip(starts, ends, strict=True):
         if end > start:
             yield {name: x[start:end] for name, x in rows.items()}
 
