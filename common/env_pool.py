@@ -63,6 +63,7 @@ class EnvPool:
         self.seeds = np.zeros(shape, np.uint32)
         self.ages = np.zeros(shape, np.int32)
         self.observations = np.zeros((*shape, 0), np.float32)
+        self.states = self.observations  # the same, not normalised
         self.plans = np.zeros((*shape, 0, 0), np.float32)  # the actions that were set last
         self.played = np.zeros(shape, np.int32)  # how many actions of each plan were played
         self._names = [name for name in names for _ in range(slots)]
@@ -94,8 +95,10 @@ class EnvPool:
             return
         if self.observations.shape[-1] == 0:  # the first time
             size = observations[0].size
-            self.observations = np.zeros((*self.shape, size), np.float32)
-        self.observations[where] = normalize(np.array(observations), **self.normalization)
+            self.states = np.zeros((*self.shape, size), np.float32)
+            self.observations = self.states.copy()
+        self.states[where] = observations
+        self.observations[where] = normalize(self.states[where], **self.normalization)
 
     def reset(self, seeds: ndarray, where: ndarray | None = None) -> None:
         """Begins an episode with each seed (agents, slots), only in the mask `where` if given."""
@@ -230,7 +233,7 @@ class Episodes:
             self.results["return"][agent, number] += row["rewards"]
             self.results["length"][agent, number] += 1
             path = self.results["path"][agent, number]
-            path.append(row["next_observations"])
+            path.append(self.pool.states[agent, slot].copy())
         ended = active & (transitions["terminals"] > 0)
         if ended.any():
             self.numbers[ended] += self.pool.shape[1]

@@ -11,11 +11,15 @@ import pytest
 
 import fmer
 import qam
+from common.agents import load_agent
 from common.checkpoints import read_checkpoint
+from common.environments import seed_of
 from common.flags import configure
+from common.workers import Slot
 from tests.helpers.environments import TOY
 from tests.helpers.flags import ONLINE_LENGTHS, ONLINE_SIZES, TINY
 
+LIMIT = json.dumps(dict(max_episode_steps=9))
 LOW, HIGH = -20.272305, 3234.3  # D4RL's reference scores of the hopper
 
 
@@ -44,7 +48,7 @@ def hopper(tmp_path_factory):
 def own_args(dataset, folder, **flags):
     known = qam.Args.__dataclass_fields__
     sizes = {key: x for key, x in TINY.items() if key in known and key != "tasks"}
-    flags = sizes | dict(num_seeds=2, run_dir=str(folder)) | flags
+    flags = sizes | dict(num_seeds=2, run_dir=str(folder), name="default") | flags
     env = flags.pop("env", "Hopper-v5")
     return configure(qam.Args, qam.ENV_DEFAULTS, env, dataset=str(dataset), **flags)
 
@@ -82,6 +86,23 @@ def test_a_continued_run_with_normalised_observations(hopper, tmp_path, quick_co
     np.testing.assert_allclose(first["envs"]["mean"], observations.mean(0), rtol=0.2, atol=0.2)
 
 
+def test_a_loaded_agent_normalises_its_observations(hopper, tmp_path, quick_compile):
+    """It plays the first episode of its run's last evaluation. (There, four environments were
+    stepped at once, which changes the last digits.)"""
+    qam.main(own_args(hopper, tmp_path, normalize_observations=True, env_kwargs=LIMIT))
+    folder = tmp_path / "qam/Hopper-v5/default"
+    agent = load_agent(folder)
+    slot, policy = Slot(agent.env), agent.policy(seed_of(0, 1, agent.step, 0))
+    (state,) = slot.start(policy.seed)
+    path, over = [], False
+    while not over:
+        state, _, _, over, _ = slot.step(policy(state))
+        path.append(state)
+    assert len(path) <= 9
+    with np.load(folder / "rollouts.npz") as file:
+        np.testing.assert_allclose(path, file["path0"], rtol=1e-4, atol=1e-5)
+
+
 def test_without_a_simulator(hopper, tmp_path, quick_compile):
     """It trains and saves, and plays nothing."""
     args = own_args(hopper, tmp_path, env="robot", eval_episodes=0, online_steps=0)
@@ -95,7 +116,8 @@ def test_success_and_return_online(tmp_path, quick_compile):
     """Of an environment that reports success, by its id."""
     flags = ONLINE_SIZES | ONLINE_LENGTHS["multigoal"]
     flags = {key: x for key, x in flags.items() if key in fmer.Args.__dataclass_fields__}
-    args = configure(fmer.Args, fmer.ENV_DEFAULTS, TOY, run_dir=str(tmp_path), **flags)
+    flags |= dict(run_dir=str(tmp_path), name="default")
+    args = configure(fmer.Args, fmer.ENV_DEFAULTS, TOY, **flags)
     fmer.main(dataclasses.replace(args, total_steps=30, replay_size=30))
     rows = evaluations(tmp_path, "fmer", TOY)
     assert list(rows[0])[4:7] == ["success", "return", "length"]
