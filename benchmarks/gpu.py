@@ -29,7 +29,16 @@ from jax.sharding import SingleDeviceSharding
 from analysis.command_line import run_program
 from analysis.runs import read_rows
 from analysis.tables import markdown
-from benchmarks.throughput import EVERY, OFFLINE, Trained, describe, hours, measure_chunk, put_row
+from benchmarks.throughput import (
+    EVERY,
+    OFFLINE,
+    Size,
+    Trained,
+    describe,
+    hours,
+    measure_chunk,
+    put_row,
+)
 from common.errors import UserError
 
 COLUMNS = "script agents variant device kernels gb ms_update ms_agent_update jax".split()
@@ -71,6 +80,8 @@ class Options:
     """Numbers of agents trained in one program."""
     variants: tuple[str, ...] = VARIANTS[:1]
     """Variants of the program, or all."""
+    size: Size = "paper"
+    """Sizes of networks, batches and transitions."""
     without_gpu: bool = False
     """Compile for an H200 on a machine without a GPU, and run nothing."""
     seconds: float = 1.0
@@ -256,7 +267,7 @@ def measure(name: str, agents: int, variant: str, options: Options) -> dict:
         jax=importlib.metadata.version("jax"),
         device=describe(),
     )
-    trained = Trained(name, "paper", 1 if options.without_gpu else agents)
+    trained = Trained(name, options.size, 1 if options.without_gpu else agents)
     train = trained.script.train_chunk.__wrapped__
 
     def own(*inputs):  # No trace of another variant is known of this function.

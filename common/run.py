@@ -51,7 +51,8 @@ def refuse_other_flags(folder: Path, old: dict, new: dict) -> None:
     differences = []
     for flag in old | new:
         if flag not in FREE and old.get(flag) != new.get(flag):
-            differences.append(f"\n  {flag}: {old.get(flag)} there, {new.get(flag)} now")
+            reason = " (the schedules are shares of it)" if flag == "total_steps" else ""
+            differences.append(f"\n  {flag}: {old.get(flag)} there, {new.get(flag)} now{reason}")
     if differences:
         raise UserError(
             f"{folder} holds a run with another configuration:{''.join(differences)}\n"
@@ -180,8 +181,6 @@ class Run:
                 old = json.loads(path.read_text())
                 defaults = json.loads(json.dumps(vars(type(self.args)())))
                 old_flags = defaults | old["flags"]  # some flags may be newer than the run
-                if "checksum" in flags.keys() - old_flags.keys():  # it was called dataset
-                    old_flags |= dict(checksum=old_flags["dataset"], dataset=flags.get("dataset"))
                 config = old | now
             refuse_other_flags(self.folder, old_flags, flags)
             if old.get("source_sha256", digest) != digest:

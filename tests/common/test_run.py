@@ -171,19 +171,6 @@ def test_flags_that_change_no_agent_may_differ(run):
     assert config["id"] == id
 
 
-def test_the_checksum_was_called_dataset(run):
-    """A run that began before own data took that name is continued."""
-    first = run()
-    save(first, 20)
-    path = first.folder / "config.json"
-    del first
-    config = json.loads(path.read_text())
-    config["flags"]["dataset"] = config["flags"].pop("checksum")
-    path.write_text(json.dumps(config))
-    run()
-    assert json.loads(path.read_text())["flags"]["checksum"] == DATA["checksum"]
-
-
 def test_an_evaluation_changes_no_configuration(run):
     """--eval-only of more episodes, which are not those of the run."""
     first = run()

@@ -22,6 +22,7 @@ from benchmarks import (
     environments,
     failures,
     gpu,
+    gpu_check,
     online_throughput,
     parts,
     precision,
@@ -286,6 +287,34 @@ def test_variants_of_a_program():
     # the product in Dense, and that of what Dense and LayerNorm leave
     assert seen["bfloat16 layers"].count("bf16[4,4] = dot_general") == 2
     assert len({*seen.values()}) == len(gpu.VARIANTS) - len(gpu.FLAGS)
+
+
+def test_the_check_on_a_gpu(monkeypatch, tmp_path, capsys):
+    """Most valuable first; a row is written at once, a part that fails costs no other."""
+    clock, done = SimpleNamespace(now=0.0), []
+
+    def measure(script, agents, variant, options):
+        clock.now += 60
+        done.append((script, agents, variant))
+        if variant == "unrolled":
+            raise MemoryError("too many kernels")
+        return dict(script=script, agents=agents, variant=variant, kernels="5")
+
+    monkeypatch.setattr(gpu_check.gpu, "measure", measure)
+    monkeypatch.setattr(gpu_check.shards, "main", done.append)
+    monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(gpu_check, "evaluate", lambda *_: done.append("evaluate"))
+    gpu_check.main(gpu_check.Options(out=str(tmp_path), minutes=100))
+    assert done[:3] == [("qam", 1, "as it is"), ("meam", 1, "as it is"), ("qam", 1, "unrolled")]
+    assert [agents for _, agents, _ in done[:18:6]] == [1, 40, 8]
+    assert len(done) == 18 + 23 + 2 and done[-1] == "evaluate"
+    assert {agents for _, agents, _ in done[18:-2]} == {8}
+    rows = read_rows(tmp_path / "gpu-check.csv")
+    assert len(rows) == 12 + 23 and {row["kernels"] for row in rows} == {"5"}
+    assert capsys.readouterr().err.count("failed: ") == 6
+    del done[:]
+    gpu_check.main(gpu_check.Options(out=str(tmp_path), minutes=2.5))
+    assert len(done) == 3 and "no time was left for: meam, 1 agents" in capsys.readouterr().err
 
 
 def test_shapes_of_many_agents():
