@@ -8,7 +8,7 @@ import io
 from typing import Any
 
 import gymnasium
-from gymnasium.spaces import Box, flatten_space
+from gymnasium.spaces import Box, Dict, Space, Tuple
 from gymnasium.wrappers import FlattenObservation, RescaleAction
 
 from common.errors import UserError
@@ -42,17 +42,29 @@ def action_box(env: gymnasium.Env) -> Box:
     return env.env.action_space if isinstance(env, RescaleAction) else env.action_space
 
 
+def parts_of(space: Space) -> list[Space]:
+    """Returns the spaces that a Dict or a Tuple is made of, or the space itself."""
+    if not isinstance(space, Dict | Tuple):
+        return [space]
+    children = space.values() if isinstance(space, Dict) else space
+    return [part for child in children for part in parts_of(child)]
+
+
+def is_flat(space: Space) -> bool:
+    """Returns whether a space is a Box of floats that is no image."""
+    return isinstance(space, Box) and space.dtype.kind == "f" and len(space.shape) <= 2
+
+
 def check(env: gymnasium.Env, name: str) -> None:
     """Raises UserError if the methods cannot work with the spaces, or an episode need not end."""
     seen = env.observation_space
-    space = flatten_space(seen)
-    if not isinstance(space, Box) or space.dtype.kind != "f" or len(seen.shape or ()) > 2:
+    if not all(is_flat(part) for part in parts_of(seen)):
         raise UserError(
             f"{name} observes {in_a_line(seen)}; supported are a Box of floats that is no image, "
-            "and a Dict or Tuple with such a Box: wrap the environment"
+            "and a Dict or Tuple of those: wrap the environment"
         )
     actions = env.action_space
-    flat = isinstance(actions, Box) and actions.dtype.kind == "f" and len(actions.shape) == 1
+    flat = is_flat(actions) and len(actions.shape) == 1
     if not flat or not actions.is_bounded() or (actions.low >= actions.high).any():
         raise UserError(
             f"{name} has the actions {in_a_line(actions)}; supported is a Box of floats with one "

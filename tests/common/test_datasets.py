@@ -74,7 +74,7 @@ def test_what_a_run_asks_for(three, capsys):
     for path in three[1:]:
         path.unlink()
     one = dataset(three)
-    assert one.identity["dataset"] == identify(three[:1])["dataset"]
+    assert one.identity["checksum"] == identify(three[:1])["checksum"]
     assert f"dataset      1 files like {three[0].name}" not in capsys.readouterr().out
     assert one.at(0) is one.at(10**6)
 

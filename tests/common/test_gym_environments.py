@@ -85,7 +85,7 @@ def test_observations_are_flat(space, size):
     ],
 )
 def test_observations_that_are_refused(space):
-    stops("Made-v0 observes ", "Box spaces of floats", call=lambda: make(space))
+    stops("Made-v0 observes ", "Box of floats", call=lambda: make(space))
 
 
 @pytest.mark.parametrize(
