@@ -104,7 +104,7 @@ def test_a_run_in_wandb(run, offline, monkeypatch):
     made = json.loads((first.folder / "config.json").read_text())["made_with"]
     config = found["config"]
     assert config["script"] == "small_run" and config["commit"] == made["commit"] != ""
-    assert config["lr"] == 0.5 and config["hidden_dims"] == [8] and config["dataset"] == "1234abcd"
+    assert config["lr"] == 0.5 and config["hidden_dims"] == [8] and config["checksum"] == "1234abcd"
     train, evaluation, curve = found["history"]
     assert train["step"] == evaluation["step"] == 10 and "train/loss" not in evaluation
     assert train["train/loss"] == pytest.approx(10 + 1 / 3)
