@@ -33,8 +33,8 @@ class JoinedDense(nn.Module):
     @nn.compact
     def __call__(self, *inputs: Array) -> Array:
         sizes = [x.shape[-1] for x in inputs]
-        kernel = self.param("kernel", self.kernel_init, (sum(sizes), self.width))
-        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        kernel = self.param("kernel", self.kernel_init, (sum(sizes), self.width), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
         lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in inputs))
         repeated = sum(x.shape[-1] for x in inputs if x.shape[:-1] != lead)
         if repeated < SPLIT_FROM:
