@@ -907,7 +907,7 @@ def test_nan_stops_the_run(monkeypatch, tmp_path):
     no later checkpoint is written."""
     args = make_args(
         run_dir=str(tmp_path), total_steps=40, warmup_steps=5, log_interval=5, eval_interval=20,
-        eval_episodes=1, eval_slots=1, workers=1,
+        eval_episodes=1, eval_slots=1, workers=1, name="default",
     )  # fmt: skip
     update = fmer.update
 
