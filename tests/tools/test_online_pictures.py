@@ -88,7 +88,7 @@ def test_the_planes_picture(tmp_path, drawn, agents, shown):
     tables = dict(eval=["return"])
     draw_run(fake_run(tmp_path, "multigoal", tables, agents, PATHS * agents))
     assert (tmp_path / "rollouts.png").stat().st_size > 5000
-    axes = drawn[1].axes
+    axes = drawn[0].axes
     assert [axis.get_title() for axis in axes] == ["reached 2 / 0 / 1 / 0 of 4"] * shown
     for axis in axes:
         colours = [line.get_color() for line in axis.lines if len(line.get_xdata()) > 1]
