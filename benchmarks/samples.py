@@ -79,7 +79,8 @@ def main(options: Options) -> None:
     if not hasattr(script, "sample_actions") or not hasattr(script.Args, "total_steps"):
         raise UserError(f"{options.script} is not one of the off-policy online methods")
     with tempfile.TemporaryDirectory() as folder:
-        flags = dict(total_steps=max(options.steps), num_seeds=options.seeds, run_dir=folder)
+        flags = dict(total_steps=max(options.steps), num_seeds=options.seeds)
+        flags |= dict(run_dir=folder, name="samples")
         args = configure(script.Args, script.ENV_DEFAULTS, "multigoal", **flags)
         found = watch(script, args, options.steps, options.samples)
     shares = {}
