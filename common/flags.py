@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import os
 import re
@@ -129,6 +130,7 @@ def check_ranges(args: Any) -> None:
                 check_range(flag, value, ranges[0] if ranges else Range(), args)
 
 
+@functools.cache
 def describe_flags(Args: type) -> dict[str, tuple[str, str]]:
     """Reads each flag's group and help from the comments of the class.
 
@@ -172,7 +174,7 @@ def read_command_line(Args: type, defaults: Any, argv: list[str]) -> Any:
         dataclasses.make_dataclass("Flags", boxes),
         args=argv,
         description=header.split("\n\n    python")[0],
-        config=(tyro.conf.OmitArgPrefixes,),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
     )
     flags = {}
     for box in vars(parsed).values():
