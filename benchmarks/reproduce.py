@@ -15,6 +15,7 @@ qam-table1. Domains of 100M transitions (puzzle-4x4, cube-quadruple) take their 
 """
 
 import dataclasses
+import functools
 import importlib
 import re
 import shlex
@@ -231,6 +232,7 @@ def line(run: Run, options: Options) -> list[str]:
     return ["python", *where, *flags]
 
 
+@functools.cache
 def arguments(run: Run):
     """Returns a run's `Args`, as its script would have them."""
     script = importlib.import_module(run.module)
