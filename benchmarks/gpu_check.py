@@ -62,9 +62,9 @@ def plan_of(options: Options) -> Plan:
     line = f"--env scene --run-dir {work} --dataset-dir {work / 'data'} --name shares --overwrite"
     if options.tiny:
         return Plan(
-            agents=(1, 2),
+            agents=(2,),
             agents_of_others=2,
-            others=("baselines.fql", "baselines.sac"),
+            others=("baselines.sac",),
             update=gpu.Options(size="small", seconds=0.1),
             swap=shards.Options(
                 **swap, env="cube-single", shards=2, transitions=2_000, trajectories=2,

@@ -163,7 +163,7 @@ def label(path: Path, source: Source, task: int, arrays: dict[str, np.ndarray]) 
     if widths != expected:
         where = f"expected {expected} for {source.env}"
         raise BadDataset(path, f"{list(KEYS)} have widths {widths}, {where}")
-    with labelling:
+    with labelling, without_warnings():
         relabel_dataset(source.env, env, arrays)
 
 

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 
 from common.environments import make_env
@@ -84,6 +85,7 @@ class Slots:
 
 def work(pipe: int) -> None:
     """Answers the jobs that arrive in a worker process with their results or a traceback."""
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # of this process alone
     connection = Connection(pipe)
     try:
         slots = Slots(connection.recv())
