@@ -346,7 +346,7 @@ def test_ctrl_c_in_a_collection_that_a_script_started(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=20)  # returns once the workers have gone, too
+    _, error = process.communicate(timeout=60)  # returns once the workers have gone, too
     assert process.returncode == 1
     assert error.split() == ["interrupted"]
 
