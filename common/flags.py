@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-import jax
 import tyro
 
 from common.environments import resolve
@@ -211,6 +210,8 @@ def as_command_line(flags: dict) -> list[str]:
 
 def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
     """Reads and checks the flags of a script; `argv` defaults to the command line."""
+    import jax  # here, because plot.py reads FREE and needs no jax
+
     if jax.config.jax_enable_x64:
         raise UserError("the scripts compute in float32: unset JAX_ENABLE_X64")
     argv = sys.argv[1:] if argv is None else argv

@@ -716,6 +716,14 @@ def test_importing_changes_no_settings():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_drawing_needs_no_jax():
+    """Whose import takes longer than the pictures that every run draws at its end."""
+    code = "import sys, plot; print('jax' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"
+
+
 def test_what_cannot_be_done(tmp_path):
     """One line each, and nothing is written."""
     run = run_folder(tmp_path / "runs")
