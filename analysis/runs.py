@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.environments import ONLINE, is_gymnasium_id, resolve
+from common.environments import MINARI, ONLINE, is_gymnasium_id, resolve
 from common.errors import UserError
 from common.files import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
-MINARI = "minari:"  # before the id of a dataset
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

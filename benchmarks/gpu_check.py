@@ -23,6 +23,8 @@ from analysis.runs import ROOT, read_rows
 from analysis.tables import markdown
 from benchmarks import gpu, shards, shares
 from benchmarks.throughput import EVERY, put_row
+from common.errors import in_a_line
+from common.files import read_config
 from common.flags import parse
 from common.run import run_folder
 
@@ -118,8 +120,8 @@ def evaluate(plan: Plan, options: Options) -> None:
     args = parse(qam.Args, qam.ENV_DEFAULTS, plan.run.split())
     qam.main(args)
     folder = run_folder(qam.__file__, args)
-    made_with = json.loads((folder / "config.json").read_text())["made_with"]
-    found = shares.shares(folder) | dict(flags=plan.run, device=made_with["device"])
+    device = read_config(folder)["made_with"]["device"]
+    found = shares.shares(folder) | dict(flags=plan.run, device=device)
     Path(options.out, "shares.json").write_text(json.dumps(found, indent=1))
     say(f"evaluations took {100 * found['share']:.0f} % of {found['seconds']:.0f} s")
 
@@ -138,7 +140,7 @@ def main(options: Options) -> None:
         try:
             measure()
         except Exception as error:  # Of memory, of a compiler: the next part may do.
-            say(f"failed: {name}: {' '.join(str(error).split())[:300]}")
+            say(f"failed: {name}: {in_a_line(error)}")
     rows = [
         [row[name] for name in gpu.COLUMNS] for row in read_rows(Path(options.out, "gpu-check.csv"))
     ]

@@ -13,7 +13,7 @@ import ogbench.utils
 from ogbench.relabel_utils import relabel_dataset
 
 from common.environments import Source, make_env, without_warnings
-from common.errors import UserError
+from common.errors import UserError, in_a_line
 from common.sampling import Dataset
 
 CACHE = Path(os.path.expanduser(ogbench.utils.DEFAULT_DATASET_DIR))  # also without a home
@@ -88,7 +88,7 @@ class BadDataset(UserError):
     """A dataset file that cannot be used."""
 
     def __init__(self, path: Path, problem: str):
-        super().__init__(f"bad dataset {path}: {' '.join(problem.split())[:500]}")
+        super().__init__(f"bad dataset {path}: {in_a_line(problem, most=500)}")
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

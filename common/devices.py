@@ -39,7 +39,7 @@ def configured_jax(args: Any) -> Iterator[None]:
     """Applies --precision while the context lasts, and --compile-cache from now on."""
     folder = args.compile_cache
     if not folder and not jax.config.jax_compilation_cache_dir:
-        folder = str(Path(args.run_dir, ".compiled").expanduser())
+        folder = str(Path(args.run_dir, ".compiled"))
     if folder == "none":
         jax.config.update("jax_compilation_cache_dir", None)
     elif folder:

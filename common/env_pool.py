@@ -157,7 +157,7 @@ class EnvPool:
         for i, name in enumerate(RESULTS):
             rows = np.array([result[i] for result in results], np.float32)
             if name == "next_observations":
-                rows = normalize(rows, **self.normalization)
+                rows = self.observations[active]  # `_call` has observed and normalised them
             column = np.zeros((*self.shape, *rows.shape[1:]), np.float32)
             column[active] = rows
             transitions[name] = column

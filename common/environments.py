@@ -22,6 +22,7 @@ from common.gym_environments import adapt, create
 
 GOALS = np.float32([(5, 0), (-5, 0), (0, 5), (0, -5)])  # on the plane `multigoal`
 MULTIGOAL_STEPS = 30  # time limit of an episode there
+MINARI = "minari:"  # begins the name of a dataset that Minari has
 TRAINING = 2**31  # takes the episode number's place in the seeds of training episodes
 KITCHEN = (
     *("light switch", "slide cabinet", "bottom burner", "microwave"),

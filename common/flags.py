@@ -44,7 +44,7 @@ TaskNumber = Annotated[int, Range(1, 5)]
 OnlineStep = Annotated[int, Range(1, "online_steps")]
 StepOfRun = Annotated[int, Range(1, "total_steps")]
 Precision = Literal["default", "float32", "bfloat16"]
-TRACKERS = ("", "wandb", "tensorboard")  # "" is none
+Tracker = Literal["", "wandb", "tensorboard"]  # "" is none
 
 
 def read_tracking(words: list[str]) -> str:
@@ -55,13 +55,13 @@ def read_tracking(words: list[str]) -> str:
 
 
 Tracking = Annotated[
-    Literal["", "wandb", "tensorboard"],
+    Tracker,
     tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar="[{wandb,tensorboard}]",
-        choices=TRACKERS,
+        choices=get_args(Tracker),
         instance_from_str=read_tracking,
-        is_instance=TRACKERS.__contains__,
+        is_instance=get_args(Tracker).__contains__,
         str_from_instance=lambda value: [value],
     ),
 ]

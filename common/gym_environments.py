@@ -5,20 +5,14 @@ Worker processes import this module, so it must not import jax.
 
 import contextlib
 import io
-from typing import Any
 
 import gymnasium
 from gymnasium.spaces import Box, Dict, Space, Tuple
 from gymnasium.wrappers import FlattenObservation, RescaleAction
 
-from common.errors import UserError
+from common.errors import UserError, in_a_line
 
 ERRORS = (gymnasium.error.Error, ImportError, TypeError, AssertionError)  # of gymnasium.make
-
-
-def in_a_line(text: Any) -> str:
-    """Returns a text, or what describes an object, without line breaks and not too long."""
-    return " ".join(str(text).split())[:300]
 
 
 def create(name: str, id: str, arguments: dict) -> gymnasium.Env:

@@ -12,12 +12,11 @@ from gymnasium.spaces import Box, flatten
 from gymnasium.vector.utils import batch_space, iterate
 
 from common.dataset_files import BadDataset, check_array, read_arrays
-from common.environments import env_name, make_env
-from common.errors import UserError
-from common.gym_environments import action_box, in_a_line
+from common.environments import MINARI, env_name, make_env
+from common.errors import UserError, in_a_line
+from common.gym_environments import action_box
 from common.sampling import Dataset
 
-MINARI = "minari:"  # before the id of a dataset
 KEYS = ("observations", "actions", "rewards", "terminals")
 END_KEYS = ("timeouts", "next_observations")  # at least one of them
 OTHER_NAMES = dict(terminations="terminals", truncations="timeouts")  # gymnasium's and Minari's

@@ -24,7 +24,7 @@ from common.checkpoints import CHECKPOINT, PREVIOUS, Checkpoints
 from common.devices import configured_jax
 from common.environments import ONLINE
 from common.errors import UserError
-from common.files import FolderLock, file_errors, move_aside, write_file
+from common.files import FolderLock, file_errors, move_aside, read_config, write_file
 from common.flags import FREE
 from common.signals import StopRequest
 from common.tables import TABLES, Tables
@@ -122,10 +122,10 @@ class Run:
         self.unit = "update" if offline else "step"
         self.folder = run_folder(script, args)
         self.lock = FolderLock(self.folder)
-        if args.overwrite:
-            self._begin_anew()
         flags = json.loads(json.dumps(vars(args) | data))
         try:
+            if args.overwrite:
+                self._begin_anew()
             config = self._configure(Path(script), flags)
             self.tracker = Tracker(args, self.folder, agents, config)
         except UserError:
@@ -157,7 +157,6 @@ class Run:
     def _begin_anew(self) -> None:
         """Moves the old folder aside."""
         if self.args.eval_only:
-            self.lock.close()
             raise UserError("--overwrite and --eval-only exclude each other")
         if (self.folder / "config.json").exists():
             aside = move_aside(self.folder)
@@ -177,11 +176,10 @@ class Run:
         now = dict(flags=flags, script=script.stem, source_sha256=digest, agents=self.agents)
         config = dict(id=uuid.uuid4().hex[:16], **now, made_with=environment_info())
         if any((self.folder / name).exists() for name in (CHECKPOINT, PREVIOUS, *TABLES)):
-            with file_errors(path):
-                old = json.loads(path.read_text())
-                defaults = json.loads(json.dumps(vars(type(self.args)())))
-                old_flags = defaults | old["flags"]  # some flags may be newer than the run
-                config = old | now
+            old = read_config(self.folder)
+            defaults = json.loads(json.dumps(vars(type(self.args)())))
+            old_flags = defaults | old["flags"]  # some flags may be newer than the run
+            config = old | now
             refuse_other_flags(self.folder, old_flags, flags)
             if old.get("source_sha256", digest) != digest:
                 print(f"Note: {script} is not the script that {self.folder} was made with so far.")

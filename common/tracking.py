@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, in_a_line
 
 PACKAGES = dict(wandb="wandb", tensorboard="tensorboardX")  # of each choice of --track
 PICTURES = ("curve.png", "rollouts.png")
@@ -140,7 +140,7 @@ class Tracker:
             yield
         except Exception as error:
             self.mirror = None
-            problem = " ".join(str(error).split())
+            problem = in_a_line(error, most=None)
             print(f"{self.choice} failed; the run continues without it: {problem}", file=sys.stderr)
 
     def log(self, table: str, step: int, metrics: dict[str, np.ndarray]) -> None:

@@ -8,7 +8,6 @@ as --replay-size reaches. Observations are flat, and actions are in the environm
 """
 
 import copy
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,14 +21,15 @@ import tyro
 from common.checkpoints import CHECKPOINT, PART, join_parts, read_checkpoint
 from common.environments import env_name, make_env
 from common.errors import UserError
+from common.files import read_config
 from common.gym_environments import action_box
 from common.own_data import load_extra
 
 
 def read_replay(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """Returns the flags of a run, and the transitions (agents, n, ...) in its replay."""
+    flags = read_config(folder)["flags"]
     try:
-        flags = json.loads((folder / "config.json").read_text())["flags"]
         numbers = read_checkpoint(folder / CHECKPOINT)["parts"]
         parts = []
         for n in map(int, numbers):
@@ -82,8 +82,7 @@ def convert(
     """
     minari = load_extra("minari")
     flags, replay = read_replay(Path(run))
-    made_before = dict(env_kwargs="", max_episode_steps=0)  # runs from before these flags
-    env = make_env(env_name(SimpleNamespace(**made_before | flags), 1))
+    env = make_env(env_name(SimpleNamespace(**flags), 1))
     columns = {name: x for name, x in replay.items() if name != "size"}
     buffers = []
     for agent in range(len(columns["rewards"])):
