@@ -21,6 +21,7 @@ from tests.helpers.messages import stops
 from tests.helpers.small_run import (
     AGENTS,
     DATA,
+    EVALUATION,
     Args,
     begin,
     content,
@@ -33,15 +34,6 @@ from tests.helpers.small_run import (
     table,
 )
 from tools.shared_blocks import ROOT
-
-EVALUATION = dict(
-    success=np.float64([[1, 0], [0, 0], [1, 1]]),
-    length=np.float64([[3, 5], [4, 4], [1, 2]]),
-    path=np.empty((3, 2), object),
-)
-EVALUATION["return"] = -EVALUATION["length"]
-for index in np.ndindex(3, 2):
-    EVALUATION["path"][index] = [np.float32(index)] * 2
 
 
 @pytest.fixture

@@ -9,24 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import common.checkpoints
 from common.checkpoints import CHECKPOINT, PREVIOUS, is_intact
 from common.files import append_text, move_aside, open_lock, replacing, write_file
 from tests.helpers.messages import stops
-from tests.helpers.small_run import begin, go, metrics, restore, save, table
+from tests.helpers.small_run import EVALUATION, begin, go, metrics, restore, save, table
 from tools.shared_blocks import ROOT
-
-EVALUATION = dict(
-    success=np.float64([[1, 0], [0, 0], [1, 1]]),
-    length=np.float64([[3, 5], [4, 4], [1, 2]]),
-    path=np.empty((3, 2), object),
-)
-EVALUATION["return"] = -EVALUATION["length"]
-for index in np.ndindex(3, 2):
-    EVALUATION["path"][index] = [np.float32(index)] * 2
 
 
 @pytest.fixture

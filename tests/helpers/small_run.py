@@ -43,6 +43,15 @@ class Args:
 
 ENV_DEFAULTS = {"cube-triple": dict(lr=0.125, discount=0.75), "pointmaze-medium": dict(lr=0.0625)}
 AGENTS = [(1, 0), (1, 1), (4, 0)]  # (task, seed)
+# Results of two episodes of each agent, as `Episodes` returns them.
+EVALUATION = dict(
+    success=np.float64([[1, 0], [0, 0], [1, 1]]),
+    length=np.float64([[3, 5], [4, 4], [1, 2]]),
+    path=np.empty((3, 2), object),
+)
+EVALUATION["return"] = -EVALUATION["length"]
+for index in np.ndindex(3, 2):
+    EVALUATION["path"][index] = [np.float32(index)] * 2
 DATA = dict(checksum="1234abcd")
 
 

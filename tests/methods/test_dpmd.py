@@ -26,7 +26,7 @@ from tests.helpers.diffusion import (
     predictor,
     rates,
 )
-from tests.helpers.online_reference import S, adam, check_loss, close, moves, polyak, values
+from tests.helpers.online_reference import S, adam, check_loss, close, moves, plain, polyak, values
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 SCRIPTS = [dpmd, qvpo, dipo]
@@ -209,19 +209,9 @@ def test_how_the_step_enters(float64, module):
     tree, batch = make_state(module, args).params["policy"], online.make_batch(args)
     s, x = np.asarray(batch.observations), np.asarray(batch.actions)
     *embedding, body = [tree["params"][name] for name in sorted(tree["params"])]
-    mish = lambda x: x * np.tanh(np.log1p(np.exp(x)))
-
-    def mlp(layers, x):
-        for i in range(len(layers)):
-            x = mish(x) if i else x
-            layer = layers[f"Dense_{i}"]
-            x = x @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
-        return x
-
     for layers in embedding:
-        encoded = mlp(layers, encoded)
-    inputs = np.concatenate([s, x, np.broadcast_to(encoded, (len(s), encoded.size))], 1)
-    close(module.predict_noise(args, tree, s, x, 3), mlp(body, inputs), 1e-7)
+        encoded = plain(layers, encoded)
+    close(module.predict_noise(args, tree, s, x, 3), plain(body, s, x, encoded), 1e-7)
 
 
 # --- choosing actions ----------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from tests.helpers.online_reference import (
     gradient,
     make_batch,
     moves,
+    plain,
     polyak,
     values,
 )
@@ -150,20 +151,12 @@ def test_how_the_times_enter(float64):
     (32 with Mish, 16)."""
     tree, batch = make_state(ARGS).params["policy"], make_batch(ARGS)
     s, x = np.asarray(batch.observations), np.asarray(batch.actions)
-    inputs, mish = [s, x], lambda x: x * np.tanh(np.log1p(np.exp(x)))
-
-    def mlp(layers, x):
-        for i in range(len(layers)):
-            x = mish(x) if i else x
-            layer = layers[f"Dense_{i}"]
-            x = x @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
-        return x
-
+    inputs = [s, x]
     for k, t in enumerate((0.2, 0.7)):
         angles = t * 10_000.0 ** (-np.arange(8) / 8)
-        encoded = mlp(tree["params"][f"MLP_{k}"], np.r_[np.sin(angles), np.cos(angles)] / 4)
-        inputs.append(np.broadcast_to(encoded, (len(s), 16)))
-    expected = mlp(tree["params"]["MLP_2"], np.concatenate(inputs, 1))
+        encoded = np.r_[np.sin(angles), np.cos(angles)] / 4
+        inputs.append(plain(tree["params"][f"MLP_{k}"], encoded))
+    expected = plain(tree["params"]["MLP_2"], *inputs)
     close(flame.average_velocity(ARGS, tree, s, x, 0.2, 0.7), expected, 1e-7)
 
 
