@@ -529,16 +529,17 @@ def main(args: Args) -> list[dict]:
         while step < args.total_steps:
             if step < args.warmup_steps:
                 # They are drawn from each episode's seed and age.
-                envs.set_actions(envs.random_actions(action_size))
+                actions = envs.random_actions(action_size)
             else:
                 inputs = envs.observations, envs.seeds, envs.ages
-                envs.set_actions(act(args, state, *inputs, "explore"))
+                actions = act(args, state, *inputs, "explore")
             step = step + 1
             learning_steps = step - args.warmup_steps
             if learning_steps > 0 and learning_steps % args.env_steps_per_update == 0:
                 # The update is dispatched before the environments step, so the two overlap; it
                 # does not see this step's transition.
                 state, metrics = train_chunk(args, state, metrics, replay, 1)
+            envs.set_actions(actions)  # waits for `act`, not for the update
             transitions = envs.step()
             replay = replay.append(transitions)
             ended = transitions["terminals"] > 0  # terminated or timed out; `masks` tell which

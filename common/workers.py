@@ -9,7 +9,7 @@ import sys
 import traceback
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -35,25 +35,41 @@ def cores() -> int:
     return os.cpu_count()
 
 
+class GlobalGenerator:
+    """One slot's state of NumPy's global generator, which mazes draw from."""
+
+    playing: ClassVar["GlobalGenerator | None"] = None  # the one whose state NumPy has now
+
+    def take(self) -> None:
+        """Puts this state in place; as this is slow, only if another one has been there since."""
+        if GlobalGenerator.playing is self:
+            return
+        if GlobalGenerator.playing is not None:
+            GlobalGenerator.playing.state = np.random.get_state()
+        GlobalGenerator.playing = self
+        if hasattr(self, "state"):
+            np.random.set_state(self.state)
+
+
 class Slot:
-    """One environment. Mazes draw from NumPy's global generator, so each slot keeps its state."""
+    """One environment."""
 
     def __init__(self, name: str, **options: Any):
         self.env = make_env(name, **options)
+        self.generator = GlobalGenerator()
 
     def start(self, seed: int) -> tuple:
         """Begins an episode and returns a tuple with its first observation."""
+        self.generator.take()
         np.random.seed(seed)
         observation, _ = self.env.reset(seed=int(seed))
-        self.generator = np.random.get_state()
         return (np.float32(observation),)
 
     def step(self, action: np.ndarray) -> tuple:
         """Returns next observation, reward, mask (0 where the task, not the clock, ended the
         episode), whether the episode ended, and success (NaN where none is reported)."""
-        np.random.set_state(self.generator)
+        self.generator.take()
         observation, reward, terminated, truncated, info = self.env.step(action)
-        self.generator = np.random.get_state()
         ended = terminated or truncated
         success = info.get("success", info.get("is_success", np.nan))
         return np.float32(observation), reward, not terminated, ended, success

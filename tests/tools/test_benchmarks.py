@@ -4,6 +4,7 @@ answers are known; operations, times and shares of programs and runs."""
 import contextlib
 import csv
 import json
+import subprocess
 from types import SimpleNamespace
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from analysis.runs import read_rows
+from analysis.runs import ROOT, read_rows
 from analysis.scripts import script_of
 from baselines import sac
 from benchmarks import (
@@ -378,6 +379,30 @@ def test_names_of_scripts(tmp_path):
     ):  # fmt: skip
         stops(words, call=call)
     assert not any(tmp_path.iterdir())
+
+
+def test_online_loop_in_turns_with_another_checkout(tmp_path, monkeypatch):
+    """Ours first; the medians of both, with the other commit; what cannot be measured is a line."""
+    other = tmp_path / "other"
+    subprocess.run(["git", "init", "-q", str(other)], check=True)
+    author = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    commit = ["git", "-C", str(other), *author, "commit", "-q", "--allow-empty", "-m", "empty"]
+    subprocess.run(commit, check=True)
+    options = online_throughput.Options(script="sac", against=str(other))
+    stops(": cannot measure this", call=lambda: online_throughput.measure_in(other, options))
+    times = {ROOT: [3, 1, 2], str(other): [5, 4, 9]}
+    seen = []
+
+    def measure_in(checkout, options):
+        seen.append(checkout)
+        return dict(script=options.script, ms_step=str(times[checkout][seen.count(checkout) - 1]))
+
+    monkeypatch.setattr(online_throughput, "measure_in", measure_in)
+    row = online_throughput.measure_against(options)
+    assert seen == [ROOT, str(other)] * 3 and row["script"] == "baselines.sac"
+    assert (row["ms_step"], row["ms_before"]) == ("2", 5.0) and len(row["before"]) == 7
+    nothing = online_throughput.Options(against=str(tmp_path))
+    stops("is not a checkout", call=lambda: online_throughput.measure_against(nothing))
 
 
 def test_online_loop_next_to_a_plain_one(tmp_path):
