@@ -2,8 +2,6 @@
 
     python -m benchmarks.online_throughput --script fmer --env halfcheetah --hidden-dims 128 128 128
         --batch-size 64
-    python -m benchmarks.online_throughput --script sac --against ../before
-                                                           in turns with another checkout
     python -m benchmarks.online_throughput --table         prints the committed rows
     for env in humanoid halfcheetah; do for script in fmer sac td3 dipo dpmd qvpo sac_flow flame
         do python -m benchmarks.online_throughput --script $script --env $env; done; done
@@ -22,9 +20,6 @@ import dataclasses
 import importlib.metadata
 import inspect
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -33,7 +28,7 @@ import jax
 import numpy as np
 
 from analysis.command_line import run_program
-from analysis.runs import ROOT, read_rows
+from analysis.runs import read_rows
 from analysis.scripts import script_of
 from benchmarks import as_table
 from benchmarks.throughput import put_row
@@ -54,11 +49,8 @@ COLUMNS = (
     "ms_no_env",
     "ms_update",
     "ms_reference",
-    "before",
-    "ms_before",
     "jax",
 )
-TURNS = 3  # with another checkout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +67,6 @@ class Options:
     """Batch size. The default is the script's own."""
     steps: int = 200
     """Steps of a block."""
-    against: str = ""
-    """Another checkout, in whose folder the same command is run in turns with ours, three times
-    each. The row has the medians of both, and the other commit."""
     table: bool = False
     """Measure nothing, and print what is committed."""
     out: str = "benchmarks/results/online-throughput.csv"
@@ -243,46 +232,11 @@ def measure(options: Options) -> dict:
     )
 
 
-def measure_in(checkout: Path | str, options: Options) -> dict:
-    """Returns the row that the command of a checkout writes, from a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "row.csv")
-        command = [sys.executable, "-m", "benchmarks.online_throughput", "--out", str(out)]
-        for name in ("script", "env", "agents", "hidden_dims", "batch_size", "steps"):
-            value = getattr(options, name)
-            if value:
-                values = value if isinstance(value, tuple) else (value,)
-                command += ["--" + name.replace("_", "-"), *map(str, values)]
-        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
-        if done.returncode:
-            reason = done.stderr.strip().rpartition("\n")[2]
-            raise UserError(f"{checkout}: cannot measure this: {reason}")
-        (row,) = read_rows(out)
-    return row
-
-
-def measure_against(options: Options) -> dict:
-    """Returns a row of medians, with the time of a step in another checkout."""
-    options = dataclasses.replace(options, script=script_of(options.script).__name__)
-    commit = ["git", "-C", options.against, "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(commit, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"--against {options.against} is not a checkout: {done.stderr.strip()}")
-    ours, theirs = [], []
-    for _ in range(TURNS):
-        ours.append(measure_in(ROOT, options))
-        theirs.append(measure_in(options.against, options))
-    row = sorted(ours, key=lambda row: float(row["ms_step"]))[TURNS // 2]
-    before = np.median([float(row["ms_step"]) for row in theirs])
-    return row | dict(before=done.stdout.strip(), ms_before=round(float(before), 3))
-
-
 def main(options: Options) -> None:
     """Measures a configuration, and prints all rows."""
     path = Path(options.out)
     if not options.table:
-        row = measure_against(options) if options.against else measure(options)
-        put_row(path, row, KEY, COLUMNS)
+        put_row(path, measure(options), KEY, COLUMNS)
     print(as_table(read_rows(path), COLUMNS))
 
 

@@ -3,6 +3,7 @@ answers are known; operations, times and shares of programs and runs."""
 
 import contextlib
 import csv
+import dataclasses
 import json
 import subprocess
 from types import SimpleNamespace
@@ -12,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from analysis.runs import ROOT, read_rows
+from analysis.runs import read_rows
 from analysis.scripts import script_of
 from baselines import sac
 from benchmarks import (
+    against,
     ant,
     checkpoints,
     cost,
@@ -31,6 +33,7 @@ from benchmarks import (
     throughput,
     values,
 )
+from benchmarks import stops as stops_benchmark
 from benchmarks.learning import keep, kept, online_table, reported, table
 from benchmarks.multigoal import grid, measure
 from benchmarks.shares import Options as Shares
@@ -381,28 +384,59 @@ def test_names_of_scripts(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_online_loop_in_turns_with_another_checkout(tmp_path, monkeypatch):
-    """Ours first; the medians of both, with the other commit; what cannot be measured is a line."""
+def test_seconds_until_a_run_has_stopped(tmp_path, monkeypatch):
+    """Of runs that are continued each time, with networks of the paper's size by default."""
+    out = tmp_path / "stops.json"
+    options = stops_benchmark.Options("td3", 2, earliest=0, latest=0.1, out=str(out))
+    whole = stops_benchmark.command_of(options, tmp_path)
+    assert whole[1:3] == ["-m", "baselines.td3"]
+    assert whole[whole.index("--hidden-dims") :][1:3] == ["256", "256"]
+    small = ["--hidden-dims", "8", "--warmup-steps", "5", "--log-interval", "5", "--workers", "1"]
+    command_of = stops_benchmark.command_of
+    monkeypatch.setattr(stops_benchmark, "command_of", lambda *x: [*command_of(*x), *small])
+    stops_benchmark.main(options)
+    found = json.loads(out.read_text())
+    assert found["script"] == "td3" and len(found["stops"]) == 2
+    for stop in found["stops"]:
+        assert 0 <= stop["after"] <= 0.1 and 0 < stop["seconds"] < 60
+    monkeypatch.setattr(stops_benchmark, "command_of", lambda *x: [*command_of(*x), "--nope"])
+    stops("the run ended with exit code", call=lambda: stops_benchmark.main(options))
+
+
+def test_in_turns_with_another_checkout(tmp_path, monkeypatch):
+    """The medians of both, and their ratio; what cannot be measured is a line."""
     other = tmp_path / "other"
     subprocess.run(["git", "init", "-q", str(other)], check=True)
     author = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     commit = ["git", "-C", str(other), *author, "commit", "-q", "--allow-empty", "-m", "empty"]
     subprocess.run(commit, check=True)
-    options = online_throughput.Options(script="sac", against=str(other))
-    stops(": cannot measure this", call=lambda: online_throughput.measure_in(other, options))
-    times = {ROOT: [3, 1, 2], str(other): [5, 4, 9]}
-    seen = []
+    monkeypatch.setattr(against, "ROOT", other)  # a copy of the project may be no checkout
+    out = tmp_path / "rows.csv"
+    options = against.Options(str(other), "throughput --scripts qam", out=str(out))
+    for words, flags in (
+        (": cannot measure this", {}),
+        ("there is no benchmark 'nope'", dict(command="nope --flag")),
+        ("is not a checkout", dict(checkout=str(tmp_path))),
+        ("--turns must be at least 1", dict(turns=0)),
+    ):
+        wrong = dataclasses.replace(options, **flags)
+        stops(words, call=lambda wrong=wrong: against.main(wrong))
+    asked = []
+    times = iter((4, 3, 2, 9, 5, 1))  # before, after, before, ...
 
-    def measure_in(checkout, options):
-        seen.append(checkout)
-        return dict(script=options.script, ms_step=str(times[checkout][seen.count(checkout) - 1]))
+    def measure_in(checkout, command):
+        asked.append((checkout, command))
+        ms = str(next(times))
+        key = dict(script="qam", size="small", way="chunk", agents="1")
+        return [key | dict(device="cpu", jax="1", ms_update=ms)]
 
-    monkeypatch.setattr(online_throughput, "measure_in", measure_in)
-    row = online_throughput.measure_against(options)
-    assert seen == [ROOT, str(other)] * 3 and row["script"] == "baselines.sac"
-    assert (row["ms_step"], row["ms_before"]) == ("2", 5.0) and len(row["before"]) == 7
-    nothing = online_throughput.Options(against=str(tmp_path))
-    stops("is not a checkout", call=lambda: online_throughput.measure_against(nothing))
+    monkeypatch.setattr(against, "measure_in", measure_in)
+    against.main(options)
+    assert asked == [(str(other), options.command), (other, options.command)] * 3
+    (row,) = read_rows(out)
+    assert row["row"] == "script=qam size=small way=chunk agents=1"
+    assert (row["ms_before"], row["ms_after"], row["ratio"]) == ("4.0", "3.0", "0.75")
+    assert row["before"] == row["after"] and len(row["before"]) == 7
 
 
 def test_online_loop_next_to_a_plain_one(tmp_path):
