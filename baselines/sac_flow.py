@@ -107,7 +107,8 @@ class Args:
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     overwrite: bool = False  # Begin anew; the run's old folder is moved aside, not deleted.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
-    precision: Precision = "default"  # Precision of matrix products on a GPU (NVIDIA: TF32).
+    # Precision of matrix products on a GPU (NVIDIA: TF32); bfloat16 is also that of hidden layers.
+    precision: Precision = "default"
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
     # --- logging ---
     # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).

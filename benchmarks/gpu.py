@@ -39,13 +39,14 @@ from benchmarks.throughput import (
     measure_chunk,
     put_row,
 )
+from common.devices import matmul_precision
 from common.errors import UserError
 
 COLUMNS = "script agents variant device kernels gb ms_update ms_agent_update jax".split()
 KEY = tuple(COLUMNS[:4])
-PRECISION = {"float32": "float32", "bfloat16": "BF16_BF16_F32"}  # of the products
+PRECISION = "float32", "bfloat16"  # what --precision says
 FLAGS = {"no Triton": {"xla_gpu_enable_triton_gemm": False}}  # cuBLAS makes all products
-VARIANTS = "as it is", "unrolled", "two-pass", "bfloat16 layers", *PRECISION, *FLAGS
+VARIANTS = "as it is", "unrolled", "two-pass", *PRECISION, *FLAGS
 OUT = Path(__file__).resolve().parent / "results/gpu.csv"
 H200 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
@@ -216,22 +217,17 @@ def changed(variant: str):
     """Traces what is traced meanwhile as this variant."""
     scan = jax.lax.scan
     norm = nn.LayerNorm
-    dense = nn.Dense
-    precision = PRECISION.get(variant, jax.config.jax_default_matmul_precision)
+    precision = variant if variant in PRECISION else "default"
     try:
         if variant == "unrolled":  # Ten steps from noise to action are one piece of program.
             jax.lax.scan = partial(scan, unroll=10)
         if variant == "two-pass":  # LayerNorm's variance is the mean of (x - mean)^2.
             nn.LayerNorm = partial(norm, use_fast_variance=False)
-        if variant == "bfloat16 layers":  # Every layer computes and leaves bfloat16.
-            nn.LayerNorm = partial(norm, dtype=jnp.bfloat16)
-            nn.Dense = partial(dense, dtype=jnp.bfloat16)
-        with jax.default_matmul_precision(precision):
+        with matmul_precision(precision):
             yield
     finally:
         jax.lax.scan = scan
         nn.LayerNorm = norm
-        nn.Dense = dense
 
 
 def shapes(trained: Trained, agents: int, device) -> list:

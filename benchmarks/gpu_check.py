@@ -4,7 +4,7 @@
     python -m benchmarks.gpu_check --tiny           the same with small numbers, on a CPU
 
 Most valuable first: QAM and ME-AM with 1, 40 and 8 agents as they are, with unrolled flows, and
-with layers that compute and leave bfloat16 (benchmarks/gpu.py); the other scripts with 8 agents;
+with --precision bfloat16 (benchmarks/gpu.py); the other scripts with 8 agents;
 swapping shards of a 100M set (benchmarks/shards.py); the share of evaluations in a run of 40 agents
 on scene. Every row is written when it is known, so that a cut-off loses nothing; a part that fails
 is named and the next one begins; none begins after the time. Writes gpu-check.csv, which has the
@@ -29,7 +29,7 @@ from common.flags import parse
 from common.run import run_folder
 
 FIRST = ("qam", "meam")
-VARIANTS = ("as it is", "unrolled", "bfloat16 layers")
+VARIANTS = ("as it is", "unrolled", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)

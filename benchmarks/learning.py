@@ -4,6 +4,8 @@
     python -m benchmarks.learning pointmaze          ME-AM, its ablations and QAM, tasks 1 to 5
     python -m benchmarks.learning cube               the same on cube-single (needs its dataset)
     python -m benchmarks.learning cube-task-1        the same on its task 1 alone
+    python -m benchmarks.learning bfloat16-pointmaze --precision bfloat16 beside float32
+    python -m benchmarks.learning bfloat16-cube      the same on cube-single, task 1
     python -m benchmarks.learning scene-50k --seeds 1          paper size, beside published curves
     python -m benchmarks.learning puzzle-3x3-50k --tasks 1 --only ifql --seeds 1      one of them
     python -m benchmarks.learning puzzle-4x4         paper size, rho, lambda, sigma_min: for a GPU
@@ -129,6 +131,14 @@ FMER_ABLATIONS = {
     "RK4": "fmer --solver rk4",
     "next states": "fmer --actor-states next",
 }
+COARSE = {  # what --precision bfloat16 does to learning
+    "QAM": "qam",
+    "QAM, bfloat16": "qam --precision bfloat16",
+    "ME-AM": "meam",
+    "ME-AM, bfloat16": "meam --precision bfloat16",
+    "IFQL": "baselines.ifql",
+    "IFQL, bfloat16": "baselines.ifql --precision bfloat16",
+}
 DUALS = {"plain": "fmer", "Adam": "fmer --dual-optimizer adam"}
 DPMD = {"DPMD": "baselines.dpmd", "as published": "baselines.dpmd --as-published"}
 LARGE = "--collect 1000000 --offline-steps 300000"  # transitions; ordinary size, not the 100M set
@@ -174,6 +184,8 @@ SUITES = {  # suite -> (label -> command line, flags of all, tasks)
         (1,),
     ),
     "cube-methods": (cube_methods(), CUBE, (1,)),
+    "bfloat16-pointmaze": (COARSE, "", (1,)),
+    "bfloat16-cube": (COARSE, CUBE + OFFLINE + FLOW, (1,)),
     "scene-50k": (labelled(METHODS), AT_50K.format("scene"), (1, 2, 3, 4, 5)),
     "puzzle-3x3-50k": (labelled(METHODS), AT_50K.format("puzzle-3x3"), (1, 2, 3, 4, 5)),
     "puzzle-4x4": (sweep(0.3), f"--env puzzle-4x4 {LARGE}", (1, 2, 3, 4, 5)),

@@ -11,14 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+BFLOAT16 = "BF16_BF16_F32"  # jax's own "bfloat16" means TF32 on a GPU
+
 
 def matmul_precision(precision: str) -> contextlib.AbstractContextManager:
     """Returns a context in which matrix products have the precision that --precision names."""
     if precision == "default":
         precision = jax.config.jax_default_matmul_precision
-    elif precision == "bfloat16":  # jax's own "bfloat16" means TF32 on a GPU
-        precision = "BF16_BF16_F32"
+    elif precision == "bfloat16":
+        precision = BFLOAT16
     return jax.default_matmul_precision(precision)
+
+
+def hidden_dtype() -> Any:
+    """Returns what hidden layers leave: bfloat16 with that precision, None for no change."""
+    return jnp.bfloat16 if jax.config.jax_default_matmul_precision == BFLOAT16 else None
 
 
 def keep_freed_memory() -> None:

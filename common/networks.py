@@ -7,12 +7,15 @@ f(s, x, t).
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from common.devices import hidden_dtype
 
 GLOROT = nn.initializers.glorot_uniform()
 LECUN = nn.initializers.lecun_normal()
@@ -29,12 +32,15 @@ class JoinedDense(nn.Module):
 
     width: int
     kernel_init: Callable
+    dtype: Any = None  # that it computes in and leaves; None: that of its inputs
 
     @nn.compact
     def __call__(self, *inputs: Array) -> Array:
         sizes = [x.shape[-1] for x in inputs]
         kernel = self.param("kernel", self.kernel_init, (sum(sizes), self.width), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
+        if self.dtype:
+            *inputs, kernel, bias = (x.astype(self.dtype) for x in (*inputs, kernel, bias))
         lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in inputs))
         repeated = sum(x.shape[-1] for x in inputs if x.shape[:-1] != lead)
         if repeated < SPLIT_FROM:
@@ -47,7 +53,11 @@ class JoinedDense(nn.Module):
 
 class MLP(nn.Module):
     """Dense -> activation (-> LayerNorm, *after* the activation as in the official QAM code) for
-    every hidden width, then a linear layer of `out` units. Several inputs (..., n_i) broadcast."""
+    every hidden width, then a linear layer of `out` units. Several inputs (..., n_i) broadcast.
+
+    With --precision bfloat16, hidden layers compute and leave bfloat16. Parameters, LayerNorm's
+    statistics and the output are float32.
+    """
 
     hidden: Sequence[int]
     out: int
@@ -58,12 +68,15 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, *inputs: Array) -> Array:
+        dtype = hidden_dtype()
         for i, width in enumerate(self.hidden):
-            x = JoinedDense(width, self.kernel_init, name=f"Dense_{i}")(*inputs)
+            x = JoinedDense(width, self.kernel_init, dtype, name=f"Dense_{i}")(*inputs)
             x = self.activation(x)
             if self.layer_norm:
-                x = nn.LayerNorm()(x)
+                x = nn.LayerNorm(dtype=dtype)(x)
             inputs = (x,)
+        if dtype:
+            inputs = [x.astype(jnp.float32) for x in inputs]
         last_init = self.last_init or self.kernel_init
         return JoinedDense(self.out, last_init, name=f"Dense_{len(self.hidden)}")(*inputs)
 
