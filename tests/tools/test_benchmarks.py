@@ -26,6 +26,7 @@ from benchmarks import (
     failures,
     gpu,
     gpu_check,
+    kernels,
     online_throughput,
     parts,
     precision,
@@ -402,6 +403,35 @@ def test_seconds_until_a_run_has_stopped(tmp_path, monkeypatch):
         assert 0 <= stop["after"] <= 0.1 and 0 < stop["seconds"] < 60
     monkeypatch.setattr(stops_benchmark, "command_of", lambda *x: [*command_of(*x), "--nope"])
     stops("the run ended with exit code", call=lambda: stops_benchmark.main(options))
+
+
+def test_where_the_time_of_an_update_goes(tmp_path):
+    """Kernels by what they are; their times fit the whole update, and products the arithmetic."""
+    text = """
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %dot.1 = f32[4,4]{1,0} dot(%x, %y), lhs_contracting_dims={1}
+  %ynn_fusion.2 = f32[4,4]{1,0} fusion(%x), kind=kCustom, calls=%called
+  %copy.3 = f32[4]{0} copy(%x)
+  %loop = (s32[], f32[4]{0}) while(%copy.3), body=%body
+  %add_fusion = u32[4]{0} fusion(%x), calls=%f, metadata={op_name="jit(g)/threefry2x32"}
+  ROOT %multiply_fusion.4 = f32[4]{0} fusion(%x), kind=kLoop, calls=%fused
+}
+"""
+    assert kernels.kinds_of(text) == {
+        "dot.1": "products",
+        "ynn_fusion.2": "products",
+        "copy.3": "copies",
+        "add_fusion": "random numbers",
+        "multiply_fusion.4": "element by element",
+    }
+    out = tmp_path / "rows.csv"
+    options = dict(updates=2, transitions=100, out=str(out))
+    kernels.main(kernels.Options(("rebrac",), ("small",), **options))
+    rows = {row["kind"]: row for row in read_rows(out)}
+    assert list(rows) == [*kernels.KINDS, "update"]
+    shares = [float(rows[kind]["share"]) for kind in kernels.KINDS]
+    assert abs(sum(shares) - 1) < 0.01 and shares[0] > 0.1
+    assert all(float(row["ms"]) > 0 for row in rows.values())
 
 
 def test_in_turns_with_another_checkout(tmp_path, monkeypatch):
