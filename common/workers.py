@@ -40,15 +40,19 @@ class GlobalGenerator:
 
     playing: ClassVar["GlobalGenerator | None"] = None  # the one whose state NumPy has now
 
+    def __init__(self):
+        self.state = None  # where the numbers go on, while another one is playing
+
     def take(self) -> None:
-        """Puts this state in place; as this is slow, only if another one has been there since."""
-        if GlobalGenerator.playing is self:
+        """Goes on with this state; as this is slow, only if another slot has played since."""
+        before = GlobalGenerator.playing
+        if before is self:
             return
-        if GlobalGenerator.playing is not None:
-            GlobalGenerator.playing.state = np.random.get_state()
-        GlobalGenerator.playing = self
-        if hasattr(self, "state"):
+        if before:
+            before.state = np.random.get_state()
+        if self.state:
             np.random.set_state(self.state)
+        GlobalGenerator.playing = self
 
 
 class Slot:
