@@ -64,6 +64,9 @@ def recorded_in(dataset: str) -> dict:
 def read_minari(name: str) -> tuple[Arrays, Box, list]:
     """Returns a dataset's arrays, the range of its actions, and its reference scores, if any."""
     minari = load_minari(name)
+    wrappers = [wrapper.name for wrapper in getattr(minari.env_spec, "additional_wrappers", ())]
+    if wrappers:
+        print(f"not used     wrappers of the recorded environment: {', '.join(wrappers)}")
     space = minari.observation_space
     episodes = []
     for episode in minari.iterate_episodes():

@@ -3,6 +3,7 @@ is not used, reference scores, and files that end in a line."""
 
 import builtins
 import dataclasses
+from functools import partial
 
 import gymnasium
 import jax
@@ -253,16 +254,18 @@ def test_an_ogbench_environment_with_other_rewards(tmp_path):
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """Two datasets of Minari: of a Dict environment with arguments, and of the pendulum."""
+    """Datasets of Minari: of a Dict environment with arguments, and of pendulums."""
     minari = pytest.importorskip("minari")
     pytest.importorskip("h5py")
     patch = pytest.MonkeyPatch()
     patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
     scores = dict(ref_min_score=-10.0, ref_max_score=30.0, num_episodes_average_score=1)
     reach = gymnasium.make("gymnasium_robotics:FetchReach-v4", max_episode_steps=6)
+    pendulum = partial(gymnasium.make, "Pendulum-v1", max_episode_steps=5)
     for name, env, more in (
         ("fetch/tiny-v0", reach, {}),
-        ("pendulum/tiny-v0", gymnasium.make("Pendulum-v1", max_episode_steps=5), scores),
+        ("pendulum/tiny-v0", pendulum(), scores),
+        ("pendulum/wrapped-v0", gymnasium.wrappers.RescaleAction(pendulum(), -1, 1), {}),
     ):
         collector = minari.DataCollector(env)
         for seed in range(3):
@@ -306,6 +309,15 @@ def test_minari_rescales_actions_and_knows_scores(recorded):
     flags = parse(qam.Args, qam.ENV_DEFAULTS, ["--dataset", name])
     assert (flags.env, flags.max_episode_steps) == ("Pendulum-v1", 5)
     assert flags.name == "dataset=minari:pendulum-tiny-v0"
+
+
+def test_minari_names_wrappers_that_are_not_used(recorded, capsys):
+    """Those that gymnasium.make adds are not among them."""
+    for name, words in (("wrapped-v0", "wrappers of the recorded environment: RescaleAction\n"),
+                        ("tiny-v0", "")):  # fmt: skip
+        read_own(args(f"minari:pendulum/{name}", env=""))
+        (first, *_) = capsys.readouterr().out.splitlines(keepends=True)
+        assert first.endswith(words or "nothing\n")
 
 
 def test_minari_without_the_dataset(recorded):
