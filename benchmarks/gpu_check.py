@@ -4,11 +4,11 @@
     python -m benchmarks.gpu_check --tiny           the same with small numbers, on a CPU
 
 Most valuable first: QAM and ME-AM with 1, 40 and 8 agents as they are, with unrolled flows, and
-with --precision bfloat16 (benchmarks/gpu.py); the other scripts with 8 agents;
-swapping shards of a 100M set (benchmarks/shards.py); the share of evaluations in a run of 40 agents
-on scene. Every row is written when it is known, so that a cut-off loses nothing; a part that fails
-is named and the next one begins; none begins after the time. Writes gpu-check.csv, which has the
-columns of gpu.csv, shards.json and shares.json to --out.
+with --precision bfloat16 (benchmarks/gpu.py); the other scripts with 8 agents; swapping shards of a
+100M set (benchmarks/shards.py); the share of evaluations in a run of 40 agents on scene. Every row
+is written when it is known, so that a cut-off loses nothing; a part that fails is named and the
+next one begins; none begins after the time. Writes gpu-check.csv, which has the columns of gpu.csv,
+shards.json and shares.json to --out.
 """
 
 import dataclasses

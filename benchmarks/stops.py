@@ -27,6 +27,7 @@ from benchmarks.throughput import describe
 from common.checkpoints import CHECKPOINT
 from common.errors import UserError
 
+LONGEST = 300  # seconds until a run that does not stop is killed
 SIZES = ("hidden_dims", "num_critics", "batch_size", "flow_steps")
 
 
@@ -71,12 +72,19 @@ def stop_once(command: list[str], folder: Path, moment: float) -> dict:
     """Starts or continues the run, sends SIGINT at a moment, and returns what it took."""
     table = folder / "train.csv"
     rows = table.read_text().count("\n") if table.exists() else 1
+    # A shell's background jobs ignore SIGINT, and their children would, too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    signal.signal(signal.SIGINT, before)
     wait_for_rows(process, table, rows)
     time.sleep(moment)
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    process.wait()
+    try:
+        process.wait(LONGEST)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise UserError(f"the run has not answered SIGINT for {LONGEST} s") from None
     seconds = time.monotonic() - began
     size = (folder / CHECKPOINT).stat().st_size / 2**20
     found = dict(after=round(moment, 1), seconds=round(seconds, 2), checkpoint_mib=round(size))
