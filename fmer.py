@@ -264,7 +264,7 @@ def integrate(args: Args, flow: dict, observations: Array, z: Array) -> Array:
         return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), None
 
     times = jnp.arange(args.flow_steps) * h
-    z, _ = jax.lax.scan(step, z, times, unroll=10)
+    z, _ = jax.lax.scan(step, z, times, unroll=10)  # ten steps at once are faster than a loop
     limit = args.latent_clip if args.squash == "tanh" else 1.0
     return jnp.clip(z, -limit, limit)
 

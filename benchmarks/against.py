@@ -76,32 +76,25 @@ def measure(options: Options) -> list[dict]:
         raise UserError(f"there is no benchmark {name!r}; choose one of {', '.join(TIMES)}")
     if options.turns < 1:
         raise UserError("--turns must be at least 1")
-    before, after = commit_of(options.checkout), commit_of(ROOT)
+    before = commit_of(options.checkout)
+    after = commit_of(ROOT)
+    column = TIMES[name]
     key = list(importlib.import_module(f"benchmarks.{name}").KEY)
     key.remove("device")
-    times = {}  # row -> milliseconds before, and after
+    rows = {}  # label -> what stays the same from turn to turn
+    times = {}  # label -> milliseconds before, and after
     for _ in range(options.turns):
         for index, checkout in enumerate((options.checkout, ROOT)):
-            for row in measure_in(checkout, options.command):
-                label = " ".join(f"{column}={row[column]}" for column in key)
-                times.setdefault(label, ([], []))[index].append(float(row[TIMES[name]]))
-    rows = []
-    for label, pair in times.items():
-        ms_before, ms_after = (float(np.median(x)) for x in pair)
-        rows.append(
-            dict(
-                command=options.command,
-                row=label,
-                before=before,
-                after=after,
-                ms_before=round(ms_before, 3),
-                ms_after=round(ms_after, 3),
-                ratio=round(ms_after / ms_before, 3),
-                device=row["device"],
-                jax=row["jax"],
-            )
-        )
-    return rows
+            for found in measure_in(checkout, options.command):
+                label = " ".join(f"{part}={found[part]}" for part in key)
+                rows[label] = dict(row=label, device=found["device"], jax=found["jax"])
+                times.setdefault(label, ([], []))[index].append(float(found[column]))
+    for label, row in rows.items():
+        ms_before, ms_after = np.median(times[label], axis=1).tolist()
+        row |= dict(command=options.command, before=before, after=after)
+        row |= dict(ms_before=round(ms_before, 3), ms_after=round(ms_after, 3))
+        row |= dict(ratio=round(ms_after / ms_before, 3))
+    return list(rows.values())
 
 
 def main(options: Options) -> None:

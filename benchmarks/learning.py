@@ -131,14 +131,8 @@ FMER_ABLATIONS = {
     "RK4": "fmer --solver rk4",
     "next states": "fmer --actor-states next",
 }
-COARSE = {  # what --precision bfloat16 does to learning
-    "QAM": "qam",
-    "QAM, bfloat16": "qam --precision bfloat16",
-    "ME-AM": "meam",
-    "ME-AM, bfloat16": "meam --precision bfloat16",
-    "IFQL": "baselines.ifql",
-    "IFQL, bfloat16": "baselines.ifql --precision bfloat16",
-}
+COARSE = {"QAM": "qam", "ME-AM": "meam", "IFQL": "baselines.ifql"}
+COARSE |= {f"{label}, bfloat16": f"{line} --precision bfloat16" for label, line in COARSE.items()}
 DUALS = {"plain": "fmer", "Adam": "fmer --dual-optimizer adam"}
 DPMD = {"DPMD": "baselines.dpmd", "as published": "baselines.dpmd --as-published"}
 LARGE = "--collect 1000000 --offline-steps 300000"  # transitions; ordinary size, not the 100M set

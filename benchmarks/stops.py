@@ -84,6 +84,7 @@ def stop_once(command: list[str], folder: Path, moment: float) -> dict:
         process.wait(LONGEST)
     except subprocess.TimeoutExpired:
         process.kill()
+        process.wait()  # it writes to a folder that is about to be removed
         raise UserError(f"the run has not answered SIGINT for {LONGEST} s") from None
     seconds = time.monotonic() - began
     size = (folder / CHECKPOINT).stat().st_size / 2**20

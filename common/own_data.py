@@ -61,12 +61,10 @@ def recorded_in(dataset: str) -> dict:
     )
 
 
-def read_minari(name: str) -> tuple[Arrays, Box, list]:
-    """Returns a dataset's arrays, the range of its actions, and its reference scores, if any."""
+def read_minari(name: str) -> tuple[Arrays, Box, list, list[str]]:
+    """Returns a dataset's arrays, the range of its actions, its reference scores, if any, and what
+    is not used of the environment in which it was recorded."""
     minari = load_minari(name)
-    wrappers = [wrapper.name for wrapper in getattr(minari.env_spec, "additional_wrappers", ())]
-    if wrappers:
-        print(f"not used     wrappers of the recorded environment: {', '.join(wrappers)}")
     space = minari.observation_space
     episodes = []
     for episode in minari.iterate_episodes():
@@ -80,7 +78,9 @@ def read_minari(name: str) -> tuple[Arrays, Box, list]:
         arrays[key] = np.concatenate([columns[key] for columns in episodes])
     metadata = minari.storage.metadata
     scores = [metadata.get(f"ref_{end}_score") for end in ("min", "max")]
-    return arrays, minari.action_space, scores
+    wrappers = [wrapper.name for wrapper in getattr(minari.env_spec, "additional_wrappers", ())]
+    unused = [f"wrappers of the recorded environment: {', '.join(wrappers)}"] if wrappers else []
+    return arrays, minari.action_space, scores, unused
 
 
 def read_file(path: Path) -> Arrays:
@@ -154,15 +154,17 @@ def read_own(args: Any) -> tuple[Dataset, dict]:
     name = args.dataset
     path = Path(name).expanduser()
     if name.startswith(MINARI):
-        found, box, scores = read_minari(name)
+        found, box, scores, unused = read_minari(name)
     else:
         found = read_file(path)
         box = None
+        unused = []
         scores = D4RL_SCORES.get(re.split("[-_]", path.name)[0])
     found = {OTHER_NAMES.get(key, key): x for key, x in found.items()}
     arrays = {key: x for key, x in found.items() if key in KEYS + END_KEYS}
     check(name, arrays)
-    print(f"not used     {', '.join(found.keys() - arrays) or 'nothing'}")
+    unused = [*(found.keys() - arrays), *unused]
+    print(f"not used     {', '.join(unused) or 'nothing'}")
     if args.eval_episodes or args.online_steps:
         env = make_env(env_name(args, args.tasks[0]))
         box = box or action_box(env)
