@@ -23,6 +23,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -46,7 +47,7 @@ COLUMNS = "script agents variant device kernels gb ms_update ms_agent_update jax
 KEY = tuple(COLUMNS[:4])
 PRECISION = "float32", "bfloat16"  # what --precision says
 FLAGS = {"no Triton": {"xla_gpu_enable_triton_gemm": False}}  # cuBLAS makes all products
-VARIANTS = "as it is", "unrolled", "two-pass", *PRECISION, *FLAGS
+VARIANTS = "as it is", "unrolled", "two-pass", "flat Adam", *PRECISION, *FLAGS
 OUT = Path(__file__).resolve().parent / "results/gpu.csv"
 H200 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
@@ -217,17 +218,34 @@ def changed(variant: str):
     """Traces what is traced meanwhile as this variant."""
     scan = jax.lax.scan
     norm = nn.LayerNorm
+    adam = optax.adam
     precision = variant if variant in PRECISION else "default"
     try:
         if variant == "unrolled":  # Ten steps from noise to action are one piece of program.
             jax.lax.scan = partial(scan, unroll=10)
         if variant == "two-pass":  # LayerNorm's variance is the mean of (x - mean)^2.
             nn.LayerNorm = partial(norm, use_fast_variance=False)
+        if variant == "flat Adam":  # All parameters are one vector for it.
+            optax.adam = lambda *arguments: optax.flatten(adam(*arguments))
         with matmul_precision(precision):
             yield
     finally:
         jax.lax.scan = scan
         nn.LayerNorm = norm
+        optax.adam = adam
+
+
+def prepare(name: str, size: Size, agents: int, variant: str) -> Trained:
+    """Returns agents whose program is traced anew. Call it and its program inside `changed`."""
+    trained = Trained(name, size, agents)
+    train = trained.script.train_chunk.__wrapped__
+
+    def own(*inputs):  # No trace of another variant is known of this function.
+        return train(*inputs)
+
+    flags = FLAGS.get(variant)
+    trained.train = jax.jit(own, static_argnums=0, donate_argnums=(1, 2), compiler_options=flags)
+    return trained
 
 
 def shapes(trained: Trained, agents: int, device) -> list:
@@ -263,21 +281,14 @@ def measure(name: str, agents: int, variant: str, options: Options) -> dict:
         jax=importlib.metadata.version("jax"),
         device=describe(),
     )
-    trained = Trained(name, options.size, 1 if options.without_gpu else agents)
-    train = trained.script.train_chunk.__wrapped__
-
-    def own(*inputs):  # No trace of another variant is known of this function.
-        return train(*inputs)
-
-    flags = FLAGS.get(variant)
-    trained.train = jax.jit(own, static_argnums=0, donate_argnums=(1, 2), compiler_options=flags)
-    inputs = trained.call(1)
-    if options.without_gpu:
-        target = dict(platform="cuda", topology="1x1x1", target_config=H200)
-        (device,) = topologies.get_topology_desc(**target).devices
-        row["device"] = f"for {device.device_kind}, not run"
-        inputs = [trained.args, *shapes(trained, agents, device)]
     with changed(variant):
+        trained = prepare(name, options.size, 1 if options.without_gpu else agents, variant)
+        inputs = trained.call(1)
+        if options.without_gpu:
+            target = dict(platform="cuda", topology="1x1x1", target_config=H200)
+            (device,) = topologies.get_topology_desc(**target).devices
+            row["device"] = f"for {device.device_kind}, not run"
+            inputs = [trained.args, *shapes(trained, agents, device)]
         compiled = trained.train.lower(*inputs).compile()
         kernels, moved = program(compiled.as_text())
         row["kernels"] = f"{kernels / trained.rounds:.0f}"

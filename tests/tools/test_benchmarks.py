@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from analysis.runs import read_rows
@@ -33,6 +34,7 @@ from benchmarks import (
     samples,
     throughput,
     values,
+    variants,
 )
 from benchmarks import stops as stops_benchmark
 from benchmarks.learning import keep, kept, online_table, reported, table
@@ -280,9 +282,14 @@ def test_variants_of_a_program():
     body = MLP((4,), 4, layer_norm=True)
     weights = body.init(jax.random.PRNGKey(0), jnp.ones((4, 4)))
 
-    def traced():
+    def program(x):
         step = lambda x, _: (x + body.apply(weights, x), None)
-        return str(jax.make_jaxpr(lambda x: jax.lax.scan(step, x, None, 20))(jnp.ones((4, 4))))
+        optimizer = optax.adam(0.1)
+        updates, _ = optimizer.update(weights, optimizer.init(weights))
+        return jax.lax.scan(step, x, None, 20), updates
+
+    def traced():
+        return str(jax.make_jaxpr(lambda x: program(x))(jnp.ones((4, 4))))
 
     before, seen = traced(), {}
     for variant in gpu.VARIANTS:
@@ -293,6 +300,27 @@ def test_variants_of_a_program():
     assert "unroll=1\n" in before and "unroll=10\n" in seen["unrolled"]
     assert seen["bfloat16"].count("bf16[4,4] = dot_general") == 1  # the hidden layer
     assert len({*seen.values()}) == len(gpu.VARIANTS) - len(gpu.FLAGS)
+
+
+def test_variants_in_turns(tmp_path):
+    """A row each; Adam on one vector learns what Adam on every array does."""
+    out = tmp_path / "variants.csv"
+    options = dict(scripts=("td3",), sizes=("small",), rounds=1, seconds=0.01, out=str(out))
+    variants.main(variants.Options(**options, variants=("flat Adam",)))
+    plain, flat = read_rows(out)
+    assert (plain["variant"], plain["ratio"], plain["compile_ratio"]) == (
+        "as it is",
+        "1.000",
+        "1.00",
+    )
+    assert flat["variant"] == "flat Adam" and float(flat["ms_update"]) > 0
+    one, other = (variants.compiled("td3", "small", name)[0] for name in ("as it is", "flat Adam"))
+    sizes = [len(jax.tree.leaves(agent.state.opt_state)) for agent in (one, other)]
+    assert sizes[0] > sizes[1]
+    kept = [jax.tree.leaves(agent.state.params) for agent in (one, other)]
+    for x, y in zip(*kept, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+    stops("no variant nope", call=lambda: variants.main(variants.Options(variants=("nope",))))
 
 
 def test_the_check_on_a_gpu(monkeypatch, tmp_path, capsys):
