@@ -157,7 +157,11 @@ def load_agents(folder: str | Path, script: ModuleType | None = None) -> Trained
         saved = read_checkpoint(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no checkpoint that can be read: {error}") from None
-    script = script or stored_script(folder, config["script"])
+    source = folder / SCRIPT
+    if script is None:
+        script = stored_script(folder, config["script"])
+    else:
+        source = script.__file__
     agents = [tuple(agent) for agent in config["agents"]]
     args = arguments(script, flags)
     create = partial(script.create, args, flags["observation_size"])
@@ -166,7 +170,7 @@ def load_agents(folder: str | Path, script: ModuleType | None = None) -> Trained
     try:
         check_same_arrays(flax.serialization.to_state_dict(shapes), saved["state"])
     except ValueError as error:
-        raise UserError(f"{path} does not fit {script.__file__} and common/: {error}") from None
+        raise UserError(f"{path} does not fit {source} and common/: {error}") from None
     statistics = {name: x for name, x in saved["envs"].items() if name in ("mean", "std")}
     return TrainedAgents(
         script=script,

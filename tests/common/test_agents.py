@@ -264,8 +264,9 @@ def test_folders_that_cannot_be_loaded(moved, tmp_path):
     stops(copy, "no checkpoint that can be read", call=lambda: load_agent(copy))
 
 
-def test_a_script_that_does_not_fit(moved):
-    """Another network in common/, say: its parameters are not silently taken for it."""
+def test_a_script_that_does_not_fit(moved, tmp_path):
+    """Another network in common/, say: its parameters are not silently taken for it. The message
+    names the run's own script, also where another run has the same one."""
     other = ModuleType("other")
     vars(other).update(vars(qam))
 
@@ -273,7 +274,17 @@ def test_a_script_that_does_not_fit(moved):
         return qam.create(dataclasses.replace(args, hidden_dims=(9, 9)), *inputs)
 
     other.create = create
-    stops("checkpoint.msgpack does not fit", call=lambda: load_agent(moved[0], script=other))
+    stops(
+        f"checkpoint.msgpack does not fit {qam.__file__}",
+        call=lambda: load_agent(moved[0], script=other),
+    )
+    load_agent(moved[0])
+    copy = tmp_path / "copy"
+    shutil.copytree(moved[0], copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["flags"]["hidden_dims"] = [9, 9]
+    (copy / "config.json").write_text(json.dumps(config))
+    stops(f"does not fit {copy / 'script.py'}", call=lambda: load_agent(copy))
 
 
 def test_what_is_stored(moved):
