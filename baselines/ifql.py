@@ -278,7 +278,7 @@ def critic_loss(
 def behavior_loss(
     args: Args, params: dict, state: State, batch: Batch, key: Array
 ) -> tuple[Array, dict]:
-    """Matches f to the data: along x_t = (1 - t) z + t a the velocity is a - z."""
+    """Matches f to the data: along x_t = (1 - t) z + t a, the velocity is a - z."""
     z_key, t_key = jax.random.split(key)
     actions = batch.actions
     z = jax.random.normal(z_key, actions.shape)
@@ -291,7 +291,7 @@ def behavior_loss(
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
-    """Takes one gradient step on the sum of all losses, at the parameters before the step."""
+    """Takes one gradient step on the sum of all losses. All see the parameters from before it."""
     key, *keys = jax.random.split(state.key, 4)
     losses = [value_loss, critic_loss, behavior_loss]
 
@@ -309,8 +309,8 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
     updates, opt_state = optimizer(args).update(grads, state.opt_state)
     params = optax.apply_updates(state.params, updates)
     # ref: the targets move towards the parameters from before this step.
-    online = {name: state.params[name] for name in state.targets}
-    targets = optax.incremental_update(online, state.targets, args.target_rate)
+    current = {name: state.params[name] for name in state.targets}
+    targets = optax.incremental_update(current, state.targets, args.target_rate)
     return State(params, targets, opt_state, key), metrics
 
 
@@ -339,19 +339,21 @@ def act(args: Args, state: State, observations: Array, seeds: Array, ages: Array
         actions = sample_actions(args, state, observation[None], key)
         return actions.reshape(args.chunk_length, args.action_size)
 
-    one_agent = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
-    return over_agents(one_agent)(state, observations, seeds, ages)
+    act_in_slots = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
+    return over_agents(act_in_slots)(state, observations, seeds, ages)
 
 
 def train_step(
     args: Args, data: Dataset, state: State, replay: Replay, task_row: Array
 ) -> tuple[State, dict]:
-    """Makes one update of one agent, on chunks drawn uniformly from the union of the
-    data and its replay.
+    """Makes one update of one agent, on chunks drawn uniformly from the dataset and its own replay
+    together.
 
-    `sample` returns a Batch: observations (B, S), actions (B, A), rewards (B,), the discounted sums
-    over H steps, masks (B,), 0 if the task was solved on the way, next_observations (B, S) after H
-    steps, and valid (B,), 0 if the trajectory ends before that.
+    `sample` returns a Batch with
+    - observations (B, S), next_observations (B, S) H steps later, and actions (B, A),
+    - rewards (B,), discounted and summed over the H steps,
+    - masks (B,), 0 if the task was solved on the way, else 1,
+    - valid (B,), 0 if the trajectory ends before the H steps do, else 1.
     """
     key, batch_key = jax.random.split(state.key)
     sizes = args.batch_size, args.chunk_length, args.discount
@@ -385,7 +387,7 @@ def train_chunk(
         return jax.lax.fori_loop(0, updates, body, (state, metrics))
 
     # Offline, a CPU trains one agent after the other: its caches then keep one agent's networks.
-    offline = replay.rewards.size == 0
+    offline = replay.rewards.size == 0  # `main` makes the replay without room in that phase.
     all_agents = over_agents(one_agent, agent_by_agent=offline)
     return all_agents(state, metrics, replay, task_rows)
 
@@ -404,7 +406,7 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
     seeds = [seeds_of(agents, step, i) for i in range(args.eval_episodes)]
     episodes = Episodes(envs, np.concatenate(seeds, axis=1))
     while episodes.running:
-        if envs.need_actions():
+        if envs.need_actions():  # Only slots that have played their chunk take a new one.
             envs.set_actions(act(args, state, envs.observations, envs.seeds, envs.ages))
         episodes.step()
     return episodes.results
@@ -420,9 +422,10 @@ def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int
 def main(args: Args) -> list[dict]:
     """Trains all agents, first on the dataset, then in their environments.
 
-    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
-    --eval-interval steps, and where a phase ends, it saves a checkpoint, and the agents are then
-    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
+    After every call `run.log_and_save` does what is due. Every --log-interval steps it appends the
+    means of `metrics` to train.csv, and returns zeros to go on with. Every --eval-interval steps,
+    and where a phase ends, it saves a checkpoint and marks an evaluation as due. A stopped run
+    continues from its last checkpoint. Returns the rows of eval.csv.
     """
     # An agent is a task and a seed. All arrays have a leading axis of agents.
     agents = [(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)]
@@ -441,8 +444,8 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers, dataset.normalization)
         envs = EnvPool(env_names, 1, args.workers, dataset.normalization)
 
-        # Continue from the last checkpoint. `saved` has its state, metrics, envs and replay, the
-        # transitions so far; without a checkpoint, what is passed here and no transitions.
+        # Continue from the last checkpoint. `saved` is its content: state, metrics, envs, and the
+        # replay's transitions so far. Without one, it is what is passed here and an empty replay.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
@@ -456,8 +459,8 @@ def main(args: Args) -> list[dict]:
             updates = min(run.updates_until_due(step), dataset.updates_until_swap(step))
             state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, updates)
             step = step + updates
-            content = dict(state=state, envs=envs.save())
-            metrics = run.log_and_save(step, metrics, content, replay)  # zeros after a row
+            content = dict(state=state, envs=envs.save())  # of a checkpoint, with what follows
+            metrics = run.log_and_save(step, metrics, content, replay)
             evaluate_if_due(args, run, state, eval_envs, step)
 
         # Online phase: every agent makes one environment step and, from --start-training on, one
@@ -465,11 +468,12 @@ def main(args: Args) -> list[dict]:
         replay = Replay.create(len(agents), args.online_steps, *sizes)
         replay = replay.refill(saved["replay"])
         if step > args.offline_steps:  # it stopped in this phase: play the running episodes again
-            envs.load(saved["envs"], saved["replay"]["actions"][:, None])
+            actions = saved["replay"]["actions"]  # (N, steps, d), without the axis of slots
+            envs.load(saved["envs"], actions[:, None])
         elif args.online_steps:
-            envs.reset(seeds_of(agents, 0))  # no evaluation's seeds: none is at step 0
+            envs.reset(seeds_of(agents, 0))  # those of an evaluation at step 0, which there is not
         while step < total_steps:
-            if envs.need_actions():  # a chunk of actions is played open loop
+            if envs.need_actions():  # where a chunk of actions, played open loop, is used up
                 envs.set_actions(act(args, state, envs.observations, envs.seeds, envs.ages))
             transitions = dataset.relabel(envs.step())
             replay = replay.append(transitions)

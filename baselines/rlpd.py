@@ -300,7 +300,7 @@ def cloning_loss(
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
-    """Takes one gradient step on the sum of all losses, at the parameters before the step."""
+    """Takes one gradient step on the sum of all losses. All see the parameters from before it."""
     key, *keys = jax.random.split(state.key, 4)
     losses = [critic_loss, actor_loss, cloning_loss]
 
@@ -318,8 +318,8 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
     updates, opt_state = optimizer(args).update(grads, state.opt_state)
     params = optax.apply_updates(state.params, updates)
     # ref: the targets move towards the parameters from before this step.
-    online = {name: state.params[name] for name in state.targets}
-    targets = optax.incremental_update(online, state.targets, args.target_rate)
+    current = {name: state.params[name] for name in state.targets}
+    targets = optax.incremental_update(current, state.targets, args.target_rate)
     return State(params, targets, opt_state, key), metrics
 
 

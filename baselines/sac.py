@@ -297,8 +297,8 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     zeros = dict.fromkeys(names, jnp.zeros(()))
     state, more = jax.lax.fori_loop(0, rounds, step, (state, zeros))
 
-    online = {name: state.params[name] for name in state.targets}
-    targets = optax.incremental_update(online, state.targets, args.target_rate)  # Eq. (SAC7)
+    current = {name: state.params[name] for name in state.targets}
+    targets = optax.incremental_update(current, state.targets, args.target_rate)  # Eq. (SAC7)
     state = state.replace(targets=targets, step=state.step + 1, key=key)
     return state, metrics | more
 
