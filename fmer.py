@@ -65,15 +65,17 @@ class Args:
     flow_steps: PositiveInt = 10  # Steps T of the solver from noise to action.
     solver: Literal["euler", "rk2", "rk4"] = "euler"  # Solver of the ODE; rk2 is the midpoint rule.
     squash: Literal["tanh", "clip"] = "tanh"  # Map from latents to actions; clip is an ablation.
-    latent_clip: PositiveFloat = 7.2543  # Largest |z_1| before tanh; this is atanh(1 - 1e-6).
+    # Largest |z_1| before tanh; the default is atanh(1 - 1e-6).
+    latent_clip: PositiveFloat = 7.2543
     # Weights of the candidates; uniform and top1 are ablations of softmax(Q / eta).
     weights: Literal["soft", "uniform", "top1"] = "soft"
     eta_init: PositiveFloat = 0.5  # Initial temperature eta of the weights.
     eta_fixed: NonNegativeFloat = 0.0  # Ablation: eta stays at this value (0: it is tuned).
-    eta_rate: NonNegativeFloat = 1e-3  # Step size of log eta; the error is ESS minus its target.
+    # Step size of log eta, which falls by it times (ESS - its target).
+    eta_rate: NonNegativeFloat = 1e-3
     target_ess: UnitInterval = 0.5  # Target ESS as a share of num_candidates (the paper: 4 of 8).
     lambda_init: PositiveFloat = 0.5  # Initial multiplier lambda of the entropy.
-    # Step size of log lambda; the error is the entropy deficit per action dimension.
+    # Step size of log lambda, which rises by it times (target - entropy) per action dimension.
     lambda_rate: NonNegativeFloat = 1e-2
     # Steps of log lambda and log eta: plain, or Adam's with the policy's initial learning rate.
     dual_optimizer: Literal["plain", "adam"] = "plain"
@@ -171,8 +173,8 @@ class State:
     params: dict  # critic (phi_1, phi_2), policy (theta)
     targets: dict  # moving averages: critic and, with --policy-ema, policy
     opt_state: dict  # of critic, policy, log_lambda and log_eta
-    log_eta: Array  # (): temperature of the weights
-    log_lambda: Array  # (): multiplier of the entropy
+    log_eta: Array  # (): logarithm of the weights' temperature
+    log_lambda: Array  # (): logarithm of the entropy's multiplier
     step: Array  # () int32: updates so far
     key: Array  # (2,) uint32
 
@@ -184,10 +186,15 @@ def planned_updates(args: Args) -> int:
 
 
 def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
-    """Makes one Adam per network; the policy's rate falls between two shares of the run."""
+    """Makes one Adam per network; the policy's rate decays from 25 to 75 % of the updates."""
     start = int(0.25 * planned_updates(args))
     end = int(0.75 * planned_updates(args))
-    rate = optax.linear_schedule(args.actor_lr, args.actor_lr_end, max(1, end - start), start)
+    rate = optax.linear_schedule(
+        args.actor_lr,
+        args.actor_lr_end,
+        transition_steps=max(1, end - start),
+        transition_begin=start,
+    )
     return dict(critic=optax.adam(args.critic_lr), policy=optax.adam(rate))
 
 
@@ -207,7 +214,7 @@ def create(args: Args, observation_size: int, key: Array) -> State:
     key, critic_key, policy_key = jax.random.split(key, 3)
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))
-    critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
+    critics = Critic(args.hidden_dims, 2, layer_norm=False, activation=mish, kernel_init=LECUN)
     flow = TimedMLP(args.hidden_dims, scale=0.01)
     params = dict(
         critic=critics.init(critic_key, observations, actions),
@@ -236,19 +243,24 @@ def create(args: Args, observation_size: int, key: Array) -> State:
 
 def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
     """Computes Q_1 and Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
-    critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
+    critics = Critic(args.hidden_dims, 2, layer_norm=False, activation=mish, kernel_init=LECUN)
     return critics.apply(params, observations, actions)
 
 
 def velocity(args: Args, params: dict, observations: Array, z: Array, t: Array) -> Array:
-    """Computes v(z, t, s): (B, S), (..., B, d), t in [0, 1] that broadcasts to (..., B) ->
-    (..., B, d)."""
+    """Computes v(z, t, s).
+
+    (B, S), (..., B, d) and t in [0, 1] that broadcasts to (..., B) -> (..., B, d).
+    """
     flow = TimedMLP(args.hidden_dims, scale=0.01)
-    return flow.apply(params, observations, z, 100 * t)
+    return flow.apply(params, observations, z, 100 * t)  # its sinusoids suit times to about 100
 
 
 def integrate(args: Args, flow: dict, observations: Array, z: Array) -> Array:
-    """Solves the ODE from noise to latents of actions, in T steps: (B, S), (..., B, d) -> same."""
+    """Solves the ODE from noise to latents of actions, in T steps.
+
+    (B, S), (..., B, d) -> (..., B, d).
+    """
     h = 1 / args.flow_steps
     v = partial(velocity, args, flow, observations)
 
@@ -276,7 +288,7 @@ def candidates(args: Args, flow: dict, observations: Array, key: Array, count: i
 
 
 def squash(args: Args, z: Array) -> Array:
-    """Maps latents to actions."""
+    """Maps latents, which `integrate` has clipped, to actions."""
     return jnp.tanh(z) if args.squash == "tanh" else z
 
 
@@ -287,8 +299,11 @@ def best(q: Array, actions: Array) -> Array:
 
 
 def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
-    """Chooses the best of some samples: (B, S) -> (B, d) in [-1, 1]. There are M samples; "single"
-    (logged alongside) takes one, "explore" (in training) as many as --act-candidates says."""
+    """Draws several actions per state, and returns that of the highest value: (B, S) -> (B, d).
+
+    `mode` says how many: "best" (evaluations) M, "single" (logged alongside) one, and "explore"
+    (training) --act-candidates.
+    """
     count = args.num_candidates
     if mode == "single":
         count = 1
@@ -325,7 +340,7 @@ def weigh(args: Args, q: Array, eta: Array) -> tuple[Array, Array]:
 
     (M, B) -> (M, B), ().
     """
-    weights = jax.nn.softmax((q - q.max(0)) / eta, 0)  # Eq. (13): its V(s) cancels
+    weights = jax.nn.softmax((q - q.max(0)) / eta, 0)  # Eq. (13), where V(s) cancels
     if args.weights == "uniform":
         weights = jnp.full_like(q, 1 / len(q))
     if args.weights == "top1":
@@ -366,9 +381,11 @@ def policy_loss(
     weights: Array,
     key: Array,
 ) -> tuple[Array, dict]:
-    """Computes the loss of weighted flow matching to the latents z1 (M, B, d) of the candidates,
-    with weights (M, B), and of the entropy. Only `params` is differentiated: no gradient passes
-    through the solver."""
+    """Computes the weighted flow-matching loss on the candidates' latents, minus the entropy bonus.
+
+    observations (B, S), z1 (M, B, d), weights (M, B). `params` are the policy's alone; no gradient
+    passes through the solver.
+    """
     time_key, noise_key, probe_key = jax.random.split(key, 3)
     t = jax.random.uniform(time_key, weights.shape)
     z0 = jax.random.normal(noise_key, z1.shape)
@@ -379,14 +396,14 @@ def policy_loss(
     active = state.step < args.entropy_until
     multiplier = jnp.where(active, jnp.exp(state.log_lambda), 0.0)
     loss = matching - multiplier * div.mean()  # Eq. (8), (18)
-    # Entropy per dimension of the initial action: tanh(z_0) or z_0, with z_0 ~ N(0, I).
+    # Entropy per dimension of tanh(z_0), or of z_0, which is log(2 pi e) / 2, for z_0 ~ N(0, I).
     start = 0.669804 if args.squash == "tanh" else 1.418939
     entropy = start * args.action_size + div.mean()  # Eq. (16), (70)
     return loss, dict(matching_loss=matching, entropy=entropy / args.action_size)
 
 
 def target_entropy(args: Args, step: Array) -> Array:
-    """Returns the target H*/d, annealed linearly over the first share of the updates."""
+    """Returns the target H*/d, annealed linearly over the --target-entropy-share of the updates."""
     last_step = args.target_entropy_share * planned_updates(args)
     share = jnp.minimum(step / last_step, 1)
     return args.target_entropy_start * (1 - share) + args.target_entropy_end * share
@@ -410,7 +427,7 @@ def descend(
 def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     """Updates the critics, then the policy with the new critics, then lambda and eta (by steps on
     their logarithms), then the moving averages."""
-    key, next_key, now_key, loss_key = jax.random.split(state.key, 4)
+    key, next_key, current_key, loss_key = jax.random.split(state.key, 4)
 
     # Update the critics.
     observations = batch.next_observations
@@ -419,19 +436,21 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     next_actions = squash(args, z1)
     state, metrics = descend(args, state, "critic", critic_loss, batch, next_actions)
 
-    # Update the policy.
+    # Update the policy, at the batch's states or at the next ones, whose candidates are known.
     if args.actor_states == "current":
         observations = batch.observations
         flow = state.params["policy"]
-        z1 = candidates(args, flow, observations, now_key, args.num_candidates)
+        z1 = candidates(args, flow, observations, current_key, args.num_candidates)
     q = critic(args, state.params["critic"], observations, squash(args, z1)).min(0)
     weights, ess = weigh(args, q, jnp.exp(state.log_eta))
-    state, more = descend(args, state, "policy", policy_loss, observations, z1, weights, loss_key)
+    inputs = observations, z1, weights, loss_key
+    state, policy_metrics = descend(args, state, "policy", policy_loss, *inputs)
 
-    # Update lambda and eta.
+    # Update lambda and eta. The optimisers step against the errors, as against gradients.
+    entropy = policy_metrics["entropy"]
     goal = target_entropy(args, state.step)
     excess = ess - args.target_ess * args.num_candidates
-    errors = dict(log_lambda=more["entropy"] - goal, log_eta=excess)
+    errors = dict(log_lambda=entropy - goal, log_eta=excess)
     steps = {}
     opt_state = dict(state.opt_state)
     for name, optimizer in dual_optimizers(args).items():
@@ -449,13 +468,13 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     for name, average in state.targets.items():
         targets[name] = optax.incremental_update(state.params[name], average, rates[name])
 
-    metrics |= more
-    metrics |= dict(
+    metrics |= policy_metrics
+    metrics |= dict(  # lambda and eta as they were in this update
         target_entropy=goal,
         multiplier=jnp.exp(state.log_lambda),
         ess=ess,
         eta=jnp.exp(state.log_eta),
-        saturated=(jnp.abs(z1) > 3).mean(),
+        saturated=(jnp.abs(z1) > 3).mean(),  # tanh(3) = 0.995
     )
     state = state.replace(
         targets=targets,
@@ -494,20 +513,23 @@ def act(
 
     def act_once(state, observation, seed, age):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
+        # The batch's axis, of length 1, is the axis of chunks for `EnvPool`.
         return sample_actions(args, state, observation[None], key, mode)
 
-    one_agent = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
-    return over_agents(one_agent)(state, observations, seeds, ages)
+    act_in_slots = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
+    return over_agents(act_in_slots)(state, observations, seeds, ages)
 
 
 def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
     """Makes one update of one agent on transitions drawn uniformly from its replay.
 
-    The batch is a Replay of B rows: observations (B, S), next_observations (B, S), actions (B, d),
-    rewards (B,), masks (B,), 0 where the episode ended except at a time limit, terminals (B,).
+    The batch is a Replay of B rows with
+    - observations (B, S), next_observations (B, S), actions (B, d), rewards (B,),
+    - masks (B,), 0 where the episode terminated, else 1, also at a time limit,
+    - terminals (B,), 1 where the episode ended in either way.
     """
     key, rows_key = jax.random.split(state.key)
-    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts on when it is full
+    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` keeps counting when it is full
     rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
     columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
     batch = replay.replace(**columns)
@@ -568,9 +590,10 @@ def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
-    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
-    --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
-    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
+    After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
+    means of `metrics` to train.csv, and returns zeros to go on with. Every --eval-interval steps,
+    and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
+    from its last checkpoint. Returns the rows of eval.csv.
     """
     keep_freed_memory()
     # An agent is a task and a seed. All arrays have a leading axis of agents.
@@ -591,8 +614,8 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint. `saved` has its state, metrics, envs and replay, the
-        # transitions so far; without a checkpoint, what is passed here and no transitions.
+        # Continue from the last checkpoint. `saved` is its content: state, metrics, envs, and the
+        # replay's transitions so far. Without one, it is what is passed here and an empty replay.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
@@ -600,16 +623,16 @@ def main(args: Args) -> list[dict]:
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:  # play the running episodes again, with their actions (N, 1, steps, d)
-            envs.load(saved["envs"], saved["replay"]["actions"][:, None])
+        if step > 0:  # play the running episodes again
+            actions = saved["replay"]["actions"]  # (agents, steps, d), without the axis of slots
+            envs.load(saved["envs"], actions[:, None])
         else:
-            envs.reset(seeds_of(agents, 0))  # no evaluation's seeds: none is at step 0
+            envs.reset(seeds_of(agents, 0))  # those of an evaluation at step 0, which there is not
 
         # Every agent makes one environment step; updates follow after the warm-up.
         while step < args.total_steps:
             if step < args.warmup_steps:
-                # They are drawn from each episode's seed and age.
-                actions = envs.random_actions(action_size)
+                actions = envs.random_actions(action_size)  # by each episode's seed and age
             else:
                 inputs = envs.observations, envs.seeds, envs.ages
                 actions = act(args, state, *inputs, "explore")
@@ -625,8 +648,8 @@ def main(args: Args) -> list[dict]:
             ended = transitions["terminals"] > 0  # terminated or timed out; `masks` tell which
             if ended.any():
                 envs.reset(seeds_of(agents, step, TRAINING), where=ended)
-            content = dict(state=state, envs=envs.save())
-            metrics = run.log_and_save(step, metrics, content, replay)  # zeros after a row
+            content = dict(state=state, envs=envs.save())  # of a checkpoint, with what follows
+            metrics = run.log_and_save(step, metrics, content, replay)
             evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 

@@ -11,7 +11,7 @@ entropy of that noise meets a target: it depends on alpha alone, so this is a sc
     a = clip(best of M chains + 0.1 alpha xi),  w = exp(clip((Q - m) / sigma) / alpha)
                                                                                Eq. (DPMD1), (DPMD3)
 
-The numbers with letters are ours; (DDPM1) to (DDPM4) are the diffusion of Ho et al. 2020
+Equation numbers are ours; (DDPM1) to (DDPM4) are the diffusion of Ho et al. 2020
 (arXiv:2006.11239), written alike in qvpo.py and dipo.py. docs/methods/dpmd.md lists what differs
 from the public code (`# ref:`).
 
@@ -72,7 +72,7 @@ class Args:
     # Factor kappa of the linear schedule.
     beta_scale: Annotated[float, Range(0, 1, exclusive=True)] = 0.8
     start_scale: NonNegativeFloat = 0.5  # Standard deviation of the noise that chains start from.
-    noise_scale: PositiveFloat = 0.1  # Standard deviation of the training noise, per alpha.
+    noise_scale: PositiveFloat = 0.1  # Standard deviation of the training noise at alpha = 1.
     alpha_init: PositiveFloat = 5.0  # Initial temperature alpha.
     alpha_lr: PositiveFloat = 7e-3  # Adam's learning rate of log alpha.
     alpha_steps: PositiveInt = 800  # Steps of alpha, spread evenly over the updates of the run.
@@ -160,7 +160,7 @@ class State:
     params: dict  # critic (phi_1, phi_2), policy (theta)
     targets: dict  # moving averages: critic, and the policy that acts
     opt_state: dict  # of critic, policy and alpha
-    log_alpha: Array  # (): temperature of the weights, size of the noise
+    log_alpha: Array  # (): logarithm of alpha, which scales weights and noise
     q_mean: Array  # (): m, running mean of Q
     q_std: Array  # (): sigma, running deviation of Q
     step: Array  # () int32: updates so far
@@ -174,8 +174,8 @@ def planned_updates(args: Args) -> int:
 
 
 def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
-    """Makes one Adam for each network and for log alpha; the policy's rate falls between two shares
-    of the run, counted in its own updates."""
+    """Makes one Adam for each network and for log alpha; the policy's rate decays from 25 to 75 %
+    of its own updates."""
     steps = planned_updates(args) / args.policy_delay
     start = int(0.25 * steps)
     end = int(0.75 * steps)
@@ -192,7 +192,7 @@ def create(args: Args, observation_size: int, key: Array) -> State:
     key, critic_key, policy_key = jax.random.split(key, 3)
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))
-    critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
+    critics = Critic(args.hidden_dims, 2, layer_norm=False, activation=mish, kernel_init=LECUN)
     denoiser = TimedMLP(args.hidden_dims, scale_waves=True)
     params = dict(
         critic=critics.init(critic_key, observations, actions),
@@ -220,7 +220,7 @@ def create(args: Args, observation_size: int, key: Array) -> State:
 
 def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
     """Computes Q_1 and Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
-    critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
+    critics = Critic(args.hidden_dims, 2, layer_norm=False, activation=mish, kernel_init=LECUN)
     return critics.apply(params, observations, actions)
 
 
@@ -232,8 +232,10 @@ def predict_noise(args: Args, params: dict, observations: Array, x: Array, i: Ar
 
 
 def noise_schedule(args: Args) -> tuple[np.ndarray, np.ndarray]:
-    """Computes beta_i and abar_i of the steps i = 0 ... T - 1, from the action to noise: (T,) each,
-    NumPy's float64, because abar_0 is near 1."""
+    """Computes beta_i and abar_i of the steps i = 0 ... T - 1, from the action to noise: (T,) each.
+
+    They are NumPy's float64, because abar_0 is near 1.
+    """
     T = args.diffusion_steps
     if args.schedule == "linear":
         beta = args.beta_scale * np.linspace(1e-4, 0.999, T)  # Eq. (DDPM4)
@@ -247,8 +249,10 @@ def noise_schedule(args: Args) -> tuple[np.ndarray, np.ndarray]:
 def denoise(
     args: Args, policy: dict, observations: Array, key: Array, count: int, noise: float = 1.0
 ) -> Array:
-    """Draws actions by `count` chains per state, whose steps add `noise` times the noise that they
-    should: (B, S) -> (count, B, d) in [-1, 1]."""
+    """Draws actions by `count` chains per state: (B, S) -> (count, B, d) in [-1, 1].
+
+    `noise` is a factor of the noise that each step adds.
+    """
     beta, abar = noise_schedule(args)
     before = np.append(1.0, abar[:-1])  # abar_{i-1}
     signal = jnp.asarray(np.sqrt(abar))
@@ -287,8 +291,10 @@ def choose(
     count: int,
     noise: float,
 ) -> Array:
-    """Chooses the best of `count` actions, and adds `noise` times the noise of training:
-    (B, S) -> (B, d) in [-1, 1]."""
+    """Chooses the best of `count` actions, and adds noise: (B, S) -> (B, d) in [-1, 1].
+
+    `noise` is a factor of the noise of training.
+    """
     chain_key, noise_key = jax.random.split(key)
     actions = denoise(args, policy, observations, chain_key, count)
     q = critic(args, state.params["critic"], observations, actions).min(0)
@@ -321,8 +327,8 @@ def critic_loss(
 
 
 def weigh(args: Args, state: State, q: Array) -> Array:
-    """Computes weights of actions of these values, not normalised: (B,) -> (B,)."""
-    if args.as_published:  # ref: by the precedence of operators
+    """Computes weights, not normalised, of actions from their values: (B,) -> (B,)."""
+    if args.as_published:  # ref: the public code lacks the brackets
         normal = q - state.q_mean / state.q_std
     else:
         normal = (q - state.q_mean) / state.q_std
@@ -339,8 +345,10 @@ def policy_loss(
     weights: Array,
     key: Array,
 ) -> tuple[Array, dict]:
-    """Computes the weighted loss of denoising actions, the mean of all components: (B, S),
-    (..., B, d), (..., B)."""
+    """Computes the weighted loss of denoising actions, averaged over all components.
+
+    observations (B, S), actions (..., B, d), weights (..., B).
+    """
     step_key, noise_key = jax.random.split(key)
     i = jax.random.randint(step_key, weights.shape, 0, args.diffusion_steps)
     noise = jax.random.normal(noise_key, actions.shape)
@@ -355,8 +363,8 @@ def policy_loss(
 
 def alpha_gradient(args: Args, state: State) -> Array:
     """Computes d/d log alpha of log alpha (H - H*), with the entropy H of the noise added in
-    training. It is linear in log alpha and depends on nothing else, so Adam's way down from the
-    first alpha is always the same."""
+    training. It is linear in log alpha and depends on nothing else, so alpha takes the same path in
+    every run."""
     log_std = jnp.log(args.noise_scale) + state.log_alpha
     entropy = log_std + 0.5 * float(np.log(2 * np.pi * np.e))  # per dimension
     return args.action_size * (entropy - args.noise_entropy)  # Eq. (DPMD4)
@@ -378,7 +386,7 @@ def descend(
 
 
 def repeat_step(args: Args, before: State, state: State, *inputs: Any) -> State:
-    """Takes another Adam step of the critics along the gradient `before` their first one."""
+    """Takes another Adam step of the critics with the gradient at `before`, as the first one."""
     gradient = jax.grad(partial(critic_loss, args), has_aux=True)
     grads, _ = gradient(before.params["critic"], before, *inputs)
     updates, opt_state = optimizers(args)["critic"].update(grads, state.opt_state["critic"])
@@ -390,9 +398,9 @@ def repeat_step(args: Args, before: State, state: State, *inputs: Any) -> State:
 
 
 def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
-    """Makes one step of the critics. Every policy_delay-th update also makes one of the policy,
-    with the actions of the TD target, weighted by the critics' new values, and one of the averages.
-    alpha_steps updates, evenly spread over the run, make one of alpha."""
+    """Steps the critics. Every policy_delay-th update also steps the policy, on the actions of the
+    TD target, weighted by the critics' new values, and the averages. alpha_steps updates, evenly
+    spread over the run, step alpha."""
     key, next_key, loss_key = jax.random.split(state.key, 3)
 
     # Update the critics.
@@ -403,10 +411,10 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     state, metrics = descend(args, state, "critic", critic_loss, batch, actions)
     q = critic(args, state.params["critic"], observations, actions).min(0)
     weights = weigh(args, state, q)
-    if args.as_published:  # ref: with the same gradient
+    if args.as_published:  # ref: the public code applies the gradient twice
         state = repeat_step(args, before, state, batch, actions)
 
-    # Update the policy and the averages.
+    # Update the policy and the averages: a step that is kept at every policy_delay-th update.
     after, more = descend(
         args, state, "policy", policy_loss, observations, actions, weights, loss_key
     )
@@ -472,20 +480,23 @@ def act(
 
     def act_once(state, observation, seed, age):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
+        # The batch's axis, of length 1, is the axis of chunks for `EnvPool`.
         return sample_actions(args, state, observation[None], key, mode)
 
-    one_agent = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
-    return over_agents(one_agent)(state, observations, seeds, ages)
+    act_in_slots = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
+    return over_agents(act_in_slots)(state, observations, seeds, ages)
 
 
 def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
     """Makes one update of one agent on transitions drawn uniformly from its replay.
 
-    The batch is a Replay of B rows: observations (B, S), next_observations (B, S), actions (B, d),
-    rewards (B,), masks (B,), 0 where the episode ended except at a time limit, terminals (B,).
+    The batch is a Replay of B rows with
+    - observations (B, S), next_observations (B, S), actions (B, d), rewards (B,),
+    - masks (B,), 0 where the episode terminated, else 1, also at a time limit,
+    - terminals (B,), 1 where the episode ended in either way.
     """
     key, rows_key = jax.random.split(state.key)
-    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts on when it is full
+    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` keeps counting when it is full
     rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
     columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
     batch = replay.replace(**columns)
@@ -546,9 +557,10 @@ def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
-    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
-    --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
-    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
+    After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
+    means of `metrics` to train.csv, and returns zeros to go on with. Every --eval-interval steps,
+    and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
+    from its last checkpoint. Returns the rows of eval.csv.
     """
     keep_freed_memory()
     # An agent is a task and a seed. All arrays have a leading axis of agents.
@@ -569,8 +581,8 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint. `saved` has its state, metrics, envs and replay, the
-        # transitions so far; without a checkpoint, what is passed here and no transitions.
+        # Continue from the last checkpoint. `saved` is its content: state, metrics, envs, and the
+        # replay's transitions so far. Without one, it is what is passed here and an empty replay.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
@@ -578,16 +590,16 @@ def main(args: Args) -> list[dict]:
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:  # play the running episodes again, with their actions (N, 1, steps, d)
-            envs.load(saved["envs"], saved["replay"]["actions"][:, None])
+        if step > 0:  # play the running episodes again
+            actions = saved["replay"]["actions"]  # (agents, steps, d), without the axis of slots
+            envs.load(saved["envs"], actions[:, None])
         else:
-            envs.reset(seeds_of(agents, 0))  # no evaluation's seeds: none is at step 0
+            envs.reset(seeds_of(agents, 0))  # those of an evaluation at step 0, which there is not
 
         # Every agent makes one environment step; updates follow after the warm-up.
         while step < args.total_steps:
             if step < args.warmup_steps:
-                # They are drawn from each episode's seed and age.
-                actions = envs.random_actions(action_size)
+                actions = envs.random_actions(action_size)  # by each episode's seed and age
             else:
                 inputs = envs.observations, envs.seeds, envs.ages
                 actions = act(args, state, *inputs, "explore")
@@ -603,8 +615,8 @@ def main(args: Args) -> list[dict]:
             ended = transitions["terminals"] > 0  # terminated or timed out; `masks` tell which
             if ended.any():
                 envs.reset(seeds_of(agents, step, TRAINING), where=ended)
-            content = dict(state=state, envs=envs.save())
-            metrics = run.log_and_save(step, metrics, content, replay)  # zeros after a row
+            content = dict(state=state, envs=envs.save())  # of a checkpoint, with what follows
+            metrics = run.log_and_save(step, metrics, content, replay)
             evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 

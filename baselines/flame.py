@@ -179,8 +179,8 @@ def planned_updates(args: Args) -> int:
 
 
 def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
-    """Makes one Adam for each network and for log alpha; the policy's rate falls between two shares
-    of the run, counted in its own updates."""
+    """Makes one Adam for each network and for log alpha; the policy's rate decays from 25 to 75 %
+    of its own updates."""
     steps = planned_updates(args) / args.policy_delay
     start = int(0.25 * steps)
     end = int(0.75 * steps)
@@ -197,7 +197,7 @@ def create(args: Args, observation_size: int, key: Array) -> State:
     key, critic_key, policy_key = jax.random.split(key, 3)
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))
-    critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
+    critics = Critic(args.hidden_dims, 2, layer_norm=False, activation=mish, kernel_init=LECUN)
     flow = TimedMLP(args.hidden_dims, scale=0.01, scale_waves=True)
     params = dict(
         critic=critics.init(critic_key, observations, actions),
@@ -223,7 +223,7 @@ def create(args: Args, observation_size: int, key: Array) -> State:
 
 def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
     """Computes Q_1 and Q_2: (B, S), (..., B, d) -> (2, ..., B)."""
-    critics = Critic(args.hidden_dims, 2, False, mish, LECUN)
+    critics = Critic(args.hidden_dims, 2, layer_norm=False, activation=mish, kernel_init=LECUN)
     return critics.apply(params, observations, actions)
 
 
@@ -490,20 +490,23 @@ def act(
 
     def act_once(state, observation, seed, age):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
+        # The batch's axis, of length 1, is the axis of chunks for `EnvPool`.
         return sample_actions(args, state, observation[None], key, mode)
 
-    one_agent = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
-    return over_agents(one_agent)(state, observations, seeds, ages)
+    act_in_slots = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
+    return over_agents(act_in_slots)(state, observations, seeds, ages)
 
 
 def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
     """Makes one update of one agent on transitions drawn uniformly from its replay.
 
-    The batch is a Replay of B rows: observations (B, S), next_observations (B, S), actions (B, d),
-    rewards (B,), masks (B,), 0 where the episode ended except at a time limit, terminals (B,).
+    The batch is a Replay of B rows with
+    - observations (B, S), next_observations (B, S), actions (B, d), rewards (B,),
+    - masks (B,), 0 where the episode terminated, else 1, also at a time limit,
+    - terminals (B,), 1 where the episode ended in either way.
     """
     key, rows_key = jax.random.split(state.key)
-    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts on when it is full
+    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` keeps counting when it is full
     rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
     columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
     batch = replay.replace(**columns)
@@ -564,9 +567,10 @@ def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
-    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
-    --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
-    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
+    After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
+    means of `metrics` to train.csv, and returns zeros to go on with. Every --eval-interval steps,
+    and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
+    from its last checkpoint. Returns the rows of eval.csv.
     """
     keep_freed_memory()
     # An agent is a task and a seed. All arrays have a leading axis of agents.
@@ -587,8 +591,8 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint. `saved` has its state, metrics, envs and replay, the
-        # transitions so far; without a checkpoint, what is passed here and no transitions.
+        # Continue from the last checkpoint. `saved` is its content: state, metrics, envs, and the
+        # replay's transitions so far. Without one, it is what is passed here and an empty replay.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
@@ -596,16 +600,16 @@ def main(args: Args) -> list[dict]:
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:  # play the running episodes again, with their actions (N, 1, steps, d)
-            envs.load(saved["envs"], saved["replay"]["actions"][:, None])
+        if step > 0:  # play the running episodes again
+            actions = saved["replay"]["actions"]  # (agents, steps, d), without the axis of slots
+            envs.load(saved["envs"], actions[:, None])
         else:
-            envs.reset(seeds_of(agents, 0))  # no evaluation's seeds: none is at step 0
+            envs.reset(seeds_of(agents, 0))  # those of an evaluation at step 0, which there is not
 
         # Every agent makes one environment step; updates follow after the warm-up.
         while step < args.total_steps:
             if step < args.warmup_steps:
-                # They are drawn from each episode's seed and age.
-                actions = envs.random_actions(action_size)
+                actions = envs.random_actions(action_size)  # by each episode's seed and age
             else:
                 inputs = envs.observations, envs.seeds, envs.ages
                 actions = act(args, state, *inputs, "explore")
@@ -621,8 +625,8 @@ def main(args: Args) -> list[dict]:
             ended = transitions["terminals"] > 0  # terminated or timed out; `masks` tell which
             if ended.any():
                 envs.reset(seeds_of(agents, step, TRAINING), where=ended)
-            content = dict(state=state, envs=envs.save())
-            metrics = run.log_and_save(step, metrics, content, replay)  # zeros after a row
+            content = dict(state=state, envs=envs.save())  # of a checkpoint, with what follows
+            metrics = run.log_and_save(step, metrics, content, replay)
             evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 

@@ -5,11 +5,11 @@ arXiv:2601.14234).
 Values are learned as in implicit Q-learning (Kostrikov et al., ICLR 2022): V is an upper expectile
 of Q over the data's actions, and Q's target is V, so that no value is learned from an action that
 is not in the data. The policy is a flow f that imitates the data. To act, it draws M candidate
-actions and takes the one with the highest value.
+actions and takes the one with the highest value, which is the lowest of the K critics'.
 
     L(phi) = E (Q(s, a) - R - gamma^H m V(s'))^2                                          Eq. (85)
     L(xi) = E |kappa - 1[D < 0]| D^2,  D = Q(s, a) - V(s)                                 Eq. (86)
-    a = argmax_m Q(s, a_m),  a_1 .. a_M ~ ODE(f; s, z_m)                                  Eq. (87)
+    a = a_m with the largest Q(s, a_m),  a_m = ODE(f; s, z_m),  z_m ~ N(0, I)             Eq. (87)
 
 Equation numbers are those of Li and Levine 2026. docs/methods/ifql.md lists every difference
 between their paper, their code and this file, which follows the code (lines marked `# ref:` differ
@@ -67,7 +67,7 @@ class Args:
     # V is the expectile kappa of Q over the data's actions; 0.5 is the mean.
     expectile: UnitInterval = 0.9
     num_candidates: PositiveInt = 32  # Candidate actions M per state; the best one is executed.
-    # TD targets are the critics' mean minus this many standard deviations.
+    # V is fitted to the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
 
@@ -229,12 +229,12 @@ def integrate(args: Args, flow: dict, observations: Array, z: Array) -> Array:
 
 def sample_actions(args: Args, state: State, observations: Array, key: Array) -> Array:
     """Samples M actions of the flow per state and takes the best: (B, S) -> (B, A) in [-1, 1]."""
-    action_size = args.chunk_length * args.action_size
-    z = jax.random.normal(key, (args.num_candidates, len(observations), action_size))
+    chunk_size = args.chunk_length * args.action_size
+    z = jax.random.normal(key, (args.num_candidates, len(observations), chunk_size))
     candidates = integrate(args, state.params["behavior"], observations, z)  # (M, B, A)
     critic_at = partial(critic, args, state.params["critic"], observations)
     q = jax.vmap(critic_at)(candidates)  # (M, K, B)
-    lowest_q = q.min(1)  # ref: the lowest of the K critics, online
+    lowest_q = q.min(1)  # ref: the lowest of the K critics, not of their averages
     best = lowest_q.argmax(0)  # Eq. (87)
     return jnp.take_along_axis(candidates, best[None, :, None], axis=0)[0]
 
@@ -248,7 +248,7 @@ def value_loss(
 ) -> tuple[Array, dict]:
     """Regresses V onto an expectile of the pessimistic value of the data's actions."""
     q = critic(args, state.targets["critic"], batch.observations, batch.actions)
-    target = q.mean(0) - args.pessimism * q.std(0)  # Eq. (26); not in (85)
+    target = q.mean(0) - args.pessimism * q.std(0)  # Eq. (26), here instead of in (85)
     v = value(args, params["value"], batch.observations)
     difference = target - v
     is_below = (difference < 0).astype(difference.dtype)
@@ -262,7 +262,7 @@ def critic_loss(
     args: Args, params: dict, state: State, batch: Batch, key: Array
 ) -> tuple[Array, dict]:
     """Computes the squared TD error of every critic against the value of the next state."""
-    next_value = value(args, state.params["value"], batch.next_observations)  # online
+    next_value = value(args, state.params["value"], batch.next_observations)  # not its average
     target = batch.rewards + args.discount**args.chunk_length * batch.masks * next_value
     q = critic(args, params["critic"], batch.observations, batch.actions)
     loss = (batch.valid * (q - target) ** 2).mean()  # Eq. (85)

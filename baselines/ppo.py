@@ -2,7 +2,7 @@
 FMER (Gao et al. 2026, arXiv:2603.17685).
 
 Online, on-policy. A Gaussian policy plays a rollout, learns from it for some epochs and throws it
-away. The ratio of new to old density is clipped where moving it further would raise the objective;
+away. The ratio of new to old density is clipped, so that nothing is gained by moving it further;
 advantages are generalised estimates (GAE: Schulman et al. 2016, arXiv:1506.02438). Observations and
 rewards are normalised by running statistics, which are part of the agent.
 
@@ -11,8 +11,8 @@ rewards are normalised by running statistics, which are part of the agent.
     L(pi) = -<min(rho A, clip(rho, 1 - c, 1 + c) A)>,  rho = pi(a|s) / pi_old(a|s)     Eq. (PPO3)
     L(V) = <max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2)> / 2                Eq. (PPO4)
 
-Equation numbers are ours. Sizes and rates that FMER's paper does not state are those of CleanRL:
-docs/methods/ppo.md; `# ref:` marks what differs from it.
+<x> is the mean over a minibatch. Equation numbers are ours. Sizes and rates that FMER's paper does
+not state are those of CleanRL: docs/methods/ppo.md; `# ref:` marks what differs from it.
 
     python baselines/ppo.py                          the plane with four goals, 3 minutes on a CPU
     python baselines/ppo.py --env halfcheetah --num-seeds 5
@@ -65,7 +65,7 @@ class Args:
     clip_range: PositiveFloat = 0.2  # Clip range c: how far ratios and values may move.
     value_weight: NonNegativeFloat = 0.5  # Weight of the value's loss.
     entropy_weight: NonNegativeFloat = 0.0  # Weight of the policy's entropy.
-    normal_clip: PositiveFloat = 10.0  # Largest normalised observation and reward.
+    normal_clip: PositiveFloat = 10.0  # Largest size of a normalised observation or reward.
 
     # --- networks and optimiser ---
     hidden_dims: tuple[PositiveInt, ...] = (256, 256)  # Hidden-layer widths of all networks.
@@ -156,11 +156,11 @@ class Batch:
     log_prob: Array  # (B,), when they were drawn
     values: Array  # (B,), V(s) before learning
     advantages: Array  # (B,)
-    returns: Array  # (B,)
+    returns: Array  # (B,), advantages + values: the targets of V
 
 
 def planned_updates(args: Args) -> int:
-    """Counts the updates of the whole run, which the learning rate refers to."""
+    """Counts the updates of the whole run, over which the learning rate decays."""
     rollouts = args.total_steps // args.rollout_steps
     minibatches = args.rollout_steps // args.batch_size
     return rollouts * args.epochs * minibatches
@@ -201,7 +201,7 @@ def create(args: Args, observation_size: int, key: Array) -> State:
 
 
 def network(args: Args, out: int, gain: float) -> MLP:
-    """Makes ReLU layers of orthogonal weights, the last one's scaled by `gain`."""
+    """Makes a ReLU network with orthogonal initial weights, the last layer's scaled by `gain`."""
     orthogonal = jax.nn.initializers.orthogonal
     return MLP(args.hidden_dims, out, False, jax.nn.relu, orthogonal(2**0.5), orthogonal(gain))
 
@@ -243,8 +243,8 @@ def merge(old: tuple[Array, Array, Array], x: Array) -> tuple[Array, Array, Arra
 
 
 def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
-    """Chooses actions: (B, S) -> (B, d). They are the mean, in [-1, 1], or in training ("explore")
-    a sample, which is not clipped yet: its density is that of the Gaussian."""
+    """Chooses actions: (B, S) -> (B, d). They are the mean, clipped to [-1, 1], or in training
+    ("explore") a sample. That is not clipped here, because its density is the Gaussian's."""
     observations = normalise(args, state.statistics, observations)
     mean, log_std = policy(args, state.params["policy"], observations)
     if mode == "explore":
@@ -253,8 +253,11 @@ def sample_actions(args: Args, state: State, observations: Array, key: Array, mo
 
 
 def discounted(args: Args, start: Array, rewards: Array, terminals: Array) -> tuple[Array, Array]:
-    """Sums the discounted rewards since the beginning of the episode, from `start` (E,) on:
-    (E, T) -> the sums after the last step (E,), where an ended episode counts 0, and all (E, T)."""
+    """Sums discounted rewards since the beginning of each episode: (E, T) -> (E,), (E, T).
+
+    `start` (E,) are the sums before the rollout. Returns those after it, 0 where the episode has
+    ended, and those at every step.
+    """
 
     def step(total, inputs):
         reward, over = inputs
@@ -273,10 +276,12 @@ def advantages(
     values: Array,
     next_values: Array,
 ) -> Array:
-    """Computes GAE: (E, T) each -> (E, T). next_values are those of the observations that a step
-    led to, also where the clock ended an episode: it goes on in V, but no advantage comes from
-    beyond."""
-    # ref: CleanRL takes V = 0 after a time-out, too
+    """Computes GAE: (E, T) each -> (E, T).
+
+    next_values are those of the observations that the steps led to. After a time-out V goes on
+    there, but no advantage comes from the next episode.
+    """
+    # ref: CleanRL takes V = 0 after a time-out, as after a termination
     delta = rewards + args.discount * masks * next_values - values  # Eq. (PPO1)
 
     def step(after, inputs):
@@ -346,8 +351,8 @@ def policy_loss(args: Args, params: dict, batch: Batch) -> tuple[Array, dict]:
 
 
 def value_loss(args: Args, params: dict, batch: Batch) -> tuple[Array, dict]:
-    """Computes the squared error, the larger one of V and of V moved by no more than the clip
-    range."""
+    """Computes the larger of two squared errors: of V, and of V moved from its old value by no more
+    than the clip range."""
     V = value(args, params, batch.observations)
     change = jnp.clip(V - batch.values, -args.clip_range, args.clip_range)
     error = (V - batch.returns) ** 2
@@ -399,10 +404,11 @@ def act(
 
     def act_once(state, observation, seed, age):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
+        # The batch's axis, of length 1, is the axis of chunks for `EnvPool`.
         return sample_actions(args, state, observation[None], key, mode)
 
-    one_agent = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
-    return over_agents(one_agent)(state, observations, seeds, ages)
+    act_in_slots = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
+    return over_agents(act_in_slots)(state, observations, seeds, ages)
 
 
 def train_step(args: Args, state: State, rollout: dict) -> tuple[State, dict]:
@@ -412,16 +418,17 @@ def train_step(args: Args, state: State, rollout: dict) -> tuple[State, dict]:
     """
     state, steps = prepare(args, state, rollout)
     key, *keys = jax.random.split(state.key, args.epochs + 1)
-    orders = [jax.random.permutation(key, args.rollout_steps) for key in keys]
+    orders = [jax.random.permutation(order_key, args.rollout_steps) for order_key in keys]
     minibatches = jnp.stack(orders).reshape(-1, args.batch_size)
 
     def update_on(state, rows):
         return update(args, state, jax.tree.map(lambda x: x[rows], steps))
 
     state, metrics = jax.lax.scan(update_on, state.replace(key=key), minibatches)
-    error = steps.advantages.var() / (steps.returns.var() + 1e-8)
+    # The advantages are what is left of the returns without the values.
+    unexplained = steps.advantages.var() / (steps.returns.var() + 1e-8)
     means = jax.tree.map(jnp.mean, metrics)
-    return state, means | dict(explained=1 - error, updates=jnp.ones(()))
+    return state, means | dict(explained=1 - unexplained, updates=jnp.ones(()))
 
 
 @partial(jax.jit, static_argnames="args", donate_argnames=("state", "metrics"))
@@ -511,12 +518,13 @@ def collect_rollout(
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
-    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
-    --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
-    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
+    After every rollout `run.log_and_save` does what is due. Every --log-interval steps it appends
+    the means of `metrics` to train.csv, and returns zeros to go on with. Every --eval-interval
+    steps, and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run
+    continues from its last checkpoint. Returns the rows of eval.csv.
     """
-    # An agent is a task and a seed. All arrays have a leading axis of agents.
     keep_freed_memory()
+    # An agent is a task and a seed. All arrays have a leading axis of agents.
     task = resolve(args.env).task
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]
     env = env_name(args, task)
@@ -534,8 +542,8 @@ def main(args: Args) -> list[dict]:
         envs = EnvPool(env_names, args.num_envs, args.workers)
         played = np.zeros((*envs.shape, 0, action_size), np.float32)  # in the running episodes
 
-        # Continue from the last checkpoint. `saved` has its state, metrics, envs and played
-        # actions; without a checkpoint, it is what is passed here.
+        # Continue from the last checkpoint. `saved` is its content: state, metrics, envs, and the
+        # actions played. Without one, it is what is passed here.
         content = dict(state=state, metrics=metrics, envs=envs.save(), played=played)
         step, saved = run.restore(content)
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))

@@ -347,8 +347,8 @@ def act(args: Args, state: State, observations: Array, seeds: Array, ages: Array
         actions = sample_actions(args, state, observation[None], key)
         return actions.reshape(args.chunk_length, args.action_size)
 
-    one_agent = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
-    return over_agents(one_agent)(state, observations, seeds, ages)
+    act_in_slots = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
+    return over_agents(act_in_slots)(state, observations, seeds, ages)
 
 
 def take(replay: Replay, rows: slice, size: Array) -> Replay:
@@ -444,9 +444,10 @@ def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments, with the dataset next to the replay.
 
-    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
-    --eval-interval steps, and where a phase ends, it saves a checkpoint, and the agents are then
-    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
+    After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
+    means of `metrics` to train.csv, and returns zeros to go on with. Every --eval-interval steps,
+    and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
+    from its last checkpoint. Returns the rows of eval.csv.
     """
     # An agent is a task and a seed. All arrays have a leading axis of agents.
     agents = [(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)]
@@ -463,8 +464,8 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers, dataset.normalization)
         envs = EnvPool(env_names, 1, args.workers, dataset.normalization)
 
-        # Continue from the last checkpoint. `saved` has its state, metrics, envs and replay, the
-        # transitions so far; without a checkpoint, what is passed here and no transitions.
+        # Continue from the last checkpoint. `saved` is its content: state, metrics, envs, and the
+        # replay's transitions so far. Without one, it is what is passed here and an empty replay.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
@@ -472,10 +473,11 @@ def main(args: Args) -> list[dict]:
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:  # play the running episodes again, with their actions (N, 1, steps, d)
-            envs.load(saved["envs"], saved["replay"]["actions"][:, None])
+        if step > 0:  # play the running episodes again
+            actions = saved["replay"]["actions"]  # (N, steps, d), without the axis of slots
+            envs.load(saved["envs"], actions[:, None])
         else:
-            envs.reset(seeds_of(agents, 0))  # no evaluation's seeds: none is at step 0
+            envs.reset(seeds_of(agents, 0))  # those of an evaluation at step 0, which there is not
 
         # Every agent makes one environment step and, from --start-training on, one update.
         while step < args.online_steps:
@@ -496,7 +498,7 @@ def main(args: Args) -> list[dict]:
                 data = dataset.at(step)
                 state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, 1)
             step = env_step
-            content = dict(state=state, envs=envs.save())
+            content = dict(state=state, envs=envs.save())  # of a checkpoint, with what follows
             metrics = run.log_and_save(step, metrics, content, replay)
             evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()

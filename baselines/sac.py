@@ -1,9 +1,9 @@
 """SAC: Soft Actor-Critic (Haarnoja et al. 2018, arXiv:1801.01290 and, with the temperature tuned,
 arXiv:1812.05905).
 
-Online, off-policy. The return is extended by alpha times the entropy of the policy, a Gaussian
+Online, off-policy. The return includes a bonus, alpha times the entropy of the policy, a Gaussian
 squashed by tanh. Two critics learn the values of that policy, the policy ascends the lower of them
-through its own noise, and alpha holds the entropy at a target.
+through its own noise, and alpha is tuned to hold the entropy at a target.
 
     a = tanh(mu(s) + sigma(s) xi),  xi ~ N(0, I)                                        Eq. (SAC1)
     y = c r + gamma m (min_j Qbar_j(s', a') - alpha log pi(a'|s')),  a' ~ pi            Eq. (SAC3)
@@ -65,7 +65,7 @@ class Args:
 
     # --- method ---
     reward_scale: NonNegativeFloat = 1.0  # Factor c of the rewards in the TD target.
-    # Critic updates per update of the policy, which then makes as many steps.
+    # The policy is updated at every policy_delay-th update, and then makes as many steps.
     policy_delay: PositiveInt = 2
     # Target entropy H*/d per action dimension; alpha falls while the entropy is above it.
     target_entropy: float = -1.0
@@ -118,7 +118,7 @@ class Args:
 
 
 # The class holds the values of FMER's comparison (arXiv:2603.17685, table 3). The learning rates
-# are lost there, so they are CleanRL's. The values for the plane are for a CPU.
+# are illegible in our copy of it, so they are CleanRL's. The values for the plane are for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,
@@ -132,7 +132,7 @@ ENV_DEFAULTS = {
         eval_episodes=100,
         eval_slots=100,
     ),
-    "online-ant-xy": dict(  # OGBench's expert of the ant, see common/ant.py.
+    "online-ant-xy": dict(  # OGBench's expert of the ant, see common/collect/ant.py.
         total_steps=400_000,
         policy_delay=1,
         target_entropy=-0.5,
@@ -169,7 +169,7 @@ def create(args: Args, observation_size: int, key: Array) -> State:
     key, critic_key, policy_key = jax.random.split(key, 3)
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))
-    critics = Critic(args.hidden_dims, 2, False, nn.relu, LECUN)
+    critics = Critic(args.hidden_dims, 2, layer_norm=False, activation=nn.relu, kernel_init=LECUN)
     gaussian = MLP(args.hidden_dims, 2 * args.action_size, False, nn.relu, LECUN)
     params = dict(
         critic=critics.init(critic_key, observations, actions),
@@ -193,7 +193,7 @@ def create(args: Args, observation_size: int, key: Array) -> State:
 
 def critic(args: Args, params: dict, observations: Array, actions: Array) -> Array:
     """Computes Q_1 and Q_2: (B, S), (B, d) -> (2, B)."""
-    critics = Critic(args.hidden_dims, 2, False, nn.relu, LECUN)
+    critics = Critic(args.hidden_dims, 2, layer_norm=False, activation=nn.relu, kernel_init=LECUN)
     return critics.apply(params, observations, actions)
 
 
@@ -211,8 +211,8 @@ def sample(args: Args, params: dict, observations: Array, key: Array) -> tuple[A
     noise = jax.random.normal(key, mean.shape)
     u = mean + jnp.exp(log_std) * noise
     normal = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
-    slope = 2 * (jnp.log(2) - u - jax.nn.softplus(-2 * u))  # log(1 - tanh^2 u), for any u
-    return jnp.tanh(u), (normal - slope).sum(-1)  # Eq. (SAC1), (SAC2)
+    log_slope = 2 * (jnp.log(2) - u - jax.nn.softplus(-2 * u))  # log(1 - tanh^2 u), for any u
+    return jnp.tanh(u), (normal - log_slope).sum(-1)  # Eq. (SAC1), (SAC2)
 
 
 def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
@@ -244,8 +244,8 @@ def critic_loss(
 def policy_loss(
     args: Args, params: dict, state: State, observations: Array, key: Array
 ) -> tuple[Array, dict]:
-    """Computes the lower value of an action, and its entropy; the gradient passes through the
-    action."""
+    """Computes alpha log pi(a|s) - min_j Q_j(s, a) of sampled actions, through which the gradient
+    passes."""
     alpha = jnp.exp(state.params["log_alpha"])
     actions, log_prob = sample(args, params, observations, key)
     q = critic(args, state.params["critic"], observations, actions)
@@ -277,8 +277,8 @@ def descend(
 
 
 def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
-    """Makes one step of the critics; at every policy_delay-th update also as many steps of the
-    policy and of alpha, with fresh noise; then one of the averages."""
+    """Steps the critics. Every policy_delay-th update then makes policy_delay steps of the policy
+    and of alpha, with fresh noise. The averages move at every update."""
     key, next_key, now_key = jax.random.split(state.key, 3)
     state, metrics = descend(args, state, "critic", critic_loss, batch, next_key)
 
@@ -290,7 +290,8 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
         return state, jax.tree.map(jnp.add, sums, more)
 
     # This is a loop that may be empty, because under vmap a condition costs as much as both
-    # branches. The means of the policy's metrics over updates are those over the policy's steps.
+    # branches. It adds the metrics of policy_delay steps at every policy_delay-th update, so that
+    # their sum over the updates, divided by the updates, is their mean.
     due = (state.step + 1) % args.policy_delay == 0
     rounds = jnp.where(due, args.policy_delay, 0)
     names = ("policy_loss", "entropy", "alpha", "policy_grad_norm")
@@ -329,20 +330,23 @@ def act(
 
     def act_once(state, observation, seed, age):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
+        # The batch's axis, of length 1, is the axis of chunks for `EnvPool`.
         return sample_actions(args, state, observation[None], key, mode)
 
-    one_agent = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
-    return over_agents(one_agent)(state, observations, seeds, ages)
+    act_in_slots = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
+    return over_agents(act_in_slots)(state, observations, seeds, ages)
 
 
 def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
     """Makes one update of one agent on transitions drawn uniformly from its replay.
 
-    The batch is a Replay of B rows: observations (B, S), next_observations (B, S), actions (B, d),
-    rewards (B,), masks (B,), 0 where the episode ended except at a time limit, terminals (B,).
+    The batch is a Replay of B rows with
+    - observations (B, S), next_observations (B, S), actions (B, d), rewards (B,),
+    - masks (B,), 0 where the episode terminated, else 1, also at a time limit,
+    - terminals (B,), 1 where the episode ended in either way.
     """
     key, rows_key = jax.random.split(state.key)
-    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts on when it is full
+    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` keeps counting when it is full
     rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
     columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
     batch = replay.replace(**columns)
@@ -403,9 +407,10 @@ def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int
 def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
-    Every --log-interval steps `run.log_and_save` appends the means of `metrics` to train.csv. Every
-    --eval-interval steps, and at the end, it saves a checkpoint, and the agents are then
-    evaluated. A stopped run continues from its last checkpoint. Returns the rows of eval.csv.
+    After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
+    means of `metrics` to train.csv, and returns zeros to go on with. Every --eval-interval steps,
+    and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
+    from its last checkpoint. Returns the rows of eval.csv.
     """
     keep_freed_memory()
     # An agent is a task and a seed. All arrays have a leading axis of agents.
@@ -426,8 +431,8 @@ def main(args: Args) -> list[dict]:
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
         envs = EnvPool(env_names, 1, args.workers)
 
-        # Continue from the last checkpoint. `saved` has its state, metrics, envs and replay, the
-        # transitions so far; without a checkpoint, what is passed here and no transitions.
+        # Continue from the last checkpoint. `saved` is its content: state, metrics, envs, and the
+        # replay's transitions so far. Without one, it is what is passed here and an empty replay.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
@@ -435,16 +440,16 @@ def main(args: Args) -> list[dict]:
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:  # play the running episodes again, with their actions (N, 1, steps, d)
-            envs.load(saved["envs"], saved["replay"]["actions"][:, None])
+        if step > 0:  # play the running episodes again
+            actions = saved["replay"]["actions"]  # (agents, steps, d), without the axis of slots
+            envs.load(saved["envs"], actions[:, None])
         else:
-            envs.reset(seeds_of(agents, 0))  # no evaluation's seeds: none is at step 0
+            envs.reset(seeds_of(agents, 0))  # those of an evaluation at step 0, which there is not
 
         # Every agent makes one environment step; updates follow after the warm-up.
         while step < args.total_steps:
             if step < args.warmup_steps:
-                # They are drawn from each episode's seed and age.
-                actions = envs.random_actions(action_size)
+                actions = envs.random_actions(action_size)  # by each episode's seed and age
             else:
                 inputs = envs.observations, envs.seeds, envs.ages
                 actions = act(args, state, *inputs, "explore")
@@ -460,8 +465,8 @@ def main(args: Args) -> list[dict]:
             ended = transitions["terminals"] > 0  # terminated or timed out; `masks` tell which
             if ended.any():
                 envs.reset(seeds_of(agents, step, TRAINING), where=ended)
-            content = dict(state=state, envs=envs.save())
-            metrics = run.log_and_save(step, metrics, content, replay)  # zeros after a row
+            content = dict(state=state, envs=envs.save())  # of a checkpoint, with what follows
+            metrics = run.log_and_save(step, metrics, content, replay)
             evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
 

@@ -24,16 +24,16 @@ def matmul_precision(precision: str) -> contextlib.AbstractContextManager:
 
 
 def hidden_dtype() -> Any:
-    """Returns what hidden layers leave: bfloat16 with that precision, None for no change."""
+    """Returns the dtype of hidden layers: bfloat16 with that precision, else None (the inputs')."""
     return jnp.bfloat16 if jax.config.jax_default_matmul_precision == BFLOAT16 else None
 
 
 def keep_freed_memory() -> None:
     """Makes this process reuse large blocks of memory that it has freed.
 
-    XLA takes its working memory anew in every call. The GNU C library returns blocks from 32 MiB on
-    to the system, which clears all pages of the next one. Where there is another C library, this
-    does nothing.
+    XLA allocates its working memory in every call. The GNU C library gives freed blocks of 32 MiB
+    or more back to the system, so that the pages of the next one have to be cleared. With another C
+    library this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

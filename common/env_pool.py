@@ -14,10 +14,11 @@ from common.environments import ONLINE
 from common.errors import UserError
 from common.workers import Slots, Workers, cores
 
-MOST_SLOTS = 100  # in all, because some environments take 170 MiB
-IN_PROCESS = ("multigoal",)  # a step is cheaper than a message to a worker
-# So is one of gymnasium's own environments, which takes 0.1 to 0.3 ms, up to about as many slots;
-# beyond them, several workers are faster.
+MOST_SLOTS = 100  # of all agents together, because some environments take 170 MiB
+# These are stepped in this process, because a step costs less than a message to a worker.
+IN_PROCESS = ("multigoal",)
+# Up to so many of gymnasium's own environments, too, whose steps take 0.1 to 0.3 ms. For more of
+# them, several workers are faster.
 MOST_IN_PROCESS = 8
 Normalization = dict[str, ndarray]  # mean and std (S,) of observations, or nothing
 RESULTS = ("next_observations", "rewards", "masks", "terminals", "success")
@@ -63,7 +64,7 @@ class EnvPool:
         self.seeds = np.zeros(shape, np.uint32)
         self.ages = np.zeros(shape, np.int32)
         self.observations = np.zeros((*shape, 0), np.float32)
-        self.states = self.observations  # the same, not normalised
+        self.states = self.observations  # as the environments give them, not normalised
         self.plans = np.zeros((*shape, 0, 0), np.float32)  # the actions that were set last
         self.played = np.zeros(shape, np.int32)  # how many actions of each plan were played
         self._names = [name for name in names for _ in range(slots)]
@@ -107,7 +108,7 @@ class EnvPool:
         self._call("start", where, seeds)
         self.seeds[where] = seeds[where]
         self.ages[where] = 0
-        self.played[where] = self.plans.shape[2]
+        self.played[where] = self.plans.shape[2]  # the new episodes need actions
 
     @property
     def _used_up(self) -> ndarray:
@@ -146,7 +147,7 @@ class EnvPool:
         """
         active = self.active
         last = self.plans.shape[2] - 1
-        index = np.minimum(self.played, last)
+        index = np.minimum(self.played, last)  # slots that do not play may have none left
         actions = np.take_along_axis(self.plans, index[..., None, None], axis=2)
         actions = actions.squeeze(2)
         transitions = dict(

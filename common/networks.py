@@ -20,7 +20,7 @@ from common.devices import hidden_dtype
 GLOROT = nn.initializers.glorot_uniform()
 LECUN = nn.initializers.lecun_normal()
 Dense = partial(nn.Dense, kernel_init=GLOROT)
-SPLIT_FROM = 32  # repeated features from which computing their part once is faster
+SPLIT_FROM = 32  # from so many repeated features on, computing their part once is faster
 
 
 class JoinedDense(nn.Module):
@@ -32,7 +32,7 @@ class JoinedDense(nn.Module):
 
     width: int
     kernel_init: Callable
-    dtype: Any = None  # that it computes in and leaves; None: that of its inputs
+    dtype: Any = None  # of the computation and the output (None: that of the inputs)
 
     @nn.compact
     def __call__(self, *inputs: Array) -> Array:
@@ -64,7 +64,7 @@ class MLP(nn.Module):
     layer_norm: bool = False
     activation: Callable = nn.gelu
     kernel_init: Callable = GLOROT
-    last_init: Callable | None = None  # of the linear layer, where it is another
+    last_init: Callable | None = None  # of the last layer (None: kernel_init)
 
     @nn.compact
     def __call__(self, *inputs: Array) -> Array:
@@ -105,8 +105,10 @@ class Critic(nn.Module):
 
 
 class Field(nn.Module):
-    """Velocity field f(s, x, t) without LayerNorm, linear output: (B, S), (..., B, A), and a raw
-    scalar time per sample that broadcasts to (..., B), as the observations do -> (..., B, A)."""
+    """Velocity field f(s, x, t), without LayerNorm: (B, S), (..., B, A), times -> (..., B, A).
+
+    Observations and times broadcast to (..., B). A time enters as the number that it is.
+    """
 
     hidden: Sequence[int]
 
@@ -165,8 +167,8 @@ def _mish_slope_jvp(primals, tangents):
     e = jnp.exp(jnp.minimum(x, 20.0))
     t = tanh_softplus(e)
     sigmoid = e / (1 + e)
-    slope_of_sum = 2 + x * (1 - sigmoid) - 2 * x * t * sigmoid
-    curvature = sigmoid * (1 - t * t) * slope_of_sum
+    factor = 2 + x * (1 - sigmoid) - 2 * x * t * sigmoid
+    curvature = sigmoid * (1 - t * t) * factor  # d2 mish / dx2
     return mish_slope(x), curvature * dx
 
 
@@ -180,8 +182,8 @@ def _mish_jvp(primals, tangents):
 def waves(t: Array, count: int, inclusive: bool = False) -> Array:
     """Computes sines of t, then cosines, `count` in all: (...) -> (..., count).
 
-    Their angular frequencies fall from 1 by equal ratios towards 1e-4, which only the last one of
-    `inclusive` waves has.
+    Their angular frequencies are a geometric sequence from 1. It ends at 1e-4 if it is `inclusive`,
+    and one term before it otherwise.
     """
     half = count // 2
     intervals = half - 1 if inclusive else half
@@ -193,10 +195,9 @@ def waves(t: Array, count: int, inclusive: bool = False) -> Array:
 class TimedMLP(nn.Module):
     """Noise or velocity f(s, x, t, ...) of the online methods, an MLP with Mish.
 
-    Its inputs are s, x and, for every time, `sinusoids` waves of it through a small MLP of widths
-    `embed` (if there are any). The waves suit steps that count to about 100. (B, S), (..., B, A),
-    times that broadcast to (..., B) -> (..., B, A). The last layer's initial weights are scaled by
-    `scale`.
+    (B, S), (..., B, A), times that broadcast to (..., B) -> (..., B, A). Each time is encoded by
+    `sinusoids` waves, which suit times up to about 100, and then by a small MLP of widths `embed`
+    (none if empty). The last layer's initial weights are scaled by `scale`.
     """
 
     hidden: Sequence[int]

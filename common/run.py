@@ -102,6 +102,11 @@ def draw_pictures(folder: Path) -> None:
         subprocess.run([sys.executable, plot, folder], check=False)
 
 
+def as_json(values: dict) -> dict:
+    """Returns values as a JSON file would give them back: tuples become lists."""
+    return json.loads(json.dumps(values))
+
+
 class Run:
     """The folder of a run, as a context: it is locked, and signals are answered with a checkpoint.
 
@@ -122,7 +127,7 @@ class Run:
         self.unit = "update" if offline else "step"
         self.folder = run_folder(script, args)
         self.lock = FolderLock(self.folder)
-        flags = json.loads(json.dumps(vars(args) | data))
+        flags = as_json(vars(args) | data)
         try:
             if args.overwrite:
                 self._begin_anew()
@@ -175,12 +180,13 @@ class Run:
         digest = hashlib.sha256(source).hexdigest()
         now = dict(flags=flags, script=script.stem, source_sha256=digest, agents=self.agents)
         config = dict(id=uuid.uuid4().hex[:16], **now, made_with=environment_info())
-        if any((self.folder / name).exists() for name in (CHECKPOINT, PREVIOUS, *TABLES)):
+        results = (CHECKPOINT, PREVIOUS, *TABLES)
+        if any((self.folder / name).exists() for name in results):
             old = read_config(self.folder)
-            defaults = json.loads(json.dumps(vars(type(self.args)())))
+            defaults = as_json(vars(type(self.args)()))
             old_flags = defaults | old["flags"]  # some flags may be newer than the run
-            config = old | now
             refuse_other_flags(self.folder, old_flags, flags)
+            config = old | now
             if old.get("source_sha256", digest) != digest:
                 print(f"Note: {script} is not the script that {self.folder} was made with so far.")
         if not self.args.eval_only:
@@ -198,7 +204,8 @@ class Run:
         found = self.checkpoints.restore(like, with_replay=not self.args.eval_only)
         if found is None and self.args.eval_only:
             raise UserError(f"{self.folder} holds no checkpoint that could be evaluated")
-        found = found or like | dict(replay={})
+        if found is None:
+            found = like | dict(replay={})
         self.step = found["step"]
         self._check_phase(found["replay"])
         self.tables.start -= found["seconds"]
@@ -241,7 +248,10 @@ class Run:
             print(f"resuming from step {self.step:,} of {self.ends[-1]:,}")
 
     def updates_until_due(self, step: int) -> int:
-        """Returns for how many updates nothing is due, at most for about a second of work."""
+        """Returns how many updates the next call makes, and starts its clock.
+
+        They pass no step at which something is due, and take about a second.
+        """
         self.call_began = time.time()
         limits = [self.updates_per_call]
         limits += [end - step for end in self.ends if end > step]
@@ -250,6 +260,7 @@ class Run:
         return min(limits)
 
     def _adapt_call(self, updates: int) -> None:
+        """Makes the next calls longer or shorter, by how long this one took."""
         seconds = time.time() - self.call_began
         self.call_began = None
         if seconds < SECONDS_PER_CALL / 2 and updates == self.updates_per_call:
@@ -257,7 +268,8 @@ class Run:
         elif seconds > SECONDS_PER_CALL * 2 and updates > 1:
             self.updates_per_call = updates // 2
 
-    def _passed(self, interval: int, step: int) -> bool:
+    def _passes(self, interval: int, step: int) -> bool:
+        """Returns whether a multiple of `interval` lies between the last step and this one."""
         return step // interval > self.step // interval
 
     def log_and_save(self, step: int, metrics: dict, content: dict, replay: Any = None) -> dict:
@@ -269,8 +281,8 @@ class Run:
         if self.call_began is not None:  # the bar must not run ahead of the device
             jax.block_until_ready(metrics)
             self._adapt_call(step - self.step)
-        self.evaluation_due = step in self.ends or self._passed(self.args.eval_interval, step)
-        row_due = self.evaluation_due or self._passed(self.args.log_interval, step)
+        self.evaluation_due = step in self.ends or self._passes(self.args.eval_interval, step)
+        row_due = self.evaluation_due or self._passes(self.args.log_interval, step)
         self.bar.update(step - self.step)
         self.step = step
         self.stop.unsaved = True
@@ -297,7 +309,10 @@ class Run:
         return jax.tree.map(jnp.zeros_like, metrics)
 
     def log_evaluation(self, step: int, results: dict[str, np.ndarray]) -> None:
-        """Logs the means of results (agents, episodes) and keeps the paths for `finish`."""
+        """Logs the means of results (agents, episodes), and keeps the scores for `finish`.
+
+        Those of the end of a run also leave the visited states, in rollouts.npz.
+        """
         means = {name: x.mean(1) for name, x in results.items() if name != "path"}
         if self.args.env in ONLINE or np.isnan(means["success"]).any():
             del means["success"]  # returns are published there, or no success was reported
@@ -324,7 +339,7 @@ class Run:
         return any(path.exists() and path.stat().st_mtime > drawn for path in sources)
 
     def finish(self) -> list[dict[str, str]]:
-        """Draws the pictures, says how the run ended, and returns the evaluations."""
+        """Draws the pictures, says how the run ended, and returns the rows of eval.csv."""
         self.bar.close()
         if self._pictures_are_old():
             draw_pictures(self.folder)

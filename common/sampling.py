@@ -1,7 +1,7 @@
 """The dataset, the replay buffer and batches on the device, and the drawing of chunks.
 
-M stored states, T transitions, S observation size, d action size, H chunk length, A = H d, B batch,
-C capacity of the replay.
+M states and T transitions of the dataset, S observation size, d action size, H chunk length,
+A = H d, B batch, C capacity of the replay.
 """
 
 from functools import partial
@@ -121,8 +121,8 @@ def sample(
     """Draws chunks uniformly from the dataset followed by one agent's replay.
 
     They are drawn exactly as the official sampler draws them. The key is consumed; `task_row` is
-    the agent's row of data.rewards. Where a trajectory ends early, the actions run on into the next
-    one, and everything else stops at the end of its own.
+    the agent's row of data.rewards. If a trajectory ends inside a chunk, `valid` is 0; rewards,
+    masks and next_observations stop at its end, but the actions run on into the next trajectory.
     """
     offline_size = len(data.rows)
     capacity = len(replay.rewards)
@@ -130,20 +130,22 @@ def sample(
     start = jax.random.randint(key, (batch_size,), 0, last_start + 1)
     k = start[:, None] + jnp.arange(chunk_length)  # (B, H) transitions
 
-    def pick(offline, online, k):
-        """Takes the values of transitions k: offline(k) from the data, online[k - T] after it."""
-        values = offline(jnp.minimum(k, offline_size - 1))
+    def pick(from_data, replayed, k):
+        """Takes the values of transitions k: from_data(k), or those of the replay from T on."""
+        values = from_data(jnp.minimum(k, offline_size - 1))
         if capacity == 0:
             return values
-        online_values = online[jnp.clip(k - offline_size, 0, capacity - 1)]
-        is_online = k >= offline_size
+        slots = jnp.clip(k - offline_size, 0, capacity - 1)
+        in_replay = k >= offline_size
         trailing = range(k.ndim, values.ndim)
-        return jnp.where(jnp.expand_dims(is_online, tuple(trailing)), online_values, values)
+        return jnp.where(jnp.expand_dims(in_replay, tuple(trailing)), replayed[slots], values)
 
     terminals = pick(lambda k: data.terminals[k], replay.terminals, k)
-    running = jnp.cumsum(terminals, axis=1) == terminals  # (B, H): the trajectory is not over yet
+    ends_so_far = jnp.cumsum(terminals, axis=1)
+    running = ends_so_far == terminals  # (B, H): no earlier transition of the chunk is terminal
     valid = running.astype(jnp.float32)
-    last = start + valid.sum(1).astype(jnp.int32) - 1
+    length = valid.sum(1).astype(jnp.int32)  # (B,)
+    last = start + length - 1
     rewards = pick(lambda k: data.rewards[task_row, k], replay.rewards, k)
     masks = pick(lambda k: data.masks[task_row, k], replay.masks, k)
     discounts = discount ** jnp.arange(chunk_length)
