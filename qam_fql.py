@@ -351,11 +351,11 @@ def adjoint_matching_loss(
 def one_step_loss(
     args: Args, params: dict, state: State, batch: Batch, key: Array
 ) -> tuple[Array, dict]:
-    """Distils the flow into one step, and maximises the critic's value of that step."""
+    """Distils the flow into one step, and maximises the critics' mean value of its action."""
     z = jax.random.normal(key, batch.actions.shape)
     teacher = integrate(args, state.params["policy"], batch.observations, z)
     actions = one_step(args, params["one_step"], batch.observations, z)
-    # ref: the mean over the coordinates; the papers write the squared norm. Student not clipped.
+    # ref: the mean over coordinates of what is not clipped; the papers write the squared norm.
     distillation = ((actions - teacher) ** 2).mean()
     clipped = jnp.clip(actions, -1, 1)
     q = critic(args, state.params["critic"], batch.observations, clipped).mean()

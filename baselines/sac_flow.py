@@ -350,7 +350,7 @@ def sample_actions(args: Args, state: State, observations: Array, key: Array, mo
     step, otherwise at the start alone."""
     params = state.params["policy"]
     moments = state.statistics["policy"]
-    noisy = mode == "explore"  # ref: no such evaluations
+    noisy = mode == "explore"  # ref: the public code has no evaluations
     actions, _, _ = rollout(args, params, moments, observations, key, noisy=noisy)
     return actions
 

@@ -16,6 +16,8 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+from tools.shared_blocks import family
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/internals/correctness.md"
 BLOCK = re.compile(r"(<!-- generated: refs -->\n)(.*?)(<!-- end generated -->\n)", re.DOTALL)
@@ -87,7 +89,7 @@ def table(paths: list[Path]) -> str:
 
 def lists() -> str:
     """The remarks of the offline and of the online scripts."""
-    online = [path for path in scripts() if "total_steps:" in path.read_text()]
+    online = [path for path in scripts() if family(path.read_text()) == "online"]
     offline = [path for path in scripts() if path not in online]
     return f"Offline methods:\n\n{table(offline)}\nOnline methods:\n\n{table(online)}"
 

@@ -22,7 +22,8 @@ TINY = (
 
 def blocks(language):
     """The texts of the page's blocks in a language."""
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    found = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    return [text.replace("\\\n", " ") for text in found]  # of a command that goes on
 
 
 @pytest.fixture(scope="module")

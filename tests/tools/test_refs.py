@@ -5,6 +5,7 @@ import re
 import pytest
 
 from tools import refs
+from tools.shared_blocks import named
 
 SCRIPT = '''"""Header, which follows the code (`# ref:`)."""
 
@@ -29,6 +30,15 @@ class Network:
 
 def test_page_is_up_to_date():
     assert refs.problems() == []
+
+
+def test_each_family_has_its_list():
+    """PPO's remark is in the second list, QAM's and RLPD's are in the first."""
+    offline, online = refs.lists().split("Online methods:")
+    for kind, part, other in (("offline", offline, online), ("online", online, offline)):
+        for script in named(kind):
+            assert f"({script}.py)" not in other.replace("../", "")
+        assert any(f"({script}.py)" in part.replace("../", "") for script in named(kind))
 
 
 def test_every_mark_of_a_script_is_found():
