@@ -539,7 +539,7 @@ def main(args: Args) -> list[dict]:
         metrics = zero_metrics(partial(train_step, args), state, rollout)
         env_names = [env] * len(agents)
         eval_envs = EnvPool(env_names, args.eval_slots, args.workers)
-        envs = EnvPool(env_names, args.num_envs, args.workers)
+        envs = EnvPool(env_names, args.num_envs, args.workers, most=args.num_envs * len(agents))
         played = np.zeros((*envs.shape, 0, action_size), np.float32)  # in the running episodes
 
         # Continue from the last checkpoint. `saved` is its content: state, metrics, envs, and the

@@ -77,7 +77,10 @@ class Agent:
         self.step = trained.step
         self.task, self.seed = trained.agents[index]
         played = dataclasses.replace(self.args, eval_episodes=1)  # 0 would mean: no environment
-        self.env = env_name(played, self.task)
+        try:
+            self.env = env_name(played, self.task)
+        except UserError:
+            self.env = self.args.env  # of own data, without a simulator
         self.normalization = trained.normalization
         self.observation_size = trained.observation_size
         self.action_size = self.args.action_size

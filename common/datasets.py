@@ -10,7 +10,7 @@ import numpy as np
 from common.dataset_files import identify, locate, read
 from common.devices import replicate
 from common.env_pool import normalize
-from common.environments import resolve
+from common.environments import env_name, make_env, resolve
 from common.errors import UserError
 from common.sampling import Dataset
 
@@ -46,6 +46,8 @@ class OfflineDataset:
             data, self.identity = read_own(args)
         else:
             self._source = resolve(args.env)
+            if args.env_kwargs:
+                make_env(env_name(args, args.tasks[0]))  # before hours of training
             self._paths = locate(self._source, args.dataset_dir, args.collect)
             self.identity = identify(self._paths)
             data = self._read(0)
@@ -54,8 +56,11 @@ class OfflineDataset:
                 print(f"Note: published results use the 100M dataset; this run uses {name}.")
         self.normalization = {}  # mean and standard deviation (S,), if observations are normalised
         if args.normalize_observations:
-            x = data.observations
-            self.normalization = dict(mean=x.mean(0), std=x.std(0) + 1e-3)
+            x = np.float64(data.observations)  # sums of a million float32 are not exact
+            self.normalization = dict(
+                mean=np.float32(x.mean(0)),
+                std=np.float32(x.std(0) + 1e-3),
+            )
         self._offline_steps = getattr(args, "offline_steps", 0)
         self._index = 0
         self._data = self._put(data)
@@ -73,8 +78,8 @@ class OfflineDataset:
         files = name if self._one_file else f"{len(self._paths)} files like {name}"
         print(f"dataset      {files}, {self.num_transitions:,} transitions")
         for task, rewards, masks in zip(self._args.tasks, data.rewards, data.masks):
-            same = rewards.min() == rewards.max()
-            if same if self._args.dataset else masks.all():
+            varied = self._args.dataset and rewards.min() < rewards.max()
+            if masks.all() and not varied:
                 print(f"Note: nothing in {name} solves task {task}: its rewards teach nothing.")
         longest = np.diff(np.flatnonzero(data.terminals), prepend=-1).max()
         if self._args.chunk_length > longest:  # no chunk would be valid: nothing would be learned

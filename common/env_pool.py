@@ -38,7 +38,7 @@ def is_gymnasiums(name: str) -> bool:
 
 
 class EnvPool:
-    """Environments of all agents, `slots` for each (fewer if they would be more than 100 in all).
+    """Environments of all agents, `slots` for each (fewer where there would be more than `most`).
 
     Attributes that policies need: `observations` (agents, slots, S), `seeds` (agents, slots) and
     `ages` (agents, slots), the number of steps in the running episodes.
@@ -50,14 +50,14 @@ class EnvPool:
         slots: int = 1,
         workers: int = 0,
         normalization: Normalization | None = None,
+        most: int = MOST_SLOTS,
     ):
         """Prepares environments: one name per agent; `workers` processes (0: one per core).
 
         Their observations are normalised if `normalization` says how.
         """
         self.normalization = normalization or {}
-        most = MOST_SLOTS // max(1, len(names))
-        slots = min(slots, max(1, most))
+        slots = min(slots, max(1, most // max(1, len(names))))
         shape = (len(names), slots)
         self.shape = shape
         self.active = np.ones(shape, bool)  # the slots that play

@@ -6,7 +6,6 @@ Worker processes import this module, so it must not import jax.
 import contextlib
 import difflib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -192,12 +191,10 @@ def make_env(name: str, **options: Any) -> gymnasium.Env:
     `options` are further arguments, such as render_mode. Actions of environments that are not
     OGBench's are rescaled to [-1, 1], and their observations flattened.
     """
-    if "render_mode" not in options:
-        os.environ["MUJOCO_GL"] = "disable"  # then a missing driver does not matter
     name, _, text = name.partition("?")
     options = json.loads(text or "{}") | options
     if name not in ONLINE and resolve(name).dataset:
-        env = gymnasium.make(name, disable_env_checker=True, **options)
+        env = create(name, name, options)
         _remove_temporary_model(env)
         return env
     id, arguments = ONLINE.get(name, OnlineEnv(name))

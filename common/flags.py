@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
-from common.environments import resolve
+from common.environments import OGBENCH_NAME, resolve
 from common.errors import UserError
 
 LARGEST = 2**31 - 1
@@ -94,7 +94,10 @@ def configure_own(Args: type, env_defaults: dict, env: str, flags: dict) -> Any:
     from common.own_data import recorded_in  # nothing else needs it
 
     values = dict(env=env) if env else recorded_in(flags["dataset"])
-    return Args(**env_defaults.get(values["env"], {}) | values | flags)
+    name = OGBENCH_NAME.fullmatch(values["env"])
+    if name["task"]:
+        values["tasks"] = (int(name["task"]),)
+    return Args(**env_defaults.get(name["env"], {}) | values | flags)
 
 
 def check_range(flag: str, value: float, allowed: Range, args: Any) -> None:
@@ -239,7 +242,7 @@ def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
         if own:
             defaults = dataclasses.replace(defaults, dataset="")  # it belongs in the name
         args = dataclasses.replace(args, name=name_of_run(args, defaults))
-    tuned = args.env if own else resolve(env).env
+    tuned = OGBENCH_NAME.fullmatch(args.env)["env"] if own else resolve(env).env
     if tasks and tuned not in env_defaults:
         print(f"No tuned hyperparameters for {args.env}; using the defaults.")
     return args
@@ -248,6 +251,7 @@ def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
 def launch(main: Callable, Args: type, env_defaults: dict) -> None:
     """Runs a script from the command line; a mistake of the user ends in one line."""
     sys.stdout.reconfigure(line_buffering=True)  # also where it is a file
+    os.environ["MUJOCO_GL"] = "disable"  # nothing is drawn, so a missing driver does not matter
     try:
         main(parse(Args, env_defaults))
     except UserError as error:

@@ -1,5 +1,6 @@
 """Your own transitions as a Dataset: .npz and .hdf5 files with D4RL's keys, Minari's datasets."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -7,7 +8,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, flatten
 from gymnasium.vector.utils import batch_space, iterate
 
@@ -48,16 +51,21 @@ def load_minari(name: str) -> Any:
         raise UserError(f"{in_a_line(error)} Get it with: minari download {id}") from None
 
 
+def environment_of(minari: Any) -> EnvSpec | None:
+    """Returns the environment that a MinariDataset has for evaluations, else that of the data."""
+    return getattr(minari, "_eval_env_spec", None) or minari.env_spec
+
+
 def recorded_in(dataset: str) -> dict:
-    """Returns the flags of the environment in which a dataset was recorded; of a file, its name."""
-    spec = load_minari(dataset).env_spec if dataset.startswith(MINARI) else None
+    """Returns the flags of the environment that belongs to a dataset; of a file, its name."""
+    spec = environment_of(load_minari(dataset)) if dataset.startswith(MINARI) else None
     if spec is None:
         return dict(env=Path(dataset).stem)
     package = re.split("[.:]", spec.entry_point)[0]  # its import registers the environment
     return dict(
         env=spec.id if package == "gymnasium" else f"{package}:{spec.id}",
         env_kwargs=json.dumps(spec.kwargs),
-        max_episode_steps=spec.max_episode_steps or 0,
+        max_episode_steps=int(spec.max_episode_steps or 0),
     )
 
 
@@ -73,12 +81,15 @@ def read_minari(name: str) -> tuple[Arrays, Box, list, list[str]]:
         columns = {key: getattr(episode, key) for key in ("actions", "rewards", *OTHER_NAMES)}
         episodes.append(columns | dict(observations=states[:-1], next_observations=states[1:]))
         columns["truncations"][-1] = True  # also where the recording was stopped
+    if not episodes:
+        raise BadDataset(name, "it has no episodes")
     arrays = {}
     for key in episodes[0]:
         arrays[key] = np.concatenate([columns[key] for columns in episodes])
     metadata = minari.storage.metadata
     scores = [metadata.get(f"ref_{end}_score") for end in ("min", "max")]
-    wrappers = [wrapper.name for wrapper in getattr(minari.env_spec, "additional_wrappers", ())]
+    wrapped_by = getattr(environment_of(minari), "additional_wrappers", ())
+    wrappers = [wrapper.name for wrapper in wrapped_by]
     unused = [f"wrappers of the recorded environment: {', '.join(wrappers)}"] if wrappers else []
     return arrays, minari.action_space, scores, unused
 
@@ -104,6 +115,8 @@ def check(name: str, arrays: Arrays) -> None:
     if not {*END_KEYS} & {*arrays}:
         keys = "'timeouts' or 'truncations', or 'next_observations'"
         raise BadDataset(name, f"it does not say where episodes are cut off: add {keys}")
+    if not len(arrays["rewards"]):
+        raise BadDataset(name, "it has no transitions")
     for key, x in arrays.items():
         check_array(name, key, x, len(arrays["rewards"]))
 
@@ -127,6 +140,8 @@ def to_dataset(arrays: Arrays) -> Dataset:
         following = np.roll(observations, -1, axis=0)
         following[terminals] = observations[terminals]  # nothing is expected there
         used = terminals | ~ends
+    if not used.any():
+        raise UserError("bad dataset: nothing says where its actions led; add 'next_observations'")
     trajectory = (np.cumsum(ends) - ends)[used]
     last = np.append(trajectory[1:] != trajectory[:-1], True)
     rows = np.arange(len(last)) + np.cumsum(last) - last
@@ -143,14 +158,27 @@ def to_dataset(arrays: Arrays) -> Dataset:
     )
 
 
+def environment_for(args: Any) -> gymnasium.Env | None:
+    """Makes the environment of --env; None if there is none, and no episodes are to be played."""
+    named = dataclasses.replace(args, eval_episodes=1)  # 0 would mean: no environment
+    try:
+        return make_env(env_name(named, args.tasks[0]))
+    except UserError:
+        if args.eval_episodes or args.online_steps:
+            raise
+        return None
+
+
 def read_own(args: Any) -> tuple[Dataset, dict]:
     """Reads the data of --dataset, in NumPy arrays; also returns what identifies them.
 
-    Actions are rescaled to [-1, 1] like those of the environment, which is made only if episodes
-    are to be played.
+    Actions are rescaled to [-1, 1] like those of the environment, if it can be made. It has to be
+    there only if episodes are to be played.
     """
     if len(args.tasks) > 1:
         raise UserError("--tasks must name one task, because the rewards of --dataset are of one")
+    if args.sparse:
+        raise UserError("--sparse is about OGBench's rewards; those of --dataset are used as given")
     name = args.dataset
     path = Path(name).expanduser()
     if name.startswith(MINARI):
@@ -165,12 +193,16 @@ def read_own(args: Any) -> tuple[Dataset, dict]:
     check(name, arrays)
     unused = [*(found.keys() - arrays), *unused]
     print(f"not used     {', '.join(unused) or 'nothing'}")
-    if args.eval_episodes or args.online_steps:
-        env = make_env(env_name(args, args.tasks[0]))
-        box = box or action_box(env)
+    checksum = 0
+    for key in sorted(arrays):
+        checksum = zlib.crc32(np.ascontiguousarray(arrays[key]), checksum)
+    env = environment_for(args)
+    if env is not None:
         widths = [arrays[key].shape[1] for key in KEYS[:2]]
         expected = [*env.observation_space.shape, *env.action_space.shape]
-        if widths != expected:
+        if widths == expected:
+            box = box or action_box(env)
+        elif args.eval_episodes or args.online_steps:
             where = f"expected {expected} for {args.env}"
             raise BadDataset(name, f"{KEYS[:2]} have widths {widths}, {where}")
     actions = arrays["actions"]
@@ -179,9 +211,6 @@ def read_own(args: Any) -> tuple[Dataset, dict]:
     check_array(name, "actions", actions, len(actions), (-1, 1))
     arrays["actions"] = np.clip(actions, -1 + 1e-5, 1 - 1e-5)  # as of OGBench's files
     data = to_dataset(arrays)
-    checksum = 0
-    for x in vars(data).values():
-        checksum = zlib.crc32(x, checksum)
     identity = dict(checksum=f"{checksum:08x}")
     if scores and None not in scores:
         identity["reference_scores"] = [*map(float, scores)]

@@ -48,9 +48,12 @@ def environment_info() -> dict:
 
 def refuse_other_flags(folder: Path, old: dict, new: dict) -> None:
     """Raises UserError if a run has other flags, except those that change no result."""
+    free = FREE
+    if not any(folder.glob("replay-*.msgpack")):  # no online phase has begun
+        free += ("start_training",)
     differences = []
     for flag in old | new:
-        if flag not in FREE and old.get(flag) != new.get(flag):
+        if flag not in free and old.get(flag) != new.get(flag):
             reason = " (the schedules are shares of it)" if flag == "total_steps" else ""
             differences.append(f"\n  {flag}: {old.get(flag)} there, {new.get(flag)} now{reason}")
     if differences:
@@ -126,6 +129,8 @@ class Run:
         offline = hasattr(args, "tasks")
         self.unit = "update" if offline else "step"
         self.folder = run_folder(script, args)
+        if args.eval_only and not self.folder.exists():
+            raise UserError(f"{self.folder} holds no checkpoint that could be evaluated")
         self.lock = FolderLock(self.folder)
         flags = as_json(vars(args) | data)
         try:
@@ -138,7 +143,8 @@ class Run:
             raise
         self.checkpoints = Checkpoints(self.folder, config["id"])
         self.tables = Tables(self.folder, agents, self.tracker)
-        self.stop = StopRequest(self.folder)
+        without = ", without --overwrite," if args.overwrite else ""
+        self.stop = StopRequest(f"{self.folder} is saved. Repeat the command{without} to continue.")
         self.jax_configuration = configured_jax(args)
         self.step = 0
         self.updates_per_call = 1
@@ -311,11 +317,19 @@ class Run:
     def log_evaluation(self, step: int, results: dict[str, np.ndarray]) -> None:
         """Logs the means of results (agents, episodes), and keeps the scores for `finish`.
 
-        Those of the end of a run also leave the visited states, in rollouts.npz.
+        Those of the end of a run also leave the visited states, in rollouts.npz. The first
+        evaluation decides whether the environment reports success; where it does, an episode
+        without a report is a failure.
         """
+        table = "eval_only.csv" if self.args.eval_only else "eval.csv"
+        reported = not np.isnan(results["success"]).all()
+        columns = self.tables.columns(table)
+        if columns:
+            reported = "success" in columns
+        results = results | dict(success=np.nan_to_num(results["success"]))
         means = {name: x.mean(1) for name, x in results.items() if name != "path"}
-        if self.args.env in ONLINE or np.isnan(means["success"]).any():
-            del means["success"]  # returns are published there, or no success was reported
+        if self.args.env in ONLINE or not reported:
+            del means["success"]  # of ONLINE, returns are published
         score = "success" if "success" in means else "return"
         shown = [score]
         if self.reference_scores:
@@ -326,7 +340,7 @@ class Run:
         if self.args.eval_only or step >= self.ends[-1]:
             # Before the row of the table, which says that the evaluation is done.
             write_file(self.folder / "rollouts.npz", pack_rollouts(self.agents, results))
-        self.tables.log("eval_only.csv" if self.args.eval_only else "eval.csv", step, means)
+        self.tables.log(table, step, means)
         scores = ", ".join(f"{name} {means[name].mean():.2f}" for name in shown)
         self.bar.write(f"{step:,} {self.unit}s: {scores}")
         self.evaluation_due = False

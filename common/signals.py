@@ -3,7 +3,6 @@
 import contextlib
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -15,8 +14,8 @@ class StopRequest:
     A second signal ends the program as if it was not handled.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, farewell: str):
+        self.farewell = farewell  # the program's last words
         self.requested = False
         self.unsaved = False  # whether there is work that a checkpoint would save
         self.handlers = {}  # signal -> what was there before
@@ -44,4 +43,4 @@ class StopRequest:
 
     def leave(self) -> None:
         """Ends the program, because everything is saved."""
-        raise SystemExit(f"{self.folder} is saved. Repeat the command to continue.")
+        raise SystemExit(self.farewell)

@@ -78,6 +78,14 @@ class Tables:
                 raise ValueError(f"line {i + 2} lacks the rows of other agents before it")
         return steps[: len(lines) // count]
 
+    def columns(self, table: str) -> list[str]:
+        """Returns the names of a table's columns, none if it has no rows yet."""
+        path = self.folder / table
+        if not path.exists() or self.remaining.get(table) == b"":
+            return []
+        with file_errors(path), open(path) as file:
+            return file.readline().strip().split(",")
+
     def log(self, table: str, step: int, metrics: dict[str, np.ndarray]) -> None:
         """Appends a row per agent to a table; `metrics` are arrays (agents,) by name.
 

@@ -108,7 +108,9 @@ def work(pipe: int) -> None:
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # of this process alone
     connection = Connection(pipe)
     try:
-        slots = Slots(connection.recv())
+        names, path = connection.recv()
+        sys.path += path  # of the parent process, for modules of environments
+        slots = Slots(names)
         while True:
             jobs = connection.recv()
             try:
@@ -127,10 +129,11 @@ class Worker:
         self.connection, theirs = Pipe()
         root = str(Path(__file__).resolve().parents[1])
         command = [sys.executable, "-P", "-c", WORKER, root, str(theirs.fileno())]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        # Nothing is drawn there, so a missing driver does not matter.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MUJOCO_GL": "disable"}
         self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
-        self.connection.send(names)
+        self.connection.send((names, [folder or os.getcwd() for folder in sys.path]))
 
     def send(self, jobs: list[tuple]) -> None:
         """Hands jobs to the process, which begins with them at once."""

@@ -49,6 +49,9 @@ def dataset(paths, env=MAZE.dataset, tasks=(1,), sparse=False, chunk_length=1, *
         normalize_observations=flags.pop("normalize_observations", False),
         sparse=sparse,
         chunk_length=chunk_length,
+        env_kwargs=flags.pop("env_kwargs", ""),
+        max_episode_steps=0,
+        eval_episodes=1,
         offline_steps=flags.pop("offline_steps", FOREVER),
     )
     return OfflineDataset(args, 1)
@@ -56,6 +59,13 @@ def dataset(paths, env=MAZE.dataset, tasks=(1,), sparse=False, chunk_length=1, *
 
 def number(data):
     return int(data.observations[0, 0])
+
+
+def test_arguments_that_the_environment_does_not_take(three):
+    """They are refused at once, not by the first evaluation."""
+    dataset(three, env_kwargs='{"render_mode": null}')
+    words = "gymnasium cannot make", "frame_skp"
+    stops(*words, call=lambda: dataset(three, env_kwargs='{"frame_skp": 2}'))
 
 
 # --- the schedule --------------------------------------------------------------------------------

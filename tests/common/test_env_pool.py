@@ -79,6 +79,7 @@ def test_no_more_environments_than_a_hundred(new_pool):
         names = [f"{TOY}{agent}" for agent in range(agents)]
         pool = new_pool(names, slots, 1)
         assert pool.shape == pool.seeds.shape == pool.ages.shape == (agents, each)
+    assert new_pool([TOY] * 3, 50, 1, most=150).shape == (3, 50)  # PPO's, which learns from all
 
 
 @pytest.mark.parametrize("name, H", [("pointmaze-medium", 5), ("cube-single", 1)])
@@ -432,6 +433,16 @@ def test_workers_keep_the_path(new_pool, monkeypatch, tmp_path):
     (tmp_path / "elsewhere.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     pool = new_pool(["elsewhere:Elsewhere-v0"], 1, 1)
+    assert play(pool, noise(1, 2), [[103]])["success"].tolist() == [[True]]
+
+
+def test_workers_find_what_the_parent_process_finds(new_pool, monkeypatch, tmp_path):
+    """An environment next to a script or a notebook, which nothing but sys.path names."""
+    entry = f"'Beside-v0', '{Toy.__module__}:Toy', max_episode_steps=9"
+    (tmp_path / "beside.py").write_text(f"import gymnasium\ngymnasium.register({entry})\n")
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.chdir(tmp_path)
+    pool = new_pool(["beside:Beside-v0"], 1, 1)
     assert play(pool, noise(1, 2), [[103]])["success"].tolist() == [[True]]
 
 

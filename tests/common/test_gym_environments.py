@@ -2,6 +2,7 @@
 that end in a line; arguments, time limits, and success where it is reported."""
 
 import json
+import os
 
 import gymnasium
 import numpy as np
@@ -18,6 +19,13 @@ from tests.helpers.messages import stops
 
 FLAT = Box(-1, 1, (3,))
 ACTIONS = Box(-1, 1, (2,))
+
+
+def test_drawing_stays_possible(monkeypatch):
+    """Making an environment leaves the way in which a notebook draws."""
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    make_env("multigoal")
+    assert os.environ["MUJOCO_GL"] == "egl"
 
 
 class Made(gymnasium.Env):

@@ -171,6 +171,7 @@ def test_the_identity_is_that_of_the_content(tmp_path):
         (dict(observations=np.zeros((T - 1, 2))), "'observations' is float64"),
         (dict(next_observations=np.full((T, 2), "x")), "'next_observations' is <U1"),
         (dict(actions=np.full((T, 2), 1.5)), "'actions' is in [0, 1.5]"),
+        ({key: x[:0] for key, x in transitions().items()}, "no transitions"),
     ],
 )
 def test_files_that_are_refused(tmp_path, change, words):
@@ -178,6 +179,14 @@ def test_files_that_are_refused(tmp_path, change, words):
     arrays = {key: x for key, x in arrays.items() if x is not None}
     path = save(tmp_path, **arrays)
     stops(f"bad dataset {path}: ", words, call=lambda: read_own(args(path)))
+
+
+def test_episodes_of_a_single_step(tmp_path):
+    """Without next observations nobody knows where their actions led."""
+    cut = dict(terminals=np.zeros(T), timeouts=np.ones(T))
+    path = save(tmp_path, **transitions(final=False) | cut)
+    stops("nothing says where", "next_observations", call=lambda: read_own(args(path)))
+    read_own(args(save(tmp_path, **transitions() | cut)))
 
 
 @pytest.mark.parametrize("name", ["none.npz", "none.hdf5", "text.npz", "text.hdf5"])
@@ -249,6 +258,34 @@ def test_an_ogbench_environment_with_other_rewards(tmp_path):
     assert flags.inv_temp == qam.ENV_DEFAULTS["scene"]["inv_temp"] and not flags.sparse
 
 
+def test_a_task_in_the_name_of_an_ogbench_environment(tmp_path, capsys):
+    """It is the one that is played, with the tuned values of its domain."""
+    line = ["--dataset", str(save(tmp_path, **transitions())), "--env"]
+    flags = parse(qam.Args, qam.ENV_DEFAULTS, [*line, "scene-play-singletask-task3-v0"])
+    assert flags.tasks == (3,) and flags.inv_temp == qam.ENV_DEFAULTS["scene"]["inv_temp"]
+    assert "No tuned" not in capsys.readouterr().out
+
+
+def test_the_same_data_whether_or_not_episodes_are_played(tmp_path):
+    """Rescaled and recognised alike, so an evaluation or an online phase may follow."""
+    path = save(tmp_path, **pendulum())
+    played, not_played = (
+        read_own(args(path, env="Pendulum-v1", eval_episodes=episodes)) for episodes in (1, 0)
+    )
+    assert np.array_equal(played[0].actions, not_played[0].actions)
+    assert played[1] == not_played[1]
+    other = pendulum(rewards=np.ones(2))
+    changed = read_own(args(save(tmp_path, "other.npz", **other), env="Pendulum-v1"))
+    assert changed[1] != played[1]
+    wide = save(tmp_path, "hopper.npz", **pendulum(actions=np.zeros((2, 1))))
+    read_own(args(wide, env="hopper"))  # a file's name alone; nothing is played there
+
+
+def test_sparse_rewards_are_ogbenchs(tmp_path):
+    path = save(tmp_path, **transitions())
+    stops("--sparse is about OGBench", call=lambda: read_own(args(path, sparse=True)))
+
+
 # --- Minari --------------------------------------------------------------------------------------
 
 
@@ -266,6 +303,7 @@ def recorded(tmp_path_factory):
         ("fetch/tiny-v0", reach, {}),
         ("pendulum/tiny-v0", pendulum(), scores),
         ("pendulum/wrapped-v0", gymnasium.wrappers.RescaleAction(pendulum(), -1, 1), {}),
+        ("pendulum/eval-v0", pendulum(), dict(eval_env="Pendulum-v1")),
     ):
         collector = minari.DataCollector(env)
         for seed in range(3):
@@ -320,6 +358,12 @@ def test_minari_names_wrappers_that_are_not_used(recorded, capsys):
         assert first.endswith(words or "nothing\n")
 
 
+def test_minari_knows_an_environment_for_evaluations(recorded):
+    """It is the one that is played: that of the recording may never end."""
+    flags = recorded_in("minari:pendulum/eval-v0")
+    assert (flags["env"], flags["max_episode_steps"]) == ("Pendulum-v1", 200)
+
+
 def test_minari_without_the_dataset(recorded):
     words = "Dataset none/x-v0 not found locally", "minari download none/x-v0"
     stops(*words, call=lambda: read_own(args("minari:none/x-v0")))
@@ -361,10 +405,25 @@ def test_observations_are_normalised(tmp_path, new_pool):
 
 
 def test_data_without_a_lesson(tmp_path, capsys):
-    OfflineDataset(args(save(tmp_path, **transitions())), 1)
-    assert "Note" not in capsys.readouterr().out
-    OfflineDataset(args(save(tmp_path, **transitions() | dict(rewards=np.full(T, -1.0)))), 1)
-    assert "Note: nothing in data.npz solves task 1" in capsys.readouterr().out
+    """One reward everywhere and no end; an end alone is a lesson."""
+    same = dict(rewards=np.full(T, -1.0))
+    endless = same | dict(terminals=np.zeros(T))
+    for change, lesson in (({}, True), (same, True), (endless, False)):
+        OfflineDataset(args(save(tmp_path, **transitions() | change)), 1)
+        note = "Note: nothing in data.npz solves task 1" in capsys.readouterr().out
+        assert note != lesson
+
+
+def test_statistics_of_many_large_observations(tmp_path):
+    """Sums of float32 would make the mean 1009 and the deviation 9."""
+    rows = 300_000
+    states = 1000 + np.random.default_rng(0).standard_normal((rows, 1))
+    zeros = np.zeros(rows)
+    arrays = dict(rewards=zeros, terminals=zeros, timeouts=zeros, actions=np.zeros((rows, 1)))
+    path = save(tmp_path, **arrays, observations=np.float32(states))
+    normalization = OfflineDataset(args(path, normalize_observations=True), 1).normalization
+    np.testing.assert_allclose(normalization["mean"], states.mean(), rtol=1e-5)
+    np.testing.assert_allclose(normalization["std"], 1, atol=0.01)
 
 
 def test_several_tasks_are_refused(tmp_path):

@@ -198,8 +198,23 @@ def test_results_without_a_checkpoint_are_not_overwritten(run):
     assert (folder / "eval.csv").read_bytes() == contents[2]
 
 
-def test_an_evaluation_without_a_checkpoint(run):
+def test_an_evaluation_without_a_checkpoint(run, tmp_path):
+    """A mistaken name leaves no folder."""
     stops("no checkpoint that could be evaluated", call=lambda: restore(run(eval_only=True)))
+    assert not list(tmp_path.iterdir())
+    run()  # makes one
+    stops("no checkpoint that could be evaluated", call=lambda: restore(run(eval_only=True)))
+
+
+def test_the_start_of_training_is_free_until_the_online_phase(run):
+    """Nothing depends on it before: a finished offline run may get a short online phase."""
+    first = run(start_training=50)
+    save(first, 20)
+    folder = first.folder
+    del first
+    assert restore(run(start_training=5)) == (20, 20)
+    (folder / "replay-1.msgpack").touch()
+    stops("start_training: 5 there, 50 now", lines=3, call=lambda: run(start_training=50))
 
 
 def test_a_flag_that_is_newer_than_the_run(run):
@@ -464,6 +479,25 @@ def test_an_evaluation_is_a_row_per_agent(run, capsys):
         assert "path6" not in file
 
 
+def test_success_that_is_reported_in_some_episodes(run):
+    """The first evaluation says whether there is the column; where there is, no report is a
+    failure. All rows have the columns of the first ones."""
+    some = np.float64([[1, np.nan], [np.nan, np.nan], [1, 1]])
+    none, results = np.full((3, 2), np.nan), {}
+    for name, first, second in (("yes", some, none), ("no", none, some)):
+        begun = run(name=name)
+        restore(begun)
+        for step, success in ((20, first), (40, second)):
+            go(begun, [step])
+            begun.log_evaluation(step, EVALUATION | dict(success=success))
+        results[name] = begun.tables.read("eval.csv")
+        del begun
+        restore(run(name=name))  # no row is damaged
+    found = [float(row["success"]) for row in results["yes"]]
+    assert found == [0.5, 0, 1, 0, 0, 0]
+    assert "success" not in results["no"][0] and len(results["no"]) == 6
+
+
 def test_a_run_without_evaluations_has_no_rows(run):
     first = run()
     restore(first)
@@ -686,6 +720,14 @@ def test_a_signal_in_the_middle(run, heeded, number, capsys):
             raise AssertionError("the run was not stopped")
     assert signal.getsignal(number) == before
     assert restore(run()) == (3, 3)
+
+
+def test_a_stop_of_a_run_that_began_anew(run, heeded):
+    """The same command would begin anew again."""
+    with pytest.raises(SystemExit, match="Repeat the command, without --overwrite, to continue.$"):
+        with run(overwrite=True) as first:
+            restore(first)
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -328,13 +328,26 @@ def program(code, tmp_path, **environment):
 
 
 def test_a_renderer_that_is_not_there(tmp_path):
-    """Does not matter where nothing is drawn."""
+    """Does not matter where nothing is drawn: in workers, and in a script from its first line."""
     code = """
-from common.environments import make_env
-env = make_env("cube-single-singletask-task1-v0")
-print(env.reset(seed=0)[0].shape)
+import numpy as np
+from common.env_pool import EnvPool
+pool = EnvPool(["cube-single-singletask-task1-v0"], 1, 1)
+pool.reset(np.array([[0]], np.uint32))
+print(pool.observations.shape)
 """
-    assert program(code, tmp_path, MUJOCO_GL="nonsense") == "(28,)\n"
+    assert program(code, tmp_path, MUJOCO_GL="nonsense") == "(1, 1, 28)\n"
+    code = """
+import sys
+import qam
+from common.environments import make_env
+from common.flags import launch
+sys.argv = ["qam.py", "--env", "cube-single"]
+def main(args):
+    print(make_env("cube-single-singletask-task1-v0").reset(seed=0)[0].shape)
+launch(main, qam.Args, qam.ENV_DEFAULTS)
+"""
+    assert program(code, tmp_path, MUJOCO_GL="nonsense").endswith("(28,)\n")
 
 
 def test_models_of_mazes_are_removed(tmp_path):

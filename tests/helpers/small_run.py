@@ -37,6 +37,7 @@ class Args:
     precision: Precision = "default"
     log_interval: int = 10
     eval_interval: int = 20
+    start_training: int = 50
     chunk_length: int = 3
     discount: float = 0.5
 

@@ -110,6 +110,8 @@ def test_without_a_simulator(hopper, tmp_path, quick_compile):
     folder = tmp_path / "qam/robot/default"
     assert read_checkpoint(folder / "checkpoint.msgpack")["step"] == 10
     assert not (folder / "eval.csv").exists() and (folder / "train.csv").exists()
+    agent = load_agent(folder)
+    assert agent.env == "robot" and agent.act(np.zeros(11)).shape[-1] == 3
 
 
 def test_success_and_return_online(tmp_path, quick_compile):

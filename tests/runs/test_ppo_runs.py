@@ -101,6 +101,13 @@ def spied(monkeypatch):
     return seen
 
 
+def test_more_environments_than_evaluations_may_have(here):
+    """A rollout is as wide as --num-envs says, for every agent."""
+    flags = dict(num_envs=60, rollout_steps=120, total_steps=120, batch_size=60)
+    rollouts = ppo.main(tiny_ppo(**flags, log_interval=120, eval_interval=120))
+    assert [row["step"] for row in rollouts] == ["120", "120"]
+
+
 # --- what a run leaves ---------------------------------------------------------------------------
 
 HALTS = dict(multigoal=([48, 72, 96], [48, 96]), hopper=([16, 32, 48, 64], [32, 64]))
