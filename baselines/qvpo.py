@@ -11,7 +11,7 @@ actions.
     w = max_j Q(s, a_j) - mean_j Q(s, a_j) of the best a_j, e w of uniform actions
                                                                       Eq. (QVPO3), (QVPO4), (QVPO5)
 
-The numbers with letters are ours; (DDPM1) to (DDPM4) are the diffusion of Ho et al. 2020
+Equation numbers are ours; (DDPM1) to (DDPM4) are the diffusion of Ho et al. 2020
 (arXiv:2006.11239), written alike in dpmd.py and dipo.py. docs/methods/qvpo.md lists what differs
 from the public code.
 
@@ -229,8 +229,10 @@ def predict_noise(args: Args, params: dict, observations: Array, x: Array, i: Ar
 
 
 def noise_schedule(args: Args) -> tuple[np.ndarray, np.ndarray]:
-    """Computes beta_i and abar_i of the steps i = 0 ... T - 1, from the action to noise: (T,) each,
-    NumPy's float64, because abar_0 is near 1."""
+    """Computes beta_i and abar_i of the steps i = 0 ... T - 1, from the action to noise: (T,) each.
+
+    They are NumPy's float64, because abar_0 is near 1.
+    """
     T = args.diffusion_steps
     if args.schedule == "linear":
         beta = args.beta_scale * np.linspace(1e-4, 0.999, T)  # Eq. (DDPM4)
@@ -244,8 +246,10 @@ def noise_schedule(args: Args) -> tuple[np.ndarray, np.ndarray]:
 def denoise(
     args: Args, policy: dict, observations: Array, key: Array, count: int, noise: float = 1.0
 ) -> Array:
-    """Draws actions by `count` chains per state, whose steps add `noise` times the noise that they
-    should: (B, S) -> (count, B, d) in [-1, 1]."""
+    """Draws actions by `count` chains per state: (B, S) -> (count, B, d) in [-1, 1].
+
+    `noise` is a factor of the noise that each step adds.
+    """
     beta, abar = noise_schedule(args)
     before = np.append(1.0, abar[:-1])  # abar_{i-1}
     signal = jnp.asarray(np.sqrt(abar))
@@ -325,8 +329,10 @@ def policy_loss(
     weights: Array,
     key: Array,
 ) -> tuple[Array, dict]:
-    """Computes the weighted loss of denoising actions, the mean of all components: (B, S),
-    (..., B, d), (..., B)."""
+    """Computes the weighted loss of denoising actions, averaged over all components.
+
+    observations (B, S), actions (..., B, d), weights (..., B).
+    """
     step_key, noise_key = jax.random.split(key)
     i = jax.random.randint(step_key, weights.shape, 0, args.diffusion_steps)
     noise = jax.random.normal(noise_key, actions.shape)
