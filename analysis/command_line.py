@@ -1,5 +1,6 @@
 """Start a program: parse its options, and print a user's mistake as one line."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -8,8 +9,13 @@ import tyro
 from common.errors import UserError
 
 
-def run_program(main: Callable, options: type, description: str) -> None:
-    """Calls `main` with the command line's options; a UserError ends the program with one line."""
+def run_program(main: Callable, options: type, description: str, renders: bool = False) -> None:
+    """Calls `main` with the command line's options; a UserError ends the program with one line.
+
+    Unless the program renders, a driver that is missing for MuJoCo does not matter.
+    """
+    if not renders:
+        os.environ["MUJOCO_GL"] = "disable"
     try:
         main(tyro.cli(options, description=description))
     except UserError as error:

@@ -348,6 +348,16 @@ def main(args):
 launch(main, qam.Args, qam.ENV_DEFAULTS)
 """
     assert program(code, tmp_path, MUJOCO_GL="nonsense").endswith("(28,)\n")
+    code = """
+import dataclasses
+import sys
+from analysis.command_line import run_program
+from common.environments import make_env
+Options = dataclasses.make_dataclass("Options", [("flag", int, 0)])
+sys.argv = ["program"]
+run_program(lambda _: print(make_env("Hopper-v5").reset(seed=0)[0].shape), Options, "A program.")
+"""
+    assert program(code, tmp_path, MUJOCO_GL="nonsense") == "(11,)\n"
 
 
 def test_models_of_mazes_are_removed(tmp_path):
