@@ -46,8 +46,9 @@ class OfflineDataset:
             data, self.identity = read_own(args)
         else:
             self._source = resolve(args.env)
-            if args.env_kwargs:
-                make_env(env_name(args, args.tasks[0]))  # before hours of training
+            played = env_name(args, args.tasks[0])
+            if "?" in played:  # it has arguments, which may be wrong: see before the training
+                make_env(played)
             self._paths = locate(self._source, args.dataset_dir, args.collect)
             self.identity = identify(self._paths)
             data = self._read(0)

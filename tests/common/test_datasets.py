@@ -51,7 +51,8 @@ def dataset(paths, env=MAZE.dataset, tasks=(1,), sparse=False, chunk_length=1, *
         chunk_length=chunk_length,
         env_kwargs=flags.pop("env_kwargs", ""),
         max_episode_steps=0,
-        eval_episodes=1,
+        eval_episodes=flags.pop("eval_episodes", 1),
+        online_steps=0,
         offline_steps=flags.pop("offline_steps", FOREVER),
     )
     return OfflineDataset(args, 1)
@@ -66,6 +67,7 @@ def test_arguments_that_the_environment_does_not_take(three):
     dataset(three, env_kwargs='{"render_mode": null}')
     words = "gymnasium cannot make", "frame_skp"
     stops(*words, call=lambda: dataset(three, env_kwargs='{"frame_skp": 2}'))
+    dataset(three, env_kwargs='{"frame_skp": 2}', eval_episodes=0)  # nothing is played
 
 
 # --- the schedule --------------------------------------------------------------------------------

@@ -573,6 +573,8 @@ def dataset(folder, tasks=(1,), chunk_length=1):
         sparse=False,
         chunk_length=chunk_length,
         offline_steps=10**6,
+        online_steps=0,
+        eval_episodes=0,
     )
     return OfflineDataset(args, 1)
 
