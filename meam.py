@@ -71,7 +71,7 @@ class Args:
     noisy_expansion: bool = False
     # Inverse temperature tau of exp(tau Q); with 0 only the expansion actor follows Q.
     inv_temp: NonNegativeFloat = 1.0
-    # TD targets are the critics' mean minus this many standard deviations.
+    # Targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
 

@@ -61,7 +61,7 @@ class Args:
     edit_scale: NonNegativeFloat = 0.1
     # Inverse temperature tau of exp(tau Q); with 0 the flow is cloned.
     inv_temp: NonNegativeFloat = 1.0
-    # TD targets are the critics' mean minus this many standard deviations.
+    # Targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
 

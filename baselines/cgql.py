@@ -73,7 +73,7 @@ class Args:
     noisy_coef: tuple[NonNegativeFloat, ...] = (0.1,)
     # Inverse temperature tau of exp(tau Q), whose score guides.
     inv_temp: NonNegativeFloat = 1.0
-    # TD targets are the critics' mean minus this many standard deviations.
+    # Targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
 

@@ -68,7 +68,7 @@ class Args:
     # --- method ---
     # Weight eta of the denoising loss on the data (behaviour cloning).
     bc_coef: NonNegativeFloat = 1.0
-    # TD targets are the critics' mean minus this many standard deviations.
+    # Targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Denoising steps T from noise to action.
 

@@ -64,7 +64,7 @@ class Args:
 
     # --- method ---
     noise_scale: PositiveFloat = 1.0  # Half-width sigma_z of the box of latents.
-    # TD targets are the critics' mean minus this many standard deviations.
+    # Targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
 

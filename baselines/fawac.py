@@ -65,7 +65,7 @@ class Args:
     # --- method ---
     # Inverse temperature tau of exp(tau Q); 0 is behaviour cloning.
     inv_temp: NonNegativeFloat = 1.0
-    # TD targets are the critics' mean minus this many standard deviations.
+    # Targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
 

@@ -61,7 +61,7 @@ class Args:
 
     # --- method ---
     fbrac_alpha: PositiveFloat = 100.0  # Weight alpha of flow matching, relative to the value.
-    # TD targets are the critics' mean minus this many standard deviations.
+    # Targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
 

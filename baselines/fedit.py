@@ -63,7 +63,7 @@ class Args:
 
     # --- method ---
     edit_scale: NonNegativeFloat = 0.1  # Largest edit sigma_a of a coordinate.
-    # TD targets are the critics' mean minus this many standard deviations.
+    # Targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
 

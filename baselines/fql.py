@@ -64,7 +64,7 @@ class Args:
     # --- method ---
     # Weight alpha of the distillation, a mean over coordinates; with 0 the policy only climbs Q.
     fql_alpha: NonNegativeFloat = 100.0
-    # TD targets are the critics' mean minus this many standard deviations.
+    # Targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
 

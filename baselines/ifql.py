@@ -67,7 +67,7 @@ class Args:
     # V is the expectile kappa of Q over the data's actions; 0.5 is the mean.
     expectile: UnitInterval = 0.9
     num_candidates: PositiveInt = 32  # Candidate actions M per state; the best one is executed.
-    # V is fitted to the critics' mean minus this many standard deviations.
+    # Targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
 

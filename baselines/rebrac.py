@@ -69,7 +69,7 @@ class Args:
     actor_noise: NonNegativeFloat = 0.0
     noise_clip: NonNegativeFloat = 0.5  # Largest noise c.
     target_delay: PositiveInt = 2  # Updates between two moves of the target networks.
-    # TD targets are the critics' mean minus this many standard deviations.
+    # Targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
 
     # --- networks and optimiser ---

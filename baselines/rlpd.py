@@ -65,7 +65,7 @@ class Args:
     # --- method ---
     # Weight alpha of behaviour cloning; the original RLPD has none (0).
     rlpd_alpha: NonNegativeFloat = 0.0
-    # TD targets are the critics' mean minus this many standard deviations.
+    # Targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
 
     # --- networks and optimiser ---
