@@ -18,10 +18,9 @@ import os
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from analysis.command_line import run_program
-from benchmarks.throughput import Loop, Size, Trained
+from benchmarks.throughput import Loop, Size, Trained, measure_in_turns
 from common.errors import UserError
 
 
@@ -59,15 +58,10 @@ def main(options: Options) -> dict:
             measured.append(Loop(measured[0]))
         for one in measured:
             one.seconds(1)  # compiles
-        updates = max(1, round(options.seconds / measured[0].seconds(1)))
-        times = []
-        for _ in range(options.rounds):
-            times.append([one.seconds(updates) for one in measured])
-        times = np.array(times)
-        ratios = np.median(times / times[:, :1], axis=0)
+        milliseconds, ratios = measure_in_turns(measured, options.rounds, options.seconds)
         print(f"{size}: {'script':18s} ms/update  times {options.scripts[0]}")
         for i, name in enumerate(names):
-            row = dict(size=size, script=name, ms=1e3 * np.median(times[:, i]) / updates)
+            row = dict(size=size, script=name, ms=milliseconds[i])
             results["rows"].append(row | dict(ratio=ratios[i]))
             print(f"{'':{len(size) + 2}s}{name:18s} {row['ms']:9.2f}  {ratios[i]:9.2f}")
     path = Path(options.out, f"cost-{device}.json".replace(" ", "-").lower())

@@ -16,6 +16,7 @@ import dataclasses
 import importlib.metadata
 import math
 import re
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -213,6 +214,13 @@ def _count(bodies: dict[str, list[Instruction]], name: str) -> tuple[int, int]:
 # --- measuring -----------------------------------------------------------------------------------
 
 
+def refuse_unknown(variants: Iterable[str]) -> None:
+    """Raises UserError if there is no such variant."""
+    unknown = set(variants) - set(VARIANTS)
+    if unknown:
+        raise UserError(f"no variant {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
+
+
 @contextlib.contextmanager
 def changed(variant: str):
     """Traces what is traced meanwhile as this variant."""
@@ -334,9 +342,7 @@ def scripts_of(options: Options) -> list[str]:
 def main(options: Options) -> None:
     """Measures each script, and prints the table of all rows."""
     variants = VARIANTS if options.variants == ("all",) else options.variants
-    unknown = set(variants) - set(VARIANTS)
-    if unknown:
-        raise UserError(f"no variant {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
+    refuse_unknown(variants)
     if min(options.agents, default=1) < 1:
         raise UserError("--agents must be at least 1")
     if options.without_gpu:  # The scripts ask for it.

@@ -17,7 +17,7 @@ import dataclasses
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -312,6 +312,23 @@ def timed(step: Callable, seconds: float) -> float:
         step()
         times.append(time.perf_counter() - start)
     return float(np.median(times))
+
+
+def measure_in_turns(
+    programs: Sequence[Trained | Loop], rounds: int, seconds: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns milliseconds per update of each program, and the ratios to the first one's time.
+
+    In every round each makes its updates once, of about `seconds` in the first program, and the
+    ratios are taken there; both are medians over the rounds. Programs must be compiled already.
+    """
+    updates = max(1, round(seconds / programs[0].seconds(1)))
+    times = []
+    for _ in range(rounds):
+        times.append([program.seconds(updates) for program in programs])
+    times = np.array(times)  # (rounds, programs)
+    ratios = np.median(times / times[:, :1], axis=0)
+    return 1e3 * np.median(times, axis=0) / updates, ratios
 
 
 def measure_chunk(trained: Trained, seconds: float) -> tuple[float, float]:

@@ -15,14 +15,11 @@ import importlib.metadata
 import time
 from pathlib import Path
 
-import numpy as np
-
 from analysis.command_line import run_program
 from analysis.runs import ROOT, read_rows
 from benchmarks import as_table
-from benchmarks.gpu import VARIANTS, changed, prepare
-from benchmarks.throughput import Size, Trained, describe, put_row
-from common.errors import UserError
+from benchmarks.gpu import VARIANTS, changed, prepare, refuse_unknown
+from benchmarks.throughput import Size, Trained, describe, measure_in_turns, put_row
 
 COLUMNS = "script size variant device ms_update ratio compile_s compile_ratio jax".split()
 KEY = tuple(COLUMNS[:4])
@@ -58,14 +55,7 @@ def compare(name: str, size: Size, options: Options) -> list[dict]:
     variants = [VARIANTS[0], *options.variants]
     found = [compiled(name, size, variant) for variant in variants]
     programs, compile_seconds = zip(*found, strict=True)
-    one_update = programs[0].seconds(1)
-    updates = max(1, round(options.seconds / one_update))
-    rounds = []
-    for _ in range(options.rounds):
-        rounds.append([program.seconds(updates) for program in programs])
-    times = np.array(rounds)  # (rounds, variants)
-    ratios = np.median(times / times[:, :1], axis=0)
-    milliseconds = 1e3 * np.median(times, axis=0) / updates
+    milliseconds, ratios = measure_in_turns(programs, options.rounds, options.seconds)
     rows = []
     for i, variant in enumerate(variants):
         row = dict(
@@ -85,9 +75,7 @@ def compare(name: str, size: Size, options: Options) -> list[dict]:
 
 def main(options: Options) -> None:
     """Measures every script and size, and prints the table of all rows."""
-    unknown = set(options.variants) - set(VARIANTS)
-    if unknown:
-        raise UserError(f"no variant {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
+    refuse_unknown(options.variants)
     for name in options.scripts:
         for size in options.sizes:
             for row in compare(name, size, options):

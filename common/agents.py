@@ -160,11 +160,8 @@ def load_agents(folder: str | Path, script: ModuleType | None = None) -> Trained
         saved = read_checkpoint(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no checkpoint that can be read: {error}") from None
-    source = folder / SCRIPT
-    if script is None:
-        script = stored_script(folder, config["script"])
-    else:
-        source = script.__file__
+    source = script.__file__ if script else folder / SCRIPT
+    script = script or stored_script(folder, config["script"])
     agents = [tuple(agent) for agent in config["agents"]]
     args = arguments(script, flags)
     create = partial(script.create, args, flags["observation_size"])

@@ -57,10 +57,11 @@ class OfflineDataset:
                 print(f"Note: published results use the 100M dataset; this run uses {name}.")
         self.normalization = {}  # mean and standard deviation (S,), if observations are normalised
         if args.normalize_observations:
-            x = np.float64(data.observations)  # sums of a million float32 are not exact
+            x = data.observations
+            exact = np.float64  # sums of a million float32 are not
             self.normalization = dict(
-                mean=np.float32(x.mean(0)),
-                std=np.float32(x.std(0) + 1e-3),
+                mean=np.float32(x.mean(0, exact)),
+                std=np.float32(x.std(0, exact) + 1e-3),
             )
         self._offline_steps = getattr(args, "offline_steps", 0)
         self._index = 0

@@ -8,7 +8,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, flatten
@@ -158,15 +157,24 @@ def to_dataset(arrays: Arrays) -> Dataset:
     )
 
 
-def environment_for(args: Any) -> gymnasium.Env | None:
-    """Makes the environment of --env; None if there is none, and no episodes are to be played."""
+def action_range(args: Any, arrays: Arrays) -> Box | None:
+    """Returns the range of actions in the environment of --env.
+
+    None if it cannot be made or has other sizes, which is an error where episodes are to be played.
+    """
     named = dataclasses.replace(args, eval_episodes=1)  # 0 would mean: no environment
+    widths = [arrays[key].shape[1] for key in KEYS[:2]]
     try:
-        return make_env(env_name(named, args.tasks[0]))
+        env = make_env(env_name(named, args.tasks[0]))
+        expected = [*env.observation_space.shape, *env.action_space.shape]
+        if widths != expected:
+            where = f"expected {expected} for {args.env}"
+            raise BadDataset(args.dataset, f"{KEYS[:2]} have widths {widths}, {where}")
     except UserError:
         if args.eval_episodes or args.online_steps:
             raise
         return None
+    return action_box(env)
 
 
 def read_own(args: Any) -> tuple[Dataset, dict]:
@@ -196,15 +204,8 @@ def read_own(args: Any) -> tuple[Dataset, dict]:
     checksum = 0
     for key in sorted(arrays):
         checksum = zlib.crc32(np.ascontiguousarray(arrays[key]), checksum)
-    env = environment_for(args)
-    if env is not None:
-        widths = [arrays[key].shape[1] for key in KEYS[:2]]
-        expected = [*env.observation_space.shape, *env.action_space.shape]
-        if widths == expected:
-            box = box or action_box(env)
-        elif args.eval_episodes or args.online_steps:
-            where = f"expected {expected} for {args.env}"
-            raise BadDataset(name, f"{KEYS[:2]} have widths {widths}, {where}")
+    played_in = action_range(args, arrays)
+    box = box or played_in
     actions = arrays["actions"]
     if box is not None:
         actions = 2 * (actions - box.low) / (box.high - box.low) - 1
