@@ -8,6 +8,7 @@
     python -m benchmarks.learning bfloat16-cube      the same on cube-single, task 1
     python -m benchmarks.learning scene-50k --seeds 1          paper size, beside published curves
     python -m benchmarks.learning puzzle-3x3-50k --tasks 1 --only ifql --seeds 1      one of them
+    python -m benchmarks.learning puzzle-3x3-small --seeds 3   QAM, ME-AM and edits, task 1
     python -m benchmarks.learning puzzle-4x4         paper size, rho, lambda, sigma_min: for a GPU
     python -m benchmarks.learning cube-double        the same
     python -m benchmarks.learning plane              every online method on multigoal
@@ -134,6 +135,27 @@ FMER_ABLATIONS = {
 COARSE = {"QAM": "qam", "ME-AM": "meam", "IFQL": "baselines.ifql"}
 # With its own rho, ME-AM does not learn cube-single, and there would be nothing to compare.
 COARSE_CUBE = {"QAM": "qam", "ME-AM, rho = 0": "meam --rho 0", "IFQL": "baselines.ifql"}
+# Methods that leave the data's support in different ways, and two that do not (QAM, IFQL).
+EXPANSIONS = {
+    "QAM": "qam",
+    "QAM-EDIT": "qam_edit",
+    "FEdit": "baselines.fedit",
+    "IFQL": "baselines.ifql",
+    "ME-AM, rho = 0.1": "meam --rho 0.1",
+    "ME-AM, rho = 0.3": "meam --rho 0.3",
+    "ME-AM, rho = 0.5": "meam --rho 0.5",
+    "ME-AM, rho = 0.3, tau = 1": "meam --rho 0.3 --inv-temp 1",
+    "ME-AM, rho = 0.3, tau = 10": "meam --rho 0.3 --inv-temp 10",
+    "ME-AM, rho = 0.3, lambda = 0.003": "meam --rho 0.3 --entropy-scale 0.003",
+    "ME-AM, rho = 0.3, lambda = 0.3": "meam --rho 0.3 --entropy-scale 0.3",
+    "QAM, K = 10": "qam --num-critics 10",
+    "FEdit, K = 10": "baselines.fedit --num-critics 10",
+    "ME-AM, rho = 0.3, K = 10": "meam --rho 0.3 --num-critics 10",
+}
+# An update of an agent takes 10 to 20 ms of a CPU core; the data take two cores 12 minutes or more.
+PUZZLE = """--env puzzle-3x3 --collect 1000000 --hidden-dims 256 256 --num-critics 2
+    --flow-steps 5 --batch-size 128 --lr 5e-4 --log-interval 1000 --offline-steps 60000
+    --eval-interval 20000"""
 DUALS = {"plain": "fmer", "Adam": "fmer --dual-optimizer adam"}
 DPMD = {"DPMD": "baselines.dpmd", "as published": "baselines.dpmd --as-published"}
 LARGE = "--collect 1000000 --offline-steps 300000"  # transitions; ordinary size, not the 100M set
@@ -192,6 +214,7 @@ SUITES = {  # suite -> (label -> command line, flags of all, tasks)
     "bfloat16-cube": (in_both_precisions(COARSE_CUBE), CUBE + OFFLINE + FLOW, (1,)),
     "scene-50k": (labelled(METHODS), AT_50K.format("scene"), (1, 2, 3, 4, 5)),
     "puzzle-3x3-50k": (labelled(METHODS), AT_50K.format("puzzle-3x3"), (1, 2, 3, 4, 5)),
+    "puzzle-3x3-small": (EXPANSIONS, PUZZLE, (1,)),
     "puzzle-4x4": (sweep(0.3), f"--env puzzle-4x4 {LARGE}", (1, 2, 3, 4, 5)),
     "cube-double": (sweep(0.01), f"--env cube-double {LARGE}", (1, 2, 3, 4, 5)),
     "plane": (labelled(NINE), "--env multigoal", ()),
@@ -238,6 +261,13 @@ class Options:
     """Folder of the CSV and JSON files."""
 
 
+def command_line(command: str, flags: str) -> list[str]:
+    """Returns [module, flags ...]: those of the suite first, so that a label's own have the last
+    word."""
+    module, *own = shlex.split(command)
+    return [module, *shlex.split(flags), *own]
+
+
 def launch(line: list[str]) -> None:
     """Runs a script of this repository in a process of its own: [module, flags ...]."""
     folders = [str(ROOT)]
@@ -267,10 +297,10 @@ def run(
     label: str, command: str, options: Options, flags: str, tasks: tuple[int, ...]
 ) -> tuple[dict, list[dict]]:
     """Runs a script. Returns its command line with its configuration, and its evaluations."""
-    module, *own = shlex.split(command)
     words = label.replace(",", "").replace(" = ", " ").split()
     name = "-".join([options.suite, *words])
-    line = [module, *shlex.split(flags), *own]
+    module, *given = command_line(command, flags)
+    line = [module, *given]
     line += ["--num-seeds", str(options.seeds), "--name", name, "--run-dir", options.run_dir]
     if tasks:
         line += ["--tasks", *map(str, tasks)]
@@ -281,7 +311,7 @@ def run(
     rows = read_rows(folder / "eval.csv")
     config = portable(folder)
     config["made_with"]["cores"] = len(os.sched_getaffinity(0))
-    shown = shlex.join(["python", "-m", module, *shlex.split(flags), *own])
+    shown = shlex.join(["python", "-m", module, *given])
     return dict(command=shown, config=config), [dict(label=label, **row) for row in rows]
 
 

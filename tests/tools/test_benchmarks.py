@@ -4,6 +4,7 @@ answers are known; operations, times and shares of programs and runs."""
 import contextlib
 import csv
 import dataclasses
+import importlib
 import json
 import subprocess
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+import meam
 from analysis.runs import read_rows
 from analysis.scripts import script_of
 from baselines import sac
@@ -37,7 +39,7 @@ from benchmarks import (
     variants,
 )
 from benchmarks import stops as stops_benchmark
-from benchmarks.learning import keep, kept, online_table, reported, table
+from benchmarks.learning import SUITES, command_line, keep, kept, online_table, reported, table
 from benchmarks.multigoal import grid, measure
 from benchmarks.shares import Options as Shares
 from benchmarks.shares import main as shares_main
@@ -92,6 +94,20 @@ def test_table_of_success():
         "| a | 0.25 [0.25, 0.25] | 0.50 [0.50, 0.50] | 0.38 [0.38, 0.38] | 30 |",
         "| b | 0.35 [0.25, 0.45] | 0.60 [0.50, 0.70] | 0.47 [0.38, 0.57] | 30 |",
     ]
+
+
+def test_every_suite_takes_its_flags():
+    """Every command line is one that its script takes; own flags have the last word."""
+    lines = set()
+    for commands, flags, _ in SUITES.values():
+        lines |= {tuple(command_line(command, flags)) for command in commands.values()}
+    for module, *given in lines:
+        script = importlib.import_module(module)
+        parse(script.Args, script.ENV_DEFAULTS, given)
+    module, *given = command_line("meam --rho 0.3 --num-critics 10", SUITES["puzzle-3x3-small"][1])
+    args = parse(meam.Args, meam.ENV_DEFAULTS, given)
+    assert (args.rho, args.num_critics, args.hidden_dims) == (0.3, 10, (256, 256))
+    assert (args.inv_temp, args.entropy_scale) == (3.0, 0.03)  # the environment's own
 
 
 def fake(choose):
