@@ -71,11 +71,11 @@ class Args:
     weights: Literal["soft", "uniform", "top1"] = "soft"
     eta_init: PositiveFloat = 0.5  # Initial temperature eta of the weights.
     eta_fixed: NonNegativeFloat = 0.0  # Ablation: eta stays at this value (0: it is tuned).
-    # Step size of log eta, which falls by it times (ESS - its target).
+    # Step size of log eta: an update subtracts this times (ESS - target ESS).
     eta_rate: NonNegativeFloat = 1e-3
     target_ess: UnitInterval = 0.5  # Target ESS as a share of num_candidates (the paper: 4 of 8).
     lambda_init: PositiveFloat = 0.5  # Initial multiplier lambda of the entropy.
-    # Step size of log lambda, which rises by it times (target - entropy) per action dimension.
+    # Step size of log lambda: an update adds this times (target - entropy) per action dimension.
     lambda_rate: NonNegativeFloat = 1e-2
     # Steps of log lambda and log eta: plain, or Adam's with the policy's initial learning rate.
     dual_optimizer: Literal["plain", "adam"] = "plain"
@@ -122,9 +122,10 @@ class Args:
     eval_episodes: NonNegativeInt = 10  # Episodes per evaluation and agent (0: no evaluations).
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
-    overwrite: bool = False  # Begin anew; the run's old folder is moved aside, not deleted.
+    overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
-    # Precision of matrix products on a GPU (NVIDIA: TF32); bfloat16 is also that of hidden layers.
+    # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
+    # hidden layers have that precision, too.
     precision: Precision = "default"
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
     # --- logging ---
@@ -340,7 +341,8 @@ def weigh(args: Args, q: Array, eta: Array) -> tuple[Array, Array]:
 
     (M, B) -> (M, B), ().
     """
-    weights = jax.nn.softmax((q - q.max(0)) / eta, 0)  # Eq. (13), where V(s) cancels
+    # Eq. (13), where V(s) cancels. The maximum goes first, so that a small eta costs no digits.
+    weights = jax.nn.softmax((q - q.max(0)) / eta, 0)
     if args.weights == "uniform":
         weights = jnp.full_like(q, 1 / len(q))
     if args.weights == "top1":
@@ -357,13 +359,13 @@ def divergence(
     field = partial(velocity, args, flow, observations, t=t)
     if args.divergence == "hutchinson":
         probe = jax.random.rademacher(key, z.shape, z.dtype)
-        v, change = jax.jvp(field, (z,), (probe,))
-        trace = (probe * change).sum(-1)  # Eq. (69)
+        v, jvp = jax.jvp(field, (z,), (probe,))
+        trace = (probe * jvp).sum(-1)  # Eq. (69)
     else:
 
         def diagonal(unit):
-            _, change = jax.jvp(field, (z,), (jnp.broadcast_to(unit, z.shape),))
-            return (change * unit).sum(-1)
+            _, jvp = jax.jvp(field, (z,), (jnp.broadcast_to(unit, z.shape),))
+            return (jvp * unit).sum(-1)
 
         v = field(z)
         trace = jax.vmap(diagonal)(jnp.eye(z.shape[-1])).sum(0)
@@ -396,9 +398,9 @@ def policy_loss(
     active = state.step < args.entropy_until
     multiplier = jnp.where(active, jnp.exp(state.log_lambda), 0.0)
     loss = matching - multiplier * div.mean()  # Eq. (8), (18)
-    # Entropy per dimension of tanh(z_0), or of z_0, which is log(2 pi e) / 2, for z_0 ~ N(0, I).
-    start = 0.669804 if args.squash == "tanh" else 1.418939
-    entropy = start * args.action_size + div.mean()  # Eq. (16), (70)
+    # Per dimension, z_0 ~ N(0, I) has the entropy log(2 pi e) / 2, and tanh(z_0) the other number.
+    initial_entropy = 0.669804 if args.squash == "tanh" else 1.418939
+    entropy = initial_entropy * args.action_size + div.mean()  # Eq. (16), (70)
     return loss, dict(matching_loss=matching, entropy=entropy / args.action_size)
 
 
@@ -430,10 +432,9 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     key, next_key, current_key, loss_key = jax.random.split(state.key, 4)
 
     # Update the critics.
-    observations = batch.next_observations
     flow = state.targets.get("policy", state.params["policy"])
-    z1 = candidates(args, flow, observations, next_key, args.num_candidates)
-    next_actions = squash(args, z1)
+    next_z1 = candidates(args, flow, batch.next_observations, next_key, args.num_candidates)
+    next_actions = squash(args, next_z1)
     state, metrics = descend(args, state, "critic", critic_loss, batch, next_actions)
 
     # Update the policy, at the batch's states or at the next ones, whose candidates are known.
@@ -441,6 +442,9 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
         observations = batch.observations
         flow = state.params["policy"]
         z1 = candidates(args, flow, observations, current_key, args.num_candidates)
+    else:
+        observations = batch.next_observations
+        z1 = next_z1
     q = critic(args, state.params["critic"], observations, squash(args, z1)).min(0)
     weights, ess = weigh(args, q, jnp.exp(state.log_eta))
     inputs = observations, z1, weights, loss_key
@@ -627,7 +631,7 @@ def main(args: Args) -> list[dict]:
             actions = saved["replay"]["actions"]  # (agents, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         else:
-            envs.reset(seeds_of(agents, 0))  # those of an evaluation at step 0, which there is not
+            envs.reset(seeds_of(agents, 0))  # seeds of step 0, which no evaluation uses
 
         # Every agent makes one environment step; updates follow after the warm-up.
         while step < args.total_steps:
@@ -648,7 +652,7 @@ def main(args: Args) -> list[dict]:
             ended = transitions["terminals"] > 0  # terminated or timed out; `masks` tell which
             if ended.any():
                 envs.reset(seeds_of(agents, step, TRAINING), where=ended)
-            content = dict(state=state, envs=envs.save())  # of a checkpoint, with what follows
+            content = dict(state=state, envs=envs.save())  # what a checkpoint saves besides
             metrics = run.log_and_save(step, metrics, content, replay)
             evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()

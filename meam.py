@@ -3,8 +3,8 @@
 QAM's optimum pi ~ pi_beta exp(tau Q) inherits two flaws of the data: a good but rare action stays
 rare (popularity bias), and where pi_beta = 0 no temperature helps (support binding). ME-AM trains
 the base flow on a mixture (an expansion actor replaces a share rho of the data's actions), and adds
-an entropy bonus to the adjoint's terminal condition: the score of the policy's moving average. It
-converges to
+an entropy bonus to the adjoint's terminal condition: the score of the policy's moving average, the
+anchor (v_k, pi_k). It converges to
 
     pi(a|s) ~ pi_mix(a|s)^(w / (w + lambda)) exp(tau Q(s, a) / (w + lambda))              Eq. (16)
     g(1) = -tau grad_a Q(s, a) + lambda grad_a log pi_k(a|s)                              Eq. (14)
@@ -90,7 +90,7 @@ class Args:
     env: str = "pointmaze-medium"
     env_kwargs: str = ""  # Arguments of the environment as JSON, such as '{"frame_skip": 2}'.
     max_episode_steps: NonNegativeInt = 0  # Time limit of episodes (0: the environment's own).
-    # Tasks 1 to 5, trained at once on one copy of the data.
+    # Tasks 1 to 5, trained at once on one copy of the data (default: the one that OGBench plays).
     tasks: tuple[TaskNumber, ...] = (1,)
     # Own data instead of OGBench's: FILE.npz, FILE.hdf5 or minari:ID (docs/guides/data.md).
     dataset: str = ""
@@ -119,9 +119,10 @@ class Args:
     eval_episodes: NonNegativeInt = 50  # Episodes per evaluation and agent (0: no evaluations).
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
-    overwrite: bool = False  # Begin anew; the run's old folder is moved aside, not deleted.
+    overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
-    # Precision of matrix products on a GPU (NVIDIA: TF32); bfloat16 is also that of hidden layers.
+    # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
+    # hidden layers have that precision, too.
     precision: Precision = "default"
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
     # --- logging ---
@@ -339,7 +340,7 @@ def mixture(args: Args, state: State, batch: Batch, key: Array) -> Array:
     """Draws the base flow's targets: the data's actions or, with probability rho, expansions."""
     if args.rho == 0:
         return batch.actions
-    # behavior_loss splits `key` in two, which are fold_in(key, 0) and (key, 1).
+    # behavior_loss already uses fold_in(key, 0) and fold_in(key, 1): they are its two split keys.
     choice_key, noise_key = jax.random.split(jax.random.fold_in(key, 2))
     mean, log_std = expansion(args, state.params["expansion"], batch.observations, batch.actions)
     u = mean
@@ -385,7 +386,7 @@ def score_loss(
     return loss, dict(score_loss=loss)
 
 
-def entropy_gradient(args: Args, state: State, observations: Array, actions: Array) -> Array:
+def weighted_score(args: Args, state: State, observations: Array, actions: Array) -> Array:
     """Estimates lambda grad_a log pi_k(a|s) by the score network: (B, S), (B, A) -> (B, A)."""
     if args.entropy_scale == 0:
         return jnp.zeros_like(actions)
@@ -446,8 +447,8 @@ def adjoint_matching_loss(
         length = jnp.linalg.norm(gradient, axis=-1, keepdims=True)
         gradient /= jnp.maximum(1, length)
     tilt = args.inv_temp * gradient
-    bonus = entropy_gradient(args, state, s, end)
-    terminal_adjoint = bonus - tilt  # Eq. (14)
+    score = weighted_score(args, state, s, end)
+    terminal_adjoint = score - tilt  # Eq. (14)
 
     def backward(adjoint, step):
         x, t = step
@@ -463,8 +464,8 @@ def adjoint_matching_loss(
 
     t = times[:, None]
     sigma = sigmas[:, None, None]
-    change = field(args, params["policy"], s, path, t) - reference(path, t)
-    errors = 2 * change / sigma + sigma * adjoint
+    control = 2 * (field(args, params["policy"], s, path, t) - reference(path, t)) / sigma
+    errors = control + sigma * adjoint
     loss = (errors**2).sum((0, 2)).mean()  # Eq. (6); ref: sums over time and coordinates, no dt
 
     def norm(vectors):
@@ -474,7 +475,7 @@ def adjoint_matching_loss(
         adjoint_loss=loss,
         outside=(jnp.abs(end) > 1).mean(),
         tilt_norm=norm(tilt),
-        score_norm=norm(bonus),
+        score_norm=norm(score),
         adjoint_norm=norm(adjoint[0]),
     )
     metrics["score_ratio"] = metrics["score_norm"] / jnp.maximum(metrics["tilt_norm"], 1e-8)
@@ -489,16 +490,16 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
         losses.append(expansion_loss)
     if args.entropy_scale > 0:
         losses.append(score_loss)
-    # The first three losses draw the same numbers as QAM's, the others from keys folded in keys[0].
+    # The first three losses draw the same numbers as QAM's, the others use keys[0] folded further.
     for i in range(3, len(losses)):
         keys.append(jax.random.fold_in(keys[0], i - 2))
 
     def total_loss(params):
         total = 0.0
         metrics = {}
-        for loss, loss_key in zip(losses, keys, strict=True):
-            value, loss_metrics = loss(args, params, state, batch, loss_key)
-            total += value
+        for loss_fn, loss_key in zip(losses, keys, strict=True):
+            loss, loss_metrics = loss_fn(args, params, state, batch, loss_key)
+            total += loss
             metrics |= loss_metrics
         return total, metrics
 
@@ -653,11 +654,11 @@ def main(args: Args) -> list[dict]:
 
         # Offline phase: as many updates per call as there are until something is due.
         while step < args.offline_steps:
-            data = dataset.at(step)  # of a 100M dataset, the shard in turn
+            data = dataset.at(step)  # of a 100M dataset, the current shard
             updates = min(run.updates_until_due(step), dataset.updates_until_swap(step))
             state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, updates)
             step = step + updates
-            content = dict(state=state, envs=envs.save())  # of a checkpoint, with what follows
+            content = dict(state=state, envs=envs.save())  # what a checkpoint saves besides
             metrics = run.log_and_save(step, metrics, content, replay)
             evaluate_if_due(args, run, state, eval_envs, step)
 
@@ -669,7 +670,7 @@ def main(args: Args) -> list[dict]:
             actions = saved["replay"]["actions"]  # (N, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         elif args.online_steps:
-            envs.reset(seeds_of(agents, 0))  # those of an evaluation at step 0, which there is not
+            envs.reset(seeds_of(agents, 0))  # seeds of step 0, which no evaluation uses
         while step < total_steps:
             if envs.need_actions():  # where a chunk of actions, played open loop, is used up
                 envs.set_actions(act(args, state, envs.observations, envs.seeds, envs.ages))

@@ -91,7 +91,7 @@ class Args:
     env: str = "pointmaze-medium"
     env_kwargs: str = ""  # Arguments of the environment as JSON, such as '{"frame_skip": 2}'.
     max_episode_steps: NonNegativeInt = 0  # Time limit of episodes (0: the environment's own).
-    # Tasks 1 to 5, trained at once on one copy of the data.
+    # Tasks 1 to 5, trained at once on one copy of the data (default: the one that OGBench plays).
     tasks: tuple[TaskNumber, ...] = (1,)
     # Own data instead of OGBench's: FILE.npz, FILE.hdf5 or minari:ID (docs/guides/data.md).
     dataset: str = ""
@@ -120,9 +120,10 @@ class Args:
     eval_episodes: NonNegativeInt = 50  # Episodes per evaluation and agent (0: no evaluations).
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
-    overwrite: bool = False  # Begin anew; the run's old folder is moved aside, not deleted.
+    overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
-    # Precision of matrix products on a GPU (NVIDIA: TF32); bfloat16 is also that of hidden layers.
+    # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
+    # hidden layers have that precision, too.
     precision: Precision = "default"
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
     # --- logging ---
@@ -393,9 +394,9 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
     def total_loss(params):
         total = 0.0
         metrics = {}
-        for loss, loss_key in zip(losses, keys, strict=True):
-            value, loss_metrics = loss(args, params, state, batch, loss_key)
-            total += value
+        for loss_fn, loss_key in zip(losses, keys, strict=True):
+            loss, loss_metrics = loss_fn(args, params, state, batch, loss_key)
+            total += loss
             metrics |= loss_metrics
         return total, metrics
 
@@ -550,11 +551,11 @@ def main(args: Args) -> list[dict]:
 
         # Offline phase: as many updates per call as there are until something is due.
         while step < args.offline_steps:
-            data = dataset.at(step)  # of a 100M dataset, the shard in turn
+            data = dataset.at(step)  # of a 100M dataset, the current shard
             updates = min(run.updates_until_due(step), dataset.updates_until_swap(step))
             state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, updates)
             step = step + updates
-            content = dict(state=state, envs=envs.save())  # of a checkpoint, with what follows
+            content = dict(state=state, envs=envs.save())  # what a checkpoint saves besides
             metrics = run.log_and_save(step, metrics, content, replay)
             evaluate_if_due(args, run, state, eval_envs, step)
 
@@ -566,7 +567,7 @@ def main(args: Args) -> list[dict]:
             actions = saved["replay"]["actions"]  # (N, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         elif args.online_steps:
-            envs.reset(seeds_of(agents, 0))  # those of an evaluation at step 0, which there is not
+            envs.reset(seeds_of(agents, 0))  # seeds of step 0, which no evaluation uses
         while step < total_steps:
             if envs.need_actions():  # where a chunk of actions, played open loop, is used up
                 envs.set_actions(act(args, state, envs.observations, envs.seeds, envs.ages))

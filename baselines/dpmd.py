@@ -114,9 +114,10 @@ class Args:
     eval_episodes: NonNegativeInt = 10  # Episodes per evaluation and agent (0: no evaluations).
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
-    overwrite: bool = False  # Begin anew; the run's old folder is moved aside, not deleted.
+    overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
-    # Precision of matrix products on a GPU (NVIDIA: TF32); bfloat16 is also that of hidden layers.
+    # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
+    # hidden layers have that precision, too.
     precision: Precision = "default"
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
     # --- logging ---
@@ -594,7 +595,7 @@ def main(args: Args) -> list[dict]:
             actions = saved["replay"]["actions"]  # (agents, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         else:
-            envs.reset(seeds_of(agents, 0))  # those of an evaluation at step 0, which there is not
+            envs.reset(seeds_of(agents, 0))  # seeds of step 0, which no evaluation uses
 
         # Every agent makes one environment step; updates follow after the warm-up.
         while step < args.total_steps:
@@ -615,7 +616,7 @@ def main(args: Args) -> list[dict]:
             ended = transitions["terminals"] > 0  # terminated or timed out; `masks` tell which
             if ended.any():
                 envs.reset(seeds_of(agents, step, TRAINING), where=ended)
-            content = dict(state=state, envs=envs.save())  # of a checkpoint, with what follows
+            content = dict(state=state, envs=envs.save())  # what a checkpoint saves besides
             metrics = run.log_and_save(step, metrics, content, replay)
             evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()

@@ -93,9 +93,10 @@ class Args:
     eval_episodes: NonNegativeInt = 10  # Episodes per evaluation and agent (0: no evaluations).
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
-    overwrite: bool = False  # Begin anew; the run's old folder is moved aside, not deleted.
+    overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
     workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
-    # Precision of matrix products on a GPU (NVIDIA: TF32); bfloat16 is also that of hidden layers.
+    # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
+    # hidden layers have that precision, too.
     precision: Precision = "default"
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
     # --- logging ---

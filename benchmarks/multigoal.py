@@ -1,4 +1,4 @@
-"""FMER, SAC and DPMD on the plane with four goals: does a policy keep several ways open?
+"""FMER, SAC and DPMD on the plane with four goals: does the policy stay multimodal?
 
     python -m benchmarks.multigoal                 trains (runs/multigoal/), measures, draws
     python -m benchmarks.multigoal --only FMER     one method

@@ -37,7 +37,7 @@ class Tables:
         if self.remaining.get("eval.csv") == b"" and not step:
             raise UserError(
                 f"{self.folder} has results but no checkpoint to continue from: move it away, "
-                "start anew with --overwrite, or start another run with a --name"
+                "start over with --overwrite, or start another run with a --name"
             )
 
     def _plan_cut(self, table: str, step: int) -> None:

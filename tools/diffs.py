@@ -60,8 +60,8 @@ def page(parent: str, child: str) -> str:
     text = [
         f"# From `{parent}.py` to `{child}.py`",
         "",
-        f"{changed(lines)} changed lines, beside header and tuned values (`ENV_DEFAULTS`). Written "
-        "by `python -m tools.diffs write`.",
+        f"{changed(lines)} changed lines, not counting header and tuned values (`ENV_DEFAULTS`). "
+        "Written by `python -m tools.diffs write`.",
         "",
         "```diff",
         *lines,

@@ -166,7 +166,10 @@ def command_line(values: dict) -> str:
 
 def protocol_table() -> str:
     """Returns a table of the flags that a domain's protocol sets for all offline methods."""
-    protocols = {domain: resolve(domain).protocol for domain in DOMAINS}
+    protocols = {}
+    for domain in DOMAINS:
+        known = resolve(domain)
+        protocols[domain] = known.protocol | dict(tasks=known.task)
     names = list(next(iter(protocols.values())))
     rows = [["domain", *(f"`{flag(name)}`" for name in names)]]
     for domain, values in protocols.items():
@@ -236,8 +239,10 @@ def published_offline() -> dict[str, dict[str, str]]:
         dataset = domain if domain == ALL else resolve(domain).dataset
         found[domain] = {}
         for method, (steps, values) in curves[dataset, ALL].items():
-            last = values[steps <= 1_000_000][-1]
-            found[domain][plain(method)] = cell(last, 3)
+            text = cell(values[steps <= 1_000_000][-1], 3)
+            if plain(method) == "rlpd":
+                text += ", online"
+            found[domain][plain(method)] = text
     return found
 
 
