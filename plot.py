@@ -28,7 +28,7 @@ from analysis.command_line import run_program
 from analysis.comparison import compare
 from analysis.figures import write_figure
 from analysis.run_figures import draw_run
-from analysis.runs import ROOT, check_run
+from analysis.runs import ROOT, RUN_TABLES, check_run
 from analysis.tables import table_of, write_table
 from common.errors import UserError
 
@@ -122,8 +122,11 @@ def check_target(target: Path, suffixes: tuple[str, ...], sources: list[Path]) -
     """Raises UserError if a file has another ending, or is one of those that are read."""
     if target.suffix not in suffixes:
         raise UserError(f"{target} must end with {' or '.join(suffixes)}")
-    if target.resolve() in [path.resolve() for path in sources]:
+    read = [path.resolve() for path in sources]
+    if target.resolve() in read:
         raise UserError(f"{target} is read as a source: choose another file to write")
+    if target.resolve().parent in read and target.name in RUN_TABLES:
+        raise UserError(f"{target} has the results of a run: choose another file to write")
 
 
 def draw_committed(images: Path) -> None:

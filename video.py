@@ -96,6 +96,10 @@ def check_options(options: Options) -> None:
     for name in ("episodes", "every", "fps", "size"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1")
+    if options.fps > 50 and not options.out.endswith(".mp4"):
+        raise UserError("a GIF has at most 50 pictures per second: lower --fps, or write an .mp4")
+    if options.seed < -1:
+        raise UserError("--seed must be a seed of the run, or -1 for its first one")
 
 
 def check_writable(path: Path) -> None:
@@ -140,12 +144,15 @@ def film_episode(slot: Slot, agent: Agent, seed: int, every: int) -> tuple[list,
 def render(slot: Slot) -> np.ndarray:
     """Draws the first frame of an episode, which shows whether MuJoCo can draw at all."""
     try:
-        return slot.env.render()
+        frame = slot.env.render()
     except Exception as problem:  # There are various kinds, depending on the driver.
         gl = os.environ.get("MUJOCO_GL")
         raise UserError(
             f"MuJoCo cannot draw with MUJOCO_GL={gl}: {problem}. Try another of egl, osmesa, glfw"
         ) from None
+    if frame is None:
+        raise UserError("this environment draws no pictures: its render() returns nothing")
+    return frame
 
 
 def save_film(path: Path, frames: list[np.ndarray], fps: int) -> None:

@@ -10,7 +10,7 @@ from common.errors import UserError
 
 
 def run_program(main: Callable, options: type, description: str, renders: bool = False) -> None:
-    """Calls `main` with the command line's options; a UserError ends the program with one line.
+    """Calls `main` with the command line's options; a UserError or Ctrl-C ends it with one line.
 
     Unless the program renders, a driver that is missing for MuJoCo does not matter.
     """
@@ -20,6 +20,8 @@ def run_program(main: Callable, options: type, description: str, renders: bool =
         main(tyro.cli(options, description=description))
     except UserError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")
 
 
 def say(text: str) -> None:

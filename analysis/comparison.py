@@ -37,15 +37,14 @@ def compare(
     if not rows:
         raise UserError("There are no evaluations yet; wait for the first one, or give other runs.")
     metric = metric or _usual_metric(rows)
-    labels = list(dict.fromkeys(row["label"] for row in rows))
-    found = _choose_methods(rows, metric, list(only) or labels)
+    found = _choose_methods(rows, metric, list(only))
     numbers = {}
     papers = []
     if published is not None:
         numbers = read_published(metric)
         if not numbers:
             raise UserError(f"No published results about {metric}; leave out --published.")
-        papers = choose_published(numbers, published or ("own",), labels)
+        papers = choose_published(numbers, published or ("own",), found)
     return Comparison(
         found=found,
         panels=with_shared_pairs(found, panels(found, by, metric)),
@@ -69,8 +68,12 @@ def _usual_metric(rows: list[dict]) -> str:
 
 
 def _choose_methods(rows: list[dict], metric: str, wanted: list[str]) -> Found:
-    """Returns the scores of the wanted methods in their order; reports those without the metric."""
+    """Returns the scores of the wanted methods in their order, or of all if none is named.
+
+    Reports those without the metric.
+    """
     labels = list(dict.fromkeys(row["label"] for row in rows))
+    wanted = wanted or labels
     unknown = [name for name in wanted if name not in labels]
     if unknown:
         raise UserError(f"no method {', '.join(unknown)}; choose --only from {'; '.join(labels)}")

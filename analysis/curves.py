@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from analysis.panels import Pair
-from analysis.published import OFFLINE_STEPS, plain
+from analysis.published import OFFLINE_STEPS
 from analysis.statistics import Curve
 from analysis.style import DASHED, Look, thousands
 
@@ -35,6 +35,11 @@ class Panel:
         """Says whether each of our methods was evaluated only once."""
         return bool(self.ours) and all(len(own.steps) == 1 for own in self.ours.values())
 
+    def steps_of_dots(self) -> str:
+        """Returns when our methods were evaluated, where that was once: 50k, or 50k to 100k."""
+        steps = sorted({int(own.steps[-1]) for own in self.ours.values()})
+        return " to ".join(thousands(step) for step in dict.fromkeys((steps[0], steps[-1])))
+
     def last_step(self) -> int:
         """Returns the last step of our methods, or where published results usually end."""
         return max((own.steps[-1] for own in self.ours.values()), default=OFFLINE_STEPS)
@@ -55,13 +60,13 @@ def draw_panel(axis: Axes, panel: Panel, looks: dict[str, Look], metric: str) ->
     for i, (label, own) in enumerate(panel.ours.items()):
         known = label not in panel.single
         if dots:
-            line = _draw_dot(axis, i, own, looks[plain(label)], known)
+            line = _draw_dot(axis, i, own, looks[label], known)
         else:
-            line = _draw_line(axis, own, looks[plain(label)], alpha if known else 0)
+            line = _draw_line(axis, own, looks[label], alpha if known else 0)
         line.set_label(label)
         named.append(Named(own.numbers[-1, 0], label, line))
     for method, theirs in panel.theirs.items():
-        colour = looks[plain(method)].colour
+        colour = looks[method].colour
         until = 0 if dots else panel.last_step()
         named.append(_draw_published(axis, theirs, method, colour, until))
     _format_axis(axis, panel, metric)

@@ -1,6 +1,5 @@
 """Join the evaluations of many runs: name the methods, drop repeated agents, find common steps."""
 
-import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,9 +41,10 @@ def method_names(runs: list[tuple[str, dict]]) -> list[str]:
     for (script, _), group in groups.items():
         different = {tuple(own.items()): own for own in group.values()}
         configurations = list(different.values())
+        shown_of = dict(zip(different, _shown_flags(configurations), strict=True))
         for i, own in group.items():
             flags = runs[i][1]
-            shown = [f"{key} {flags[key]}" for key in _rare_flags(own, configurations)]
+            shown = [f"{key} {flags[key]}" for key in shown_of[tuple(own.items())]]
             names[i] = ", ".join([script, *shown])
     return [names[i] for i in range(len(runs))]
 
@@ -68,14 +68,27 @@ def _own_flags(flags: dict) -> dict[str, str]:
     return own
 
 
-def _rare_flags(own: dict, configurations: list[dict]) -> list[str]:
-    """Returns the flags whose value at most half of the configurations have."""
-    rare = []
-    for key, value in own.items():
-        sharing = [other for other in configurations if other.get(key) == value]
-        if 2 * len(sharing) <= len(configurations):
-            rare.append(key)
-    return rare
+def _shown_flags(configurations: list[dict]) -> list[list[str]]:
+    """Returns which flags name each configuration: those whose value at most half of them have.
+
+    Two that would have the same name, because one of them is older and lacks a flag, are named by
+    that, too.
+    """
+    shown = []
+    names = []
+    for own in configurations:
+        rare = []
+        for key, value in own.items():
+            sharing = [other for other in configurations if other.get(key) == value]
+            if 2 * len(sharing) <= len(configurations):
+                rare.append(key)
+        shown.append(rare)
+        names.append({key: own[key] for key in rare})
+    for i, own in enumerate(configurations):
+        for j, other in enumerate(configurations):
+            if i != j and names[i] == names[j]:
+                shown[i] += [key for key in own if own[key] != other.get(key)]
+    return [list(dict.fromkeys(rare)) for rare in shown]
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -91,6 +104,7 @@ def read_runs(paths: Iterable[Path]) -> list[dict]:
     for path in paths:
         if path.is_file():
             rows_of[path] = read_results(path)
+    _tell_apart(rows_of)
     return _without_repeated(rows_of)
 
 
@@ -108,34 +122,52 @@ def _read_folders(folders: list[Path]) -> dict[Path, list[dict]]:
 
 def read_results(path: Path) -> list[dict]:
     """Reads benchmarks/results/<suite>.csv; <suite>.json says on which domain each label ran."""
-    try:
-        rows = read_rows(path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV file that can be read: {error}") from None
+    rows = read_rows(path)
     if not rows or not {"task", "seed", "step"} <= rows[0].keys():
         raise UserError(f"{path} has no evaluations: columns task, seed, step and metrics")
     labels = {row.get("label") for row in rows}
-    envs = _read_environments(path.with_suffix(".json"), labels)
+    flags_of = _read_notes(path, labels)
     for row in rows:
-        env = envs.get(row.get("label"))
+        flags = flags_of.get(row.get("label"))
         row.setdefault("label", path.stem)
-        row["env"] = env or path.stem
+        row["env"] = domain_of_run(flags) if flags else path.stem
     return rows
 
 
-def _read_environments(path: Path, labels: set) -> dict[str, str]:
-    """Reads each label's domain from the notes about results; {} if there are none."""
-    envs = {}
+def _read_notes(path: Path, labels: Iterable[str]) -> dict[str, dict]:
+    """Reads the flags of each label from <suite>.json beside <suite>.csv; {} if there is none."""
+    flags_of = {}
     try:
-        notes = json.loads(path.read_text())
+        notes = json.loads(path.with_suffix(".json").read_text())
         for label in labels:
             note = notes.get(label, notes)
             flags = note.get("config", note).get("flags", {})
             if flags.get("env"):
-                envs[label] = domain_of_run(flags)
+                flags_of[label] = flags
     except (OSError, ValueError, AttributeError):  # The file may be about something else.
         return {}
-    return envs
+    return flags_of
+
+
+def _tell_apart(rows_of: dict[Path, list[dict]]) -> None:
+    """Adds its name to a file's labels that an earlier path has for another configuration."""
+    known = {}  # (label, domain) -> flags
+    for path, rows in rows_of.items():
+        labels = dict.fromkeys(row["label"] for row in rows)
+        if path.is_file():
+            flags_of = _read_notes(path, labels)
+        else:
+            flags_of = dict.fromkeys(labels, read_flags(path))
+        renamed = {}
+        for row in rows:
+            label = row["label"]
+            if label in flags_of:
+                own = _own_flags(flags_of[label])
+                first = known.setdefault((label, row["env"]), own)
+                if any(own[key] != first[key] for key in own.keys() & first.keys()):
+                    renamed[label] = f"{label}, {path.stem}"
+        for row in rows:
+            row["label"] = renamed.get(row["label"], row["label"])
 
 
 def _without_repeated(rows_of: dict[Path, list[dict]]) -> list[dict]:

@@ -1,5 +1,7 @@
 """Figures that compare methods: a panel per domain or task, names and a legend."""
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,7 +17,7 @@ from analysis.files import open_to_write
 from analysis.published import plain, published_curve
 from analysis.runs import is_online
 from analysis.statistics import curve, shared_scores
-from analysis.style import TITLES, look, settings, thousands
+from analysis.style import TITLES, Look, look, settings
 from common.errors import UserError
 
 GAP = 0.062  # between names at the ends of lines, in heights of the panel
@@ -32,6 +34,21 @@ def write_figure(path: Path, comparison: Comparison, theme: str = "light") -> No
         plt.close(figure)
 
 
+def looks_of(ours: Iterable[str], papers: Iterable[str], theme: str) -> dict[str, Look]:
+    """Returns the look of each method; published numbers look like our method of that name."""
+    looks = {}
+    same = {}  # name as `plain` makes it -> our label
+    for label in ours:
+        looks[label] = look(len(looks), theme)
+        same.setdefault(plain(label), label)
+    unused = itertools.count(len(looks))
+    for method in papers:
+        if method not in looks:
+            known = same.get(plain(method))
+            looks[method] = looks[known] if known else look(next(unused), theme)
+    return looks
+
+
 def draw_comparison(comparison: Comparison, theme: str) -> Figure:
     """Draws a panel per title, with a colour, marker and line per method and bands of 95 %.
 
@@ -43,8 +60,7 @@ def draw_comparison(comparison: Comparison, theme: str) -> Figure:
         raise UserError("no method has all tasks of a panel; try --by task")
     figure, axes = _create_axes(panels, comparison.metric)
     columns = axes.shape[1]
-    names = [plain(name) for name in (*comparison.found, *comparison.papers)]
-    looks = {name: look(i, theme) for i, name in enumerate(dict.fromkeys(names))}
+    looks = looks_of(comparison.found, comparison.papers, theme)
     unit = _unit(panels)
     quantity = TITLES.get(comparison.metric, comparison.metric)
     if comparison.iqm:
@@ -56,7 +72,7 @@ def draw_comparison(comparison: Comparison, theme: str) -> Figure:
         lines |= {one.name: one.line for one in named}
         axis.set_title(title, fontweight="bold")
         if i + columns >= len(panels):
-            when = f"after {thousands(panel.last_step())} " if panel.has_dots() else ""
+            when = f"after {panel.steps_of_dots()} " if panel.has_dots() else ""
             axis.set_xlabel(f"{when}{unit}")
         if i % columns == 0:
             axis.set_ylabel(quantity)

@@ -78,7 +78,7 @@ def published_curve(published: Published, method: str, pairs: list[Pair]) -> Cur
 
     Where they are joined from several tasks or domains, there are means without intervals.
     """
-    keys = _keys_of(pairs)
+    keys = _keys_of(published, pairs)
     names = {}
     for key in keys:
         names |= {plain(name): name for name in published.get(key, {})}
@@ -96,7 +96,7 @@ def published_curve(published: Published, method: str, pairs: list[Pair]) -> Cur
     return Curve(curves[0].steps, numbers)
 
 
-def _keys_of(pairs: list[Pair]) -> list[tuple]:
+def _keys_of(published: Published, pairs: list[Pair]) -> list[tuple]:
     """Returns the fewest keys of `Published` that make up the pairs: all, domains or tasks."""
     tasks_of = {}
     for domain, task in pairs:
@@ -104,9 +104,10 @@ def _keys_of(pairs: list[Pair]) -> list[tuple]:
     for domain, tasks in tasks_of.items():
         if domain not in ONLINE and len(tasks) != 5:
             return list(pairs)
-    if len(pairs) == 50:
+    domains = [(domain, ALL) for domain in tasks_of]
+    if len(pairs) == 50 and all(key in published for key in domains):
         return [(ALL, ALL)]
-    return [(domain, ALL) for domain in tasks_of]
+    return domains
 
 
 def choose_published(

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.files import open_to_write
 from analysis.runs import domain_of_run, is_online, read_csv, read_flags
 from analysis.style import (
     GOAL_COLOURS,
@@ -70,7 +71,8 @@ def _rows_of_panels(count: int) -> tuple[Figure, list[Axes]]:
 
 def _save(figure: Figure, path: Path) -> Path:
     """Writes a figure and closes it."""
-    figure.savefig(path, dpi=120)
+    with open_to_write(path, binary=True) as file:
+        figure.savefig(file, dpi=120, format="png")
     plt.close(figure)
     return path
 

@@ -10,17 +10,25 @@ from common.errors import UserError
 from common.files import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
+RUN_TABLES = ("train.csv", "eval.csv")  # of a run folder
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Reads a CSV file as one dict per row; [] if there is no file.
 
-    A row without all of its columns, because it is still being written, is left out.
+    A row without all of its columns, or a run's last one without the end of its line, is still
+    being written or was torn, and is left out.
     """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="") as file:
+            lines = file.readlines()
+        if path.name in RUN_TABLES and lines and not lines[-1].endswith("\n"):
+            lines = lines[:-1]
+        rows = list(csv.DictReader(lines))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV file that can be read: {error}") from None
     return [row for row in rows if None not in row and None not in row.values()]
 
 
@@ -31,7 +39,10 @@ def read_csv(path: Path) -> dict[str, np.ndarray]:
         return {}
     columns = {}
     for name in rows[0]:
-        columns[name] = np.array([row[name] for row in rows], float)
+        try:
+            columns[name] = np.array([row[name] for row in rows], float)
+        except ValueError as error:
+            raise UserError(f"{path}: {name} is not made of numbers: {error}") from None
     return columns
 
 
@@ -50,8 +61,8 @@ def check_run(path: Path) -> None:
 
 
 def script_name(folder: Path) -> str:
-    """Returns the script's name from a run folder, runs/<script>/<env>/<name>."""
-    return folder.resolve().parent.parent.name
+    """Returns the script's name from a run's config.json, or from runs/<script>/<env>/<name>."""
+    return read_config(folder).get("script") or folder.resolve().parent.parent.name
 
 
 def domain_of(env: str) -> str:

@@ -25,7 +25,8 @@ def centre(parts: list[np.ndarray], iqm: bool = False) -> np.ndarray:
     """Returns the centre of scores (..., seeds), one array per task -> (...).
 
     It is the mean, in which every task counts the same, or the interquartile mean: without the
-    lowest and the highest quarter of all tasks' runs, rounded down (Agarwal et al. 2021).
+    lowest and the highest quarter of all tasks' runs, rounded down (Agarwal et al. 2021). Both are
+    NaN where a score is.
     """
     if not iqm:
         return np.mean([part.mean(-1) for part in parts], 0)
@@ -34,7 +35,8 @@ def centre(parts: list[np.ndarray], iqm: bool = False) -> np.ndarray:
     cut = num_scores // 4
     ends = cut, num_scores - cut - 1
     middle = np.partition(scores, ends, -1)[..., cut : num_scores - cut]
-    return middle.mean(-1)
+    unknown = np.isnan(scores).any(-1)  # NumPy sorts NaN to the top, where it would be cut off
+    return np.where(unknown, np.nan, middle.mean(-1))
 
 
 def interval(parts: list[np.ndarray], iqm: bool = False) -> tuple[float, float, float]:

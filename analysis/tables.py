@@ -189,11 +189,13 @@ def csv_table(table: Table) -> list[list]:
 
 
 def _csv_cells(entry: Entry | None) -> list:
-    """Returns an entry's five cells; what is not known is empty."""
+    """Returns an entry's five cells; what is not known is empty, as the interval of one seed is."""
     if entry is None:
         return [""] * 5
     cells = np.round(entry.numbers, 4).tolist()
+    if entry.seeds == 1:
+        cells[1:] = ["", ""]
     for i, number in enumerate(cells):
-        if np.isnan(number):
+        if number != "" and np.isnan(number):
             cells[i] = ""
     return [*cells, entry.step, entry.seeds or ""]

@@ -1,10 +1,16 @@
 """Measurements and learning runs, and what several of them write."""
 
 import csv
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from analysis.runs import ROOT
 from analysis.tables import markdown
+from common.errors import UserError
+
+RESULTS = ROOT / "benchmarks/results"
 
 
 def names_of(rows: list[dict]) -> list[str]:
@@ -20,6 +26,32 @@ def write_rows(path: Path | str, rows: list[dict], columns: Iterable[str] = ()) 
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def run_python(words: list[str], **more) -> None:
+    """Runs Python with these words, and with `more` of subprocess.Popen, until it ends.
+
+    Ctrl-C reaches that process, too, and it may need seconds to save: it is waited for. Raises
+    UserError if it ends with an error, about which it has said more.
+    """
+    process = subprocess.Popen([sys.executable, *words], **more)
+    interrupted = False
+    while process.poll() is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        raise KeyboardInterrupt
+    if process.returncode:
+        command = " ".join(words)
+        raise UserError(f"this ended with code {process.returncode} (see above): {command}")
+
+
+def refuse_committed(out: str, flag: str) -> None:
+    """Raises UserError if the results of a trial would take the place of committed ones."""
+    if Path(out).resolve() == RESULTS:
+        raise UserError(f"{flag} changes what is measured: choose another folder with --out")
 
 
 def as_table(rows: list[dict], columns: Iterable[str] = ()) -> str:

@@ -90,6 +90,8 @@ def measure(options: Options) -> list[dict]:
                 rows[label] = dict(row=label, device=found["device"], jax=found["jax"])
                 times.setdefault(label, ([], []))[index].append(float(found[column]))
     for label, row in rows.items():
+        if not all(times[label]):
+            raise UserError(f"only one of the two checkouts has the row {label}")
         ms_before, ms_after = np.median(times[label], axis=1).tolist()
         row |= dict(command=options.command, before=before, after=after)
         row |= dict(ms_before=round(ms_before, 3), ms_after=round(ms_after, 3))

@@ -27,6 +27,7 @@ import numpy as np
 
 from analysis import style
 from analysis.command_line import run_program
+from analysis.runs import ROOT
 from common.sampling import Batch
 
 GRID = np.linspace(-3, 3, 6001)  # of the closed forms, far beyond the box
@@ -310,9 +311,9 @@ class Options:
     """Agents per row, with seeds 0, 1, ..."""
     updates: int = 3000
     """Updates of each agent."""
-    image: str = "docs/images/bandits.png"
+    image: str = str(ROOT / "docs/images/bandits.png")
     """File of the picture."""
-    out: str = "benchmarks/results/bandits.json"
+    out: str = str(ROOT / "benchmarks/results/bandits.json")
     """File of the results."""
 
 

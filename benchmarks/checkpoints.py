@@ -116,7 +116,10 @@ def main(options: Options) -> dict:
     """Measures the rounds, prints and writes the results."""
     script = script_of(options.script)
     if hasattr(script.Args, "tasks") or options.env not in ONLINE:
-        raise UserError(f"expected an online method and its environment, not {options.env}")
+        what = f"{options.script} and {options.env}"
+        raise UserError(f"expected an online method and its environment, not {what}")
+    if options.rounds < 1:
+        raise UserError("--rounds must be at least 1")
     sizes = env_sizes(options.env)
     observation_size, action_size = sizes
     args = script.Args(env=options.env, action_size=action_size)

@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 
 from analysis.command_line import run_program
+from benchmarks import RESULTS
 from benchmarks.throughput import Loop, Size, Trained, measure_in_turns
 from common.errors import UserError
 
@@ -32,7 +33,7 @@ class Options:
     seconds: float = 0.3  # of updates in a measurement, about
     loop: bool = False  # the first script's plain loop, too
     transitions: int = 50_000  # in the random dataset
-    out: str = "benchmarks/results"  # folder of the JSON file
+    out: str = str(RESULTS)  # folder of the JSON file
 
 
 def main(options: Options) -> dict:

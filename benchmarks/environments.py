@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 
 from analysis.command_line import run_program
+from analysis.runs import read_rows
 from benchmarks import as_table, write_rows
 from common.environments import ONLINE, make_env, resolve
 
@@ -80,6 +81,8 @@ def main(options: Options) -> None:
         with context.Pool(1) as pool:
             rows.append(pool.apply(measure, [env]) | dict(made_with=made_with))
         print(rows[-1], flush=True)
+    others = [row for row in read_rows(Path(options.out)) if row["env"] not in options.envs]
+    rows = others + rows
     write_rows(options.out, rows)
     print(as_table(rows, [*rows[0]][:-1]))
 

@@ -44,8 +44,8 @@ from benchmarks.throughput import (
 from common.devices import matmul_precision
 from common.errors import UserError
 
-COLUMNS = "script agents variant device kernels gb ms_update ms_agent_update jax".split()
-KEY = tuple(COLUMNS[:4])
+COLUMNS = "script size agents variant device kernels gb ms_update ms_agent_update jax".split()
+KEY = tuple(COLUMNS[:5])
 PRECISION = "float32", "bfloat16"  # what --precision says
 FLAGS = {"no Triton": {"xla_gpu_enable_triton_gemm": False}}  # cuBLAS makes all products
 VARIANTS = "as it is", "unrolled", "two-pass", "flat Adam", *PRECISION, *FLAGS

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import qam
 from analysis.command_line import run_program, say
-from analysis.runs import ROOT, read_rows
+from analysis.runs import read_rows
 from analysis.tables import markdown
-from benchmarks import gpu, shards, shares
+from benchmarks import RESULTS, gpu, shards, shares
 from benchmarks.throughput import EVERY, put_row
 from common.errors import in_a_line
 from common.files import read_config
@@ -38,8 +38,8 @@ class Options:
     """Small networks, few agents and scripts: a trial that ends within 3 minutes on a CPU."""
     minutes: float = 12.0
     """No part begins after this time."""
-    out: str = str(ROOT / "benchmarks/results")
-    """Folder of the results."""
+    out: str = ""
+    """Folder of the results. The default is benchmarks/results, with --tiny the folder --work."""
     work: str = "runs/gpu-check"
     """Folder of the data and of the run that is evaluated."""
 
@@ -128,6 +128,9 @@ def evaluate(plan: Plan, options: Options) -> None:
 
 def main(options: Options) -> None:
     """Measures part by part, and prints the table of the updates."""
+    if not options.out:
+        out = options.work if options.tiny else str(RESULTS)
+        options = dataclasses.replace(options, out=out)
     Path(options.out).mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     skipped = []

@@ -34,8 +34,6 @@ import dataclasses
 import json
 import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -49,7 +47,7 @@ from analysis.panels import panels
 from analysis.runs import ROOT, read_rows
 from analysis.statistics import interval
 from analysis.tables import cell, markdown, summaries
-from benchmarks import write_rows
+from benchmarks import RESULTS, refuse_committed, run_python, write_rows
 from common.environments import ONLINE
 from common.errors import UserError
 
@@ -250,14 +248,14 @@ class Options:
     tasks: tuple[int, ...] = ()
     """Tasks of an offline suite to run. The default is all that it has."""
     more: str = ""
-    """Further flags of all runs, such as those of a short trial: --more="--offline-steps 10"."""
+    """Further flags of all runs, such as those of a trial in another --out: --more="--lr 1e-3"."""
     dataset_dir: str = ""
     """Folder where the scripts find or make the datasets."""
     run_dir: str = "runs/learning"
     """Folder where the run folders are kept."""
     table: bool = False
     """Run nothing, and print the table of what is committed."""
-    out: str = str(ROOT / "benchmarks/results")
+    out: str = str(RESULTS)
     """Folder of the CSV and JSON files."""
 
 
@@ -274,7 +272,7 @@ def launch(line: list[str]) -> None:
     if os.environ.get("PYTHONPATH"):
         folders.append(os.environ["PYTHONPATH"])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
-    subprocess.run([sys.executable, "-m", *line], check=True, env=environment)
+    run_python(["-m", *line], env=environment)
 
 
 def configuration(folder: Path) -> dict:
@@ -398,7 +396,11 @@ def main(options: Options) -> None:
     if options.suite not in SUITES:
         raise UserError(f"there is no suite {options.suite}; choose one of {', '.join(SUITES)}")
     commands, flags, tasks = SUITES[options.suite]
-    flags = f"{flags} {options.more}"
+    if options.more:
+        refuse_committed(options.out, "--more")
+        flags = f"{flags} {options.more}"
+    if options.tasks and not tasks:
+        raise UserError(f"{options.suite} has no tasks: leave out --tasks")
     if tasks and options.tasks:
         tasks = options.tasks
     unknown = set(options.only) - set(commands)

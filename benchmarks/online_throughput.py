@@ -30,7 +30,7 @@ import numpy as np
 from analysis.command_line import run_program
 from analysis.runs import read_rows
 from analysis.scripts import script_of
-from benchmarks import as_table
+from benchmarks import RESULTS, as_table
 from benchmarks.throughput import put_row
 from common.devices import keep_freed_memory, zero_metrics
 from common.env_pool import EnvPool
@@ -69,7 +69,7 @@ class Options:
     """Steps of a block."""
     table: bool = False
     """Measure nothing, and print what is committed."""
-    out: str = "benchmarks/results/online-throughput.csv"
+    out: str = str(RESULTS / "online-throughput.csv")
     """File of the results."""
 
 
@@ -198,8 +198,8 @@ def measure(options: Options) -> dict:
     script = script_of(options.script)
     if options.agents < 1:
         raise UserError("--agents must be at least 1")
-    if hasattr(script.Args, "tasks"):
-        raise UserError(f"{options.script} is no online method")
+    if hasattr(script.Args, "tasks") or not hasattr(script.Args, "replay_size"):
+        raise UserError(f"{options.script} is not an online method with a replay")
     flags = dict(hidden_dims=options.hidden_dims, batch_size=options.batch_size)
     flags = {name: x for name, x in flags.items() if x}
     args = configure(script.Args, script.ENV_DEFAULTS, options.env, **flags)

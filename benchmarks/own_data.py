@@ -22,10 +22,10 @@ import tyro
 
 from analysis.command_line import run_program
 from analysis.evaluations import organise
-from analysis.runs import ROOT, read_rows
+from analysis.runs import read_rows
 from analysis.statistics import interval
 from analysis.tables import cell, markdown
-from benchmarks import learning
+from benchmarks import RESULTS, learning, refuse_committed
 from common.collect.replay import convert
 from common.errors import UserError
 from common.own_data import load_minari
@@ -94,7 +94,7 @@ class Options:
     """Folder where the run folders are kept."""
     table: bool = False
     """Run nothing, and print the table of what is committed."""
-    out: str = str(ROOT / "benchmarks/results")
+    out: str = str(RESULTS)
     """Folder of the CSV and JSON files."""
 
 
@@ -165,6 +165,8 @@ def main(options: Options) -> None:
     unknown = set(options.only) - set(METHODS)
     if unknown:
         raise UserError(f"no label {', '.join(unknown)}; choose from {', '.join(METHODS)}")
+    if options.more or options.more_sac:
+        refuse_committed(options.out, "--more")
     if not options.table:
         run_methods(options, options.only or list(METHODS))
     rows, notes = learning.kept(options.out, f"own-{options.set}")

@@ -20,6 +20,7 @@ from analysis.command_line import run_program
 from analysis.runs import read_rows
 from analysis.scripts import script_of
 from benchmarks.learning import keep, portable, table
+from common.errors import UserError
 from common.flags import configure
 
 BITS = dict(float32=23, tf32=10, bfloat16=7)  # of the operands' mantissas
@@ -62,6 +63,10 @@ def rounded(bits: int):
 
 def main(options: Options) -> None:
     """Trains each script in each precision, and prints the table."""
+    unknown = set(options.precisions) - set(BITS)
+    if unknown:
+        known = ", ".join(BITS)
+        raise UserError(f"no precision {', '.join(sorted(unknown))}; choose from {known}")
     rows = []
     for name in options.scripts:
         script = script_of(name)

@@ -19,7 +19,6 @@ import functools
 import importlib
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from analysis.command_line import run_program  # noqa: E402
 from analysis.panels import DOMAINS  # noqa: E402
 from analysis.runs import read_csv  # noqa: E402
+from benchmarks import run_python  # noqa: E402
 from benchmarks.learning import EIGHT_TASKS, METHODS, NINE, labelled  # noqa: E402 (run as a script)
 from common.datasets import LARGE  # noqa: E402
 from common.environments import ONLINE  # noqa: E402
@@ -328,7 +328,7 @@ def main(options: Options) -> None:
     if options.run and not options.dry_run:
         for i, command in enumerate(commands):
             print(f"[{i + 1} of {len(commands)}] {shlex.join(command)}", flush=True)
-            subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True)
+            run_python(command[1:], cwd=ROOT)
     elif commands:
         texts = [shlex.join(command) for command in commands]
         if options.slurm:

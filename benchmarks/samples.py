@@ -76,8 +76,10 @@ def draw(found: dict[int, np.ndarray], path: Path) -> None:
 def main(options: Options) -> None:
     """Trains, draws samples, and writes shares and picture."""
     script = script_of(options.script)
-    if not hasattr(script, "sample_actions") or not hasattr(script.Args, "total_steps"):
+    if not hasattr(script.Args, "replay_size"):
         raise UserError(f"{options.script} is not one of the off-policy online methods")
+    for folder in (options.out, options.pictures):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         flags = dict(total_steps=max(options.steps), num_seeds=options.seeds)
         flags |= dict(run_dir=folder, name="samples")

@@ -30,6 +30,7 @@ import time
 import tracemalloc
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ class Options:
     """Transitions in each file, as in the official 100M sets."""
     trajectories: int = 20
     """Trajectories that are collected and repeated."""
-    sizes: tuple[str, ...] = ("small", "medium")
+    sizes: tuple[Literal["small", "medium"], ...] = ("small", "medium")
     """Sizes that are trained, one agent each."""
     interval: int = 1000
     """Updates on a shard. 1000 is the official schedule."""

@@ -129,5 +129,7 @@ def draw_panel(axis: plt.Axes, history: list[dict], panel: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     folder, target = sys.argv[1:]
     Path(target).write_text(kept(read_offline(Path(folder))))

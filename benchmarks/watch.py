@@ -54,6 +54,8 @@ def measure(process: psutil.Process) -> dict[str, float]:
 def slopes(path: Path) -> dict[str, float]:
     """Returns the growth per hour in the second half of the rows."""
     columns = read_csv(path)
+    if len(columns.get("seconds", ())) < 4:
+        raise UserError(f"{path} does not have the rows of a watched process, at least four")
     hours = columns.pop("seconds") / 3600
     half = len(hours) // 2
     found = {}

@@ -55,7 +55,7 @@ def changed(lines: list[str]) -> int:
 
 
 def page(parent: str, child: str) -> str:
-    """Returns the text of docs/diffs/<child>.md."""
+    """Returns the text of docs/methods/diffs/<child>.md."""
     lines = diff(parent, child)
     text = [
         f"# From `{parent}.py` to `{child}.py`",

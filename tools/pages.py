@@ -19,7 +19,7 @@ from pathlib import Path
 
 from analysis.evaluations import organise, read_results
 from analysis.panels import ALL, DOMAINS, panels
-from analysis.published import plain, read_published
+from analysis.published import fmer_domain, plain, read_published
 from analysis.runs import read_rows
 from analysis.tables import cell, markdown, summaries
 from common.environments import resolve
@@ -252,7 +252,7 @@ def published_online() -> dict[str, dict[str, str]]:
     for row in read_rows(ROOT / "benchmarks/published/fmer_published.csv"):
         if row["table"] != "table2":
             continue
-        environment = row["env"].lower().removesuffix("-v5").replace("-n", "-")
+        environment = fmer_domain(row["env"])
         text = f"{row['mean']} ({row['std']}) %"
         if "kitchen" not in environment:
             mean = int(float(row["mean"]) + 0.5)

@@ -112,7 +112,8 @@ def write() -> list[str]:
         def replace(match: re.Match, canonical: dict[str, re.Match] = canonical) -> str:
             if match["kind"] == "forked" or match["name"] not in canonical:
                 return match[0]
-            return match[0].replace(match["text"], canonical[match["name"]]["text"])
+            start, end = (place - match.start() for place in match.span("text"))
+            return match[0][:start] + canonical[match["name"]]["text"] + match[0][end:]
 
         new = FENCE.sub(replace, old)
         if new != old:

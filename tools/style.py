@@ -1,6 +1,6 @@
-"""The rules that every file of this repository keeps, so that a reader can trust its form.
+"""The rules that the files of this repository keep, so that a reader can trust their form.
 
-    python -m tools.style                  reports tokens and broken rules of every file
+    python -m tools.style                  reports on scripts, common/, analysis/ and tools/
     python -m tools.style meam.py common   the same for these files and folders
 
 A rule is a function from a `Source` to its `Problem`s; RULES lists them. docs/internals/design.md
@@ -447,6 +447,8 @@ def main(names: list[str]) -> bool:
     if names:
         beginnings = tuple(names)
         chosen = [source for source in chosen if source.path.startswith(beginnings)]
+        if not chosen:
+            sys.exit(f"none of the files that are checked begins with {' or '.join(names)}")
     for source in chosen:
         print(report(source))
     if names:

@@ -6,7 +6,11 @@ import csv
 import dataclasses
 import importlib
 import json
+import os
+import signal
 import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import jax
@@ -30,9 +34,12 @@ from benchmarks import (
     gpu,
     gpu_check,
     kernels,
+    learning,
     online_throughput,
+    own_data,
     parts,
     precision,
+    run_python,
     samples,
     throughput,
     values,
@@ -52,6 +59,7 @@ from common.errors import UserError
 from common.flags import parse
 from common.networks import MLP
 from tests.helpers.messages import stops
+from tools.shared_blocks import ROOT
 
 AGENTS = 2
 
@@ -108,6 +116,49 @@ def test_every_suite_takes_its_flags():
     args = parse(meam.Args, meam.ENV_DEFAULTS, given)
     assert (args.rho, args.num_critics, args.hidden_dims) == (0.3, 10, (256, 256))
     assert (args.inv_temp, args.entropy_scale) == (3.0, 0.03)  # the environment's own
+
+
+def test_ctrl_c_waits_for_the_run(tmp_path):
+    """A run of a suite has the time to save; the suite then ends with one line."""
+    saved = tmp_path / "saved"
+    child = f"""
+import pathlib, time
+try:
+    pathlib.Path({str(tmp_path / "begun")!r}).touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)
+    pathlib.Path({str(saved)!r}).touch()
+"""
+    parent = f"""
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+from dataclasses import make_dataclass
+from analysis.command_line import run_program
+from benchmarks import run_python
+run_program(lambda options: run_python(["-c", {child!r}]), make_dataclass("Options", []), "")
+"""
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)  # fmt: skip
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the group
+    assert process.communicate(timeout=60)[1].strip() == "interrupted"
+    assert process.returncode == 1 and saved.exists()
+
+
+def test_a_run_that_fails_is_named():
+    stops("ended with code 3", "exit(3)", call=lambda: run_python(["-c", "exit(3)"]))
+
+
+def test_trials_leave_committed_results_alone(tmp_path):
+    for main, options in [
+        (learning.main, learning.Options("methods", only=("qam",), more="--lr 1e-3")),
+        (own_data.main, own_data.Options("pendulum", more_sac="--lr 1e-3")),
+    ]:
+        stops("choose another folder with --out", call=lambda m=main, o=options: m(o))
+    stops("has no tasks", call=lambda: learning.main(learning.Options("plane", tasks=(2,))))
 
 
 def fake(choose):
@@ -417,7 +468,8 @@ def test_names_of_scripts(tmp_path):
         ("there is no script 'nope'", lambda: speed(scripts=("nope",))),
         ("there is no script 'plot'", lambda: speed(scripts=("plot",))),
         ("there is no script 'nope'", lambda: online(script="nope")),
-        ("fql is no online method", lambda: online(script="fql")),
+        ("fql is not an online method", lambda: online(script="fql")),
+        ("ppo is not an online method", lambda: online(script="ppo")),
         ("sac is no offline method", lambda: parts.main(parts.Options(("sac",), out=out))),
         ("--agents must be at least 1", lambda: speed(agents=(0,))),
         ("--agents must be at least 1", lambda: online(agents=0)),

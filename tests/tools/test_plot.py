@@ -17,6 +17,7 @@ import plot
 from analysis import published, run_figures, style
 from analysis.comparison import compare
 from analysis.evaluations import IGNORED, method_names, organise, read_results, read_runs
+from analysis.figures import looks_of
 from analysis.statistics import centre, interval
 from analysis.tables import markdown_table, table_of
 from benchmarks import multigoal
@@ -93,6 +94,7 @@ def test_interquartile_mean(values, iqm):
     assert scipy.stats.trim_mean(values, 0.25) == pytest.approx(iqm)
     tasks = np.array_split(np.random.default_rng(0).permutation(values), 2)
     assert centre(tasks, iqm=True) == pytest.approx(iqm)  # of all tasks together
+    assert np.isnan(centre([np.array([*values, np.nan], float)], iqm=True))
 
 
 def test_every_task_counts_the_same_in_a_mean():
@@ -156,7 +158,30 @@ def test_names_of_methods():
         "qam, w 3"]  # fmt: skip
     combinations = [run(a=a, b=b, c=c) for a, b, c in itertools.product((1, 2), (1, 2, 3), (1, 2))]
     assert len(set(method_names(combinations))) == 12
+    versions = [run(tau=1), run(tau=1, rho=2), run(tau=3, rho=2)]  # the first one has no rho yet
+    assert method_names(versions) == ["meam", "meam, rho 2", "meam, tau 3"]
     assert set(FREE) <= set(IGNORED)
+
+
+def test_a_run_that_was_moved(tmp_path):
+    """config.json says which script it is of, wherever the folder lies."""
+    folder = run_folder(tmp_path, "dac").rename(tmp_path / "anything")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(script="dac")))
+    assert list(found(folder)) == ["dac"]
+
+
+def test_files_with_other_flags(tmp_path):
+    """A label of a file is not joined with an earlier one that has other flags."""
+    folder = run_folder(tmp_path / "runs", seeds=(9,), inv_temp=99)
+    table = tmp_path / "methods.csv"
+    table.write_text("label,task,seed,step,success\nqam,1,0,100,0.75\n")
+    flags = dict(env="cube-double", lr=3e-4, inv_temp=1)
+    table.with_suffix(".json").write_text(json.dumps(dict(qam=dict(flags=flags))))
+    assert list(found(folder, table)) == ["qam", "qam, methods"]
+    flags |= dict(inv_temp=99)
+    table.with_suffix(".json").write_text(json.dumps(dict(qam=dict(flags=flags))))
+    assert list(found(folder, table)) == ["qam"]
 
 
 def test_lengths_of_runs():
@@ -248,11 +273,11 @@ def test_files_that_have_the_same_agents(tmp_path, capsys):
 
 
 def test_a_run_that_has_just_begun(tmp_path, capsys):
-    """Nothing was evaluated, or the last line is being written."""
+    """Nothing was evaluated, or the last line is being written, if only its last number."""
     a, b = run_folder(tmp_path, name="a"), run_folder(tmp_path, name="b", seeds=(2,))
     (b / "eval.csv").unlink()
     with open(a / "eval.csv", "a") as file:
-        file.write("1,0,300")
+        file.write("1,0,300,1.0,0.5,9")
     assert found(a, b)["qam"]["cube-double-play"][0].tolist() == [100, 200]
     assert capsys.readouterr().err == f"Skipping {b}: it has no evaluation yet.\n"
 
@@ -303,6 +328,15 @@ def test_methods_of_published_curves():
     assert sorted(choose("own")) == ["CGQL", "QAM", "QAM-EDIT"] and len(choose("all")) == 17
     assert sorted(choose("dsrl", "own", "QAM")) == ["CGQL", "DSRL", "QAM", "QAM-EDIT"]
     stops("No published meam results are available", "QAM-EDIT", call=lambda: choose("meam"))
+    committed = ROOT / "benchmarks/results/halfcheetah.csv"
+    assert compare([committed], published=(), only=("SAC",)).papers == ["SAC"]
+
+
+def test_fifty_tasks_of_other_domains():
+    """The paper's mean over its 50 tasks is that of its own ten domains only."""
+    papers = published.read_published("success")
+    others = [(f"domain-{i}", task) for i in range(10) for task in range(1, 6)]
+    assert published.published_curve(papers, "QAM", others) is None
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -341,7 +375,7 @@ def test_table_of_domains(tmp_path, runs, capsys):
     assert head[:6] == ["method", "scene, task 2", "scene, task 2 low", "scene, task 2 high",
                         "scene, task 2 step", "scene, task 2 seeds"]  # fmt: skip
     assert first[:6] == ["qam", "0.275", "0.25", "0.3", "300", "2"]
-    assert second == ["qam_edit", "0.6", "0.6", "0.6", "200", "1", *[""] * 5]
+    assert second == ["qam_edit", "0.6", "", "", "200", "1", *[""] * 5]
     np.testing.assert_allclose([float(x) for x in first[6:9]], double, atol=5e-5)
     assert capsys.readouterr().out == f"wrote {names[0]}\nwrote {names[1]}\n"
 
@@ -579,6 +613,15 @@ def test_single_evaluations_are_dots(tmp_path, figure):
     (axis,) = figure[0].axes
     assert [line.get_xdata()[0] for line in axis.lines] == [0, 1]
     assert axis.get_xlabel() == "after 10k updates" and len(axis.collections) == 2
+    run_folder(tmp_path, "fql", steps=(50_000,))
+    main(Options(paths=tuple(map(str, tmp_path.glob("*/*/*"))), out=str(tmp_path / "a.png")))
+    assert figure[-1].axes[0].get_xlabel() == "after 10k to 50k updates"
+
+
+def test_labels_that_differ_by_a_sign_look_different():
+    looks = looks_of(["rho = 1", "rho = -1", "QAM"], ["qam", "FQL"], "light")
+    assert len({str(looks[name]) for name in ("rho = 1", "rho = -1", "QAM", "FQL")}) == 4
+    assert looks["qam"] == looks["QAM"]
 
 
 def test_one_published_number(figure, tmp_path):
@@ -732,6 +775,8 @@ def test_what_cannot_be_done(tmp_path):
     both = str(run), str(run_folder(tmp_path / "runs", "fql", "scene"))
     damaged = run_folder(tmp_path / "other")
     (damaged / "config.json").write_text("{")
+    torn = run_folder(tmp_path / "torn")
+    (torn / "eval.csv").write_text("task,seed,step,success\n1,0,100,x\n")
     (tmp_path / "file").write_text("")
     out, picture = str(tmp_path / "out.png"), tmp_path / "picture.png"
     picture.write_bytes(b"\x89PNG\r\n\x1a\n\x00")
@@ -750,6 +795,8 @@ def test_what_cannot_be_done(tmp_path):
         ("must end with .png", dict(paths=(str(run),), out=str(tmp_path / "out.jpg"))),
         ("must end with .md", dict(paths=(str(run),), table=(str(tmp_path / "out.txt"),))),
         ("is read", dict(paths=(str(table),), table=(str(table),))),
+        ("results of a run", dict(paths=(str(run),), table=(str(run / "eval.csv"),))),
+        ("is not made of numbers", dict(paths=(str(torn),))),
         ("No published results about seconds", dict(paths=(str(run),), out=out, metric="seconds",
                                                     published=())),
         ("cannot write", dict(paths=(str(run),), out=str(tmp_path / "file" / "out.png"))),
