@@ -417,7 +417,7 @@ def draw_densities(axis, bandit: Bandit, rows: dict[str, dict]) -> None:
         point = row.get("law_point", 0)
         if point:
             law = bandit.law() * (1 - point)
-            top = point
+            top = point  # its line is as high as all else; the histogram's peak there is cut
         else:
             law = bandit.law(**row["flags"])
             top = max(row["histogram"])

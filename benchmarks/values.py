@@ -3,10 +3,11 @@
     python qam.py --tasks 2 4 --name leak && python -m benchmarks.values --task 4
 
 For every free cell of a point maze, over the dataset's states in it: the trained critic's value of
-the policy's chunks (mean over critics), its mean TD error on the data's chunks (no pessimism), and
-what a table of the data says: each square of 1 x 1 leads in H steps to the squares that 3 % or more
-of its chunks lead to, and goes to the best of them. Walls are walls in the table. Both count -1 per
-step, with the run's discount. Prints all and writes benchmarks/results/pointmaze-values.csv.
+the policy's chunks (mean over critics), its mean TD error on the data's chunks that do not touch
+the goal (no pessimism), and what a table of the data says: each square of 1 x 1 leads in H steps to
+the squares that 3 % or more of its chunks lead to, and goes to the best of them. Walls are walls in
+the table. Both count -1 per step, with the run's discount. Prints all and writes
+benchmarks/results/pointmaze-values.csv.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ class Options:
     task: int = 4
     """One of the run's tasks. The agent is that of its first seed."""
     dataset_dir: str = ""
-    """Folder where the run found its data."""
+    """Folder of the run's data. The default is where the run found them."""
     out: str = str(ROOT / "benchmarks/results/pointmaze-values.csv")
     """File of the results."""
 
@@ -75,6 +76,8 @@ def check(options: Options) -> None:
     flags = read_flags(Path(options.folder))
     if not flags["env"].startswith("pointmaze"):
         raise UserError(f"{options.folder} is a run on {flags['env']}, which is no point maze")
+    if flags.get("dataset"):
+        raise UserError(f"{options.folder} is a run on own data, {flags['dataset']}")
     if options.task not in flags["tasks"]:
         raise UserError(f"{options.folder} has no task {options.task}: it has {flags['tasks']}")
 
@@ -87,7 +90,7 @@ def measure(options: Options) -> list[dict]:
     args = agent.args
     state = agent.state
     source = resolve(args.env)
-    path = locate(source, options.dataset_dir)[0]
+    path = locate(source, options.dataset_dir or args.dataset_dir)[0]
     with np.load(path) as file:
         states = np.float32(file["observations"])
         ends = np.int64(file["terminals"])
@@ -113,6 +116,8 @@ def measure(options: Options) -> list[dict]:
     info = env.task_infos[options.task - 1]
     maze = np.array(env.maze_map)
     goal = np.array(env.ij_to_xy(info["goal_ij"]))
+    visited = states[k[:, None] + np.arange(H + 1)]  # (chunks, H + 1, 2)
+    near_goal = np.linalg.norm(visited - goal, axis=-1).min(1) <= env._goal_tol
     table = by_table(states, ends, goal, env._goal_tol, H, args.discount)
     places = {tuple(info["init_ij"]): "start", tuple(info["goal_ij"]): "goal"}
     rows = []
@@ -120,13 +125,14 @@ def measure(options: Options) -> list[dict]:
         from_centre = np.abs(states - np.array(env.ij_to_xy(cell)))
         inside = (from_centre <= env._maze_unit / 2).all(1)
         drawn = inside[k]
+        away = drawn & ~near_goal
         row = dict(
             task=options.task,
             cell=f"{cell[0]} {cell[1]}",
             place=places.get(cell, ""),
             states=int(inside.sum()),
             value=f"{values[drawn].mean():.1f}",
-            td_error=f"{td[drawn].mean():.2f}",
+            td_error=f"{td[away].mean():.2f}" if away.any() else "",
             table=f"{table[inside].mean():.1f}",
         )
         rows.append(row)
