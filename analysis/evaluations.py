@@ -153,19 +153,21 @@ def _tell_apart(rows_of: dict[Path, list[dict]]) -> None:
     """Adds its name to a file's labels that an earlier path has for another configuration."""
     known = {}  # (label, domain) -> flags
     for path, rows in rows_of.items():
-        labels = dict.fromkeys(row["label"] for row in rows)
+        methods = dict.fromkeys((row["label"], row["env"]) for row in rows)
+        labels = [label for label, _ in methods]
         if path.is_file():
             flags_of = _read_notes(path, labels)
         else:
             flags_of = dict.fromkeys(labels, read_flags(path))
         renamed = {}
-        for row in rows:
-            label = row["label"]
-            if label in flags_of:
-                own = _own_flags(flags_of[label])
-                first = known.setdefault((label, row["env"]), own)
-                if any(own[key] != first[key] for key in own.keys() & first.keys()):
-                    renamed[label] = f"{label}, {path.stem}"
+        for label, env in methods:
+            if label not in flags_of:
+                continue
+            own = _own_flags(flags_of[label])
+            first = known.setdefault((label, env), own)
+            shared = own.keys() & first.keys()
+            if any(own[key] != first[key] for key in shared):
+                renamed[label] = f"{label}, {path.stem}"
         for row in rows:
             row["label"] = renamed.get(row["label"], row["label"])
 
