@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from common.checkpoints import CHECKPOINT, check_same_arrays, read_checkpoint
+from common.checkpoints import CHECKPOINT, PREVIOUS, check_same_arrays, read_checkpoint
 from common.devices import matmul_precision
 from common.env_pool import Normalization, normalize
 from common.environments import env_name
@@ -102,6 +102,8 @@ class Agent:
         shape = observations.shape[1:]
         if shape != (size,):
             raise UserError(f"an observation of {self.env} has shape ({size},), not {shape}")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"a seed is at least 0 and below 2^32, not {seed}")
         observations = normalize(observations, **self.normalization)
         seeds = np.full((1, len(observations)), seed, np.uint32)
         ages = np.asarray(ages, np.int32)[None]
@@ -142,9 +144,28 @@ def stored_script(folder: Path, name: str) -> ModuleType:
     module = ModuleType(f"{name}_{digest[:16]}")
     if module.__name__ not in sys.modules:
         module.__file__ = str(path)
-        exec(compile(source, path, "exec"), vars(module))
-        sys.modules[module.__name__] = module
+        sys.modules[module.__name__] = module  # its dataclasses look for it
+        try:
+            exec(compile(source, path, "exec"), vars(module))
+        except BaseException:
+            del sys.modules[module.__name__]
+            raise
     return sys.modules[module.__name__]
+
+
+def last_checkpoint(folder: Path) -> tuple[Path, dict]:
+    """Reads the latest checkpoint of a run, or the one before it if that cannot be read."""
+    problems = []
+    for path in (folder / CHECKPOINT, folder / PREVIOUS):
+        try:
+            saved = read_checkpoint(path)
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            print(f"Note: {problems[0]}; {path.name} is used instead.")
+        return path, saved
+    raise UserError(f"{folder} has no checkpoint that can be read: {problems[0]}")
 
 
 def load_agents(folder: str | Path, script: ModuleType | None = None) -> TrainedAgents:
@@ -155,11 +176,7 @@ def load_agents(folder: str | Path, script: ModuleType | None = None) -> Trained
     if "script" not in config:
         advice = "repeat its command once, which adds what is missing"
         raise UserError(f"{folder} was made by an earlier version: {advice}")
-    path = folder / CHECKPOINT
-    try:
-        saved = read_checkpoint(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no checkpoint that can be read: {error}") from None
+    path, saved = last_checkpoint(folder)
     source = script.__file__ if script else folder / SCRIPT
     script = script or stored_script(folder, config["script"])
     agents = [tuple(agent) for agent in config["agents"]]

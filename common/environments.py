@@ -214,6 +214,7 @@ def _remove_temporary_model(env: gymnasium.Env) -> None:
 def env_sizes(name: str) -> tuple[int, int]:
     """Returns the sizes of observations and actions."""
     env = make_env(name)
+    env.close()
     return env.observation_space.shape[0], env.action_space.shape[0]
 
 

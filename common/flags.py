@@ -93,6 +93,8 @@ def configure_own(Args: type, env_defaults: dict, env: str, flags: dict) -> Any:
     """Returns `Args` for data of the user's own, for which no protocol is known."""
     from common.own_data import recorded_in  # nothing else needs it
 
+    if os.path.isdir(flags["dataset"]):
+        raise UserError(f"--dataset {flags['dataset']} is a folder: give a file in it")
     values = dict(env=env) if env else recorded_in(flags["dataset"])
     name = OGBENCH_NAME.fullmatch(values["env"])
     if name["task"]:
@@ -198,9 +200,14 @@ def name_of_run(args: Any, defaults: Any) -> str:
 
 
 def as_command_line(flags: dict) -> list[str]:
-    """Returns flags as words of a command line: dict(lr=0.1, tasks=(1, 2), track=False)."""
+    """Returns flags as words of a command line: dict(lr=0.1, tasks=(1, 2), sparse=False).
+
+    None is the flag's default; `track` may be False, too.
+    """
     words = []
     for name, value in flags.items():
+        if value is None or (name == "track" and not value):
+            continue
         flag = f"--{name}".replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))

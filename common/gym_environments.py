@@ -7,12 +7,14 @@ import contextlib
 import io
 
 import gymnasium
+import numpy as np
 from gymnasium.spaces import Box, Dict, Space, Tuple
 from gymnasium.wrappers import FlattenObservation, RescaleAction
 
 from common.errors import UserError, in_a_line
 
-ERRORS = (gymnasium.error.Error, ImportError, TypeError, AssertionError)  # of gymnasium.make
+# What gymnasium.make raises for what cannot be made; other errors are an environment's own.
+ERRORS = (gymnasium.error.Error, ImportError, TypeError, AssertionError, OSError, ValueError)
 
 
 def create(name: str, id: str, arguments: dict) -> gymnasium.Env:
@@ -29,6 +31,15 @@ def create(name: str, id: str, arguments: dict) -> gymnasium.Env:
         else:
             problem = f"gymnasium cannot make {name}: {in_a_line(error)}"
         raise UserError(problem) from error
+
+
+class Rescale(RescaleAction):
+    """Takes actions in [-1, 1]; rounding does not carry them beyond the environment's bounds."""
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        """Returns the environment's action."""
+        bounds = self.env.action_space
+        return np.clip(super().action(action), bounds.low, bounds.high)
 
 
 def action_box(env: gymnasium.Env) -> Box:
@@ -73,4 +84,4 @@ def adapt(env: gymnasium.Env, name: str) -> gymnasium.Env:
     check(env, name)
     if len(env.observation_space.shape or ()) != 1:
         env = FlattenObservation(env)
-    return RescaleAction(env, -1.0, 1.0)
+    return Rescale(env, -1.0, 1.0)

@@ -16,7 +16,7 @@ from gymnasium.vector.utils import batch_space, iterate
 from common.dataset_files import BadDataset, check_array, read_arrays
 from common.environments import MINARI, env_name, make_env
 from common.errors import UserError, in_a_line
-from common.gym_environments import action_box
+from common.gym_environments import action_box, is_flat
 from common.sampling import Dataset
 
 KEYS = ("observations", "actions", "rewards", "terminals")
@@ -72,14 +72,22 @@ def read_minari(name: str) -> tuple[Arrays, Box, list, list[str]]:
     """Returns a dataset's arrays, the range of its actions, its reference scores, if any, and what
     is not used of the environment in which it was recorded."""
     minari = load_minari(name)
+    actions = minari.action_space
+    if not is_flat(actions) or len(actions.shape) != 1 or not actions.is_bounded():
+        supported = "supported is a Box of floats with one axis and finite bounds"
+        raise BadDataset(name, f"its actions are {in_a_line(actions)}; {supported}")
     space = minari.observation_space
     episodes = []
-    for episode in minari.iterate_episodes():
-        steps = iterate(batch_space(space, len(episode) + 1), episode.observations)
-        states = np.array([flatten(space, state) for state in steps])
-        columns = {key: getattr(episode, key) for key in ("actions", "rewards", *OTHER_NAMES)}
-        episodes.append(columns | dict(observations=states[:-1], next_observations=states[1:]))
-        columns["truncations"][-1] = True  # also where the recording was stopped
+    try:
+        for episode in minari.iterate_episodes():
+            steps = iterate(batch_space(space, len(episode) + 1), episode.observations)
+            states = np.array([flatten(space, state) for state in steps])
+            columns = {key: getattr(episode, key) for key in ("actions", "rewards", *OTHER_NAMES)}
+            columns["truncations"][-1] = True  # also where the recording was stopped
+            columns |= dict(observations=states[:-1], next_observations=states[1:])
+            episodes.append(columns)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadDataset(name, f"it is damaged ({in_a_line(error)})") from None
     if not episodes:
         raise BadDataset(name, "it has no episodes")
     arrays = {}
@@ -90,7 +98,7 @@ def read_minari(name: str) -> tuple[Arrays, Box, list, list[str]]:
     wrapped_by = getattr(environment_of(minari), "additional_wrappers", ())
     wrappers = [wrapper.name for wrapper in wrapped_by]
     unused = [f"wrappers of the recorded environment: {', '.join(wrappers)}"] if wrappers else []
-    return arrays, minari.action_space, scores, unused
+    return arrays, actions, scores, unused
 
 
 def read_file(path: Path) -> Arrays:
@@ -114,10 +122,13 @@ def check(name: str, arrays: Arrays) -> None:
     if not {*END_KEYS} & {*arrays}:
         keys = "'timeouts' or 'truncations', or 'next_observations'"
         raise BadDataset(name, f"it does not say where episodes are cut off: add {keys}")
-    if not len(arrays["rewards"]):
+    if not arrays["rewards"].size:
         raise BadDataset(name, "it has no transitions")
     for key, x in arrays.items():
-        check_array(name, key, x, len(arrays["rewards"]))
+        check_array(name, key, x, arrays["rewards"].size)
+    states = arrays["observations"]
+    if states.shape != arrays.get("next_observations", states).shape:
+        raise BadDataset(name, "'observations' and 'next_observations' have different widths")
 
 
 def to_dataset(arrays: Arrays) -> Dataset:
@@ -160,7 +171,8 @@ def to_dataset(arrays: Arrays) -> Dataset:
 def action_range(args: Any, arrays: Arrays) -> Box | None:
     """Returns the range of actions in the environment of --env.
 
-    None if it cannot be made or has other sizes, which is an error where episodes are to be played.
+    None if it cannot be made or has other sizes, which the screen says, and which is an error where
+    episodes are to be played.
     """
     named = dataclasses.replace(args, eval_episodes=1)  # 0 would mean: no environment
     widths = [arrays[key].shape[1] for key in KEYS[:2]]
@@ -170,10 +182,12 @@ def action_range(args: Any, arrays: Arrays) -> Box | None:
         if widths != expected:
             where = f"expected {expected} for {args.env}"
             raise BadDataset(args.dataset, f"{KEYS[:2]} have widths {widths}, {where}")
-    except UserError:
+    except UserError as error:
         if args.eval_episodes or args.online_steps:
             raise
+        print(f"actions      as they are, in [-1, 1], because {in_a_line(error)}")
         return None
+    env.close()
     return action_box(env)
 
 
@@ -196,6 +210,9 @@ def read_own(args: Any) -> tuple[Dataset, dict]:
         box = None
         unused = []
         scores = D4RL_SCORES.get(re.split("[-_]", path.name)[0])
+    for other, usual in OTHER_NAMES.items():
+        if other in found and usual in found:
+            raise BadDataset(name, f"'{other}' and '{usual}' are the same thing: remove one")
     found = {OTHER_NAMES.get(key, key): x for key, x in found.items()}
     arrays = {key: x for key, x in found.items() if key in KEYS + END_KEYS}
     check(name, arrays)
@@ -208,6 +225,8 @@ def read_own(args: Any) -> tuple[Dataset, dict]:
     box = box or played_in
     actions = arrays["actions"]
     if box is not None:
+        for bounds in (box.low, box.high):  # another range means other actions
+            checksum = zlib.crc32(np.ascontiguousarray(bounds), checksum)
         actions = 2 * (actions - box.low) / (box.high - box.low) - 1
     check_array(name, "actions", actions, len(actions), (-1, 1))
     arrays["actions"] = np.clip(actions, -1 + 1e-5, 1 - 1e-5)  # as of OGBench's files

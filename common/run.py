@@ -131,6 +131,8 @@ class Run:
         self.folder = run_folder(script, args)
         if args.eval_only and not self.folder.exists():
             raise UserError(f"{self.folder} holds no checkpoint that could be evaluated")
+        if args.eval_only and not args.eval_episodes:
+            raise UserError("--eval-only without episodes does nothing: give it --eval-episodes")
         self.lock = FolderLock(self.folder)
         flags = as_json(vars(args) | data)
         try:
@@ -138,7 +140,7 @@ class Run:
                 self._begin_anew()
             config = self._configure(Path(script), flags)
             self.tracker = Tracker(args, self.folder, agents, config)
-        except UserError:
+        except BaseException:
             self.lock.close()  # whoever keeps the error could not start the run again
             raise
         self.checkpoints = Checkpoints(self.folder, config["id"])
@@ -176,18 +178,19 @@ class Run:
             print(f"moved {self.folder} to {aside}")
 
     def _configure(self, script: Path, flags: dict) -> dict:
-        """Writes and returns config.json; refuses to continue a run with other flags.
+        """Returns what config.json will have; refuses to continue a run with other flags.
 
-        The script's source is kept next to it. A note says if another one was there.
+        The script's source is kept next to it. A note says if another one was there. Both files are
+        written when it is known that the run can go on.
         """
-        path = self.folder / "config.json"
         with file_errors(script):
             source = script.read_bytes()
         digest = hashlib.sha256(source).hexdigest()
         now = dict(flags=flags, script=script.stem, source_sha256=digest, agents=self.agents)
         config = dict(id=uuid.uuid4().hex[:16], **now, made_with=environment_info())
         results = (CHECKPOINT, PREVIOUS, *TABLES)
-        if any((self.folder / name).exists() for name in results):
+        continues = any((self.folder / name).exists() for name in results)
+        if continues:
             old = read_config(self.folder)
             defaults = as_json(vars(type(self.args)()))
             old_flags = defaults | old["flags"]  # some flags may be newer than the run
@@ -195,10 +198,17 @@ class Run:
             config = old | now
             if old.get("source_sha256", digest) != digest:
                 print(f"Note: {script} is not the script that {self.folder} was made with so far.")
-        if not self.args.eval_only:
-            write_file(self.folder / SCRIPT, source)
-            write_file(path, json.dumps(config, indent=1).encode())
+        self.new_files = {SCRIPT: source, "config.json": json.dumps(config, indent=1).encode()}
+        if not continues:
+            self._write_new_files()
         return config
+
+    def _write_new_files(self) -> None:
+        """Writes the script's source and config.json, once."""
+        if not self.args.eval_only:
+            for name, content in self.new_files.items():
+                write_file(self.folder / name, content)
+        self.new_files = {}
 
     def restore(self, content: dict) -> tuple[int, dict]:
         """Returns the step and the content of the last checkpoint, (0, `content`) without one.
@@ -215,8 +225,11 @@ class Run:
         self.step = found["step"]
         self._check_phase(found["replay"])
         self.tables.start -= found["seconds"]
-        if not self.args.eval_only:
+        if self.args.eval_only:
+            self.tables.drop_torn_end("eval_only.csv")
+        else:
             self.tables.continue_from(self.step)
+        self._write_new_files()
         evaluated = self.tables.last_row["eval.csv"] >= self.step
         self.evaluation_due = self.args.eval_only or (found["evaluation_due"] and not evaluated)
         self._describe(content["state"])

@@ -40,6 +40,10 @@ class Tables:
                 "start over with --overwrite, or start another run with a --name"
             )
 
+    def drop_torn_end(self, table: str) -> None:
+        """Plans to drop a row that was not written to its end."""
+        self._plan_cut(table, sys.maxsize)
+
     def _plan_cut(self, table: str, step: int) -> None:
         """Notes what will remain of a table: whole rows of all agents until a step."""
         path = self.folder / table
@@ -84,16 +88,21 @@ class Tables:
         if not path.exists() or self.remaining.get(table) == b"":
             return []
         with file_errors(path), open(path) as file:
-            return file.readline().strip().split(",")
+            return file.readline(2**16).strip().split(",")
 
     def log(self, table: str, step: int, metrics: dict[str, np.ndarray]) -> None:
         """Appends a row per agent to a table; `metrics` are arrays (agents,) by name.
 
         Reports agents with metrics that are not finite, and stops when no other agent is left.
+        Raises UserError if the table has other columns.
         """
         path = self.folder / table
         self._cut(table)
         names = list(metrics)
+        known = self.columns(table)[4:]
+        if known and known != names:
+            advice = "give the changed script another --name"
+            raise UserError(f"{path} has the columns {known}, not {names}: {advice}")
         values = np.array(list(metrics.values()), float)
         self._check_finite(step, names, values)
         text = io.StringIO()

@@ -17,7 +17,7 @@ import pytest
 import fmer
 import qam
 from baselines import ppo, sac
-from common.agents import load_agent, load_agents, train
+from common.agents import load_agent, load_agents, stored_script, train
 from common.checkpoints import read_checkpoint
 from common.environments import seed_of
 from common.flags import parse
@@ -259,9 +259,29 @@ def test_folders_that_cannot_be_loaded(moved, tmp_path):
     content = bytearray((copy / "checkpoint.msgpack").read_bytes())
     content[99] ^= 1
     (copy / "checkpoint.msgpack").write_bytes(content)
+    (copy / "checkpoint-before.msgpack").unlink()
     stops(copy, "no checkpoint that can be read", call=lambda: load_agent(copy))
     (copy / "checkpoint.msgpack").unlink()
     stops(copy, "no checkpoint that can be read", call=lambda: load_agent(copy))
+
+
+def test_the_checkpoint_before_a_damaged_one(moved, tmp_path, capsys):
+    """Is loaded, and a note says so."""
+    copy = tmp_path / "copy"
+    shutil.copytree(moved[0], copy)
+    (copy / "checkpoint.msgpack").write_bytes(b"")
+    before = read_checkpoint(copy / "checkpoint-before.msgpack")
+    assert load_agent(copy).step == before["step"]
+    assert "checkpoint-before.msgpack is used instead" in capsys.readouterr().out
+
+
+def test_annotations_as_text(tmp_path):
+    """A script that imports them from __future__ can be loaded."""
+    source = (ROOT / "qam.py").read_text()
+    begin = source.index("import dataclasses")
+    text = f"{source[:begin]}from __future__ import annotations\n\n{source[begin:]}"
+    (tmp_path / "script.py").write_text(text)
+    assert stored_script(tmp_path, "annotated").Args().chunk_length == 5
 
 
 def test_a_script_that_does_not_fit(moved, tmp_path):
@@ -340,6 +360,7 @@ def started(monkeypatch):
             "--env cube-triple --lr 1 --tasks 2 3 --discount 0.5",
         ),
         (dict(sparse=True, eval_only=False, name="-x", run_dir="a b"), "--sparse --name=-x"),
+        (dict(name=None, dataset_dir=None, track=False), ""),
     ],
 )
 def test_flags_mean_what_they_mean_on_the_command_line(started, flags, argv):

@@ -357,6 +357,15 @@ def test_an_evaluation_needs_no_replay(begun, new):
     stops("replay-3.msgpack", call=lambda: new().restore(state(0)))
 
 
+def test_an_evaluation_needs_no_metrics(begun, new):
+    """Those of a script that has one more are no obstacle."""
+    like = state(0)
+    like["metrics"] = like["metrics"] | dict(another=np.zeros(3))
+    found = new().restore(like, with_replay=False)
+    assert found["metrics"].keys() == like["metrics"].keys()
+    stops("other shapes or types", call=lambda: new().restore(like))
+
+
 def test_eval_only_reads_no_part(run):
     first = run()
     restore(first)

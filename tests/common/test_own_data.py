@@ -121,8 +121,8 @@ def test_other_names_of_keys_and_what_is_not_used(tmp_path, capsys):
     path = save(tmp_path, "other.npz", **arrays, qpos=np.zeros((2, 3)), note=np.array("text"))
     capsys.readouterr()
     data, _ = read_own(args(path))
-    said = capsys.readouterr().out
-    assert said in ("not used     qpos, note\n", "not used     note, qpos\n")
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said in ("not used     qpos, note", "not used     note, qpos")
     for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(data), strict=True):
         assert np.array_equal(x, y)
 
@@ -140,7 +140,8 @@ def test_hdf5(tmp_path, capsys):
             file["infos/qpos"] = np.zeros((T, 3))
         capsys.readouterr()
         data, identity = read_own(args(path))
-        assert capsys.readouterr().out == "not used     infos\n"
+        first, second = capsys.readouterr().out.splitlines()
+        assert first == "not used     infos" and "unknown environment 'none'" in second
         assert identity.pop("reference_scores", None) == scores
         assert identity == same
         for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(data), strict=True):
@@ -170,6 +171,9 @@ def test_the_identity_is_that_of_the_content(tmp_path):
         (dict(observations=np.zeros((T, 2, 2))), "'observations' is float64"),
         (dict(observations=np.zeros((T - 1, 2))), "'observations' is float64"),
         (dict(next_observations=np.full((T, 2), "x")), "'next_observations' is <U1"),
+        (dict(next_observations=np.zeros((T, 1))), "have different widths"),
+        (dict(rewards=np.float32(1)), "(10, 2), expected 1 rows of numbers"),
+        (dict(terminations=np.zeros(T)), "'terminations' and 'terminals' are the same thing"),
         (dict(actions=np.full((T, 2), 1.5)), "'actions' is in [0, 1.5]"),
         ({key: x[:0] for key, x in transitions().items()}, "no transitions"),
     ],
@@ -266,7 +270,7 @@ def test_a_task_in_the_name_of_an_ogbench_environment(tmp_path, capsys):
     assert "No tuned" not in capsys.readouterr().out
 
 
-def test_the_same_data_whether_or_not_episodes_are_played(tmp_path):
+def test_the_same_data_whether_or_not_episodes_are_played(tmp_path, capsys):
     """Rescaled and recognised alike, so an evaluation or an online phase may follow."""
     path = save(tmp_path, **pendulum())
     played, not_played = (
@@ -277,8 +281,18 @@ def test_the_same_data_whether_or_not_episodes_are_played(tmp_path):
     other = pendulum(rewards=np.ones(2))
     changed = read_own(args(save(tmp_path, "other.npz", **other), env="Pendulum-v1"))
     assert changed[1] != played[1]
+    small = save(tmp_path, "small.npz", **pendulum(actions=np.zeros((2, 1))))
+    unknown = read_own(args(small, env="none"))  # as they are
+    assert "as they are, in [-1, 1], because" in capsys.readouterr().out
+    assert read_own(args(small, env="Pendulum-v1"))[1] != unknown[1]  # of another range
     wide = save(tmp_path, "hopper.npz", **pendulum(actions=np.zeros((2, 1))))
     read_own(args(wide, env="hopper"))  # a file's name alone; nothing is played there
+
+
+def test_a_folder_is_no_dataset(tmp_path):
+    for folder in (tmp_path, "."):
+        flags = ["--dataset", str(folder)]
+        stops("is a folder", call=lambda x=flags: parse(qam.Args, qam.ENV_DEFAULTS, x))
 
 
 def test_sparse_rewards_are_ogbenchs(tmp_path):
@@ -304,6 +318,8 @@ def recorded(tmp_path_factory):
         ("pendulum/tiny-v0", pendulum(), scores),
         ("pendulum/wrapped-v0", gymnasium.wrappers.RescaleAction(pendulum(), -1, 1), {}),
         ("pendulum/eval-v0", pendulum(), dict(eval_env="Pendulum-v1")),
+        ("pendulum/cut-v0", pendulum(), {}),
+        ("cartpole/tiny-v0", gymnasium.make("CartPole-v1", max_episode_steps=5), {}),
     ):
         collector = minari.DataCollector(env)
         for seed in range(3):
@@ -362,6 +378,16 @@ def test_minari_knows_an_environment_for_evaluations(recorded):
     """It is the one that is played: that of the recording may never end."""
     flags = recorded_in("minari:pendulum/eval-v0")
     assert (flags["env"], flags["max_episode_steps"]) == ("Pendulum-v1", 200)
+
+
+def test_minari_of_other_actions(recorded):
+    """And a damaged file."""
+    stops("its actions are Discrete(2)", call=lambda: read_own(args("minari:cartpole/tiny-v0")))
+    (file,) = recorded.load_dataset("pendulum/cut-v0").storage.data_path.glob("*.hdf5")
+    file.write_bytes(file.read_bytes()[:-1000])
+    stops(
+        "bad dataset minari:pendulum/cut-v0", call=lambda: read_own(args("minari:pendulum/cut-v0"))
+    )
 
 
 def test_minari_without_the_dataset(recorded):

@@ -158,6 +158,7 @@ def test_flags_that_change_no_agent_may_differ(run):
     del first
     second = run(workers=2, eval_interval=30, eval_episodes=7)
     assert second.folder == path.parent and second.checkpoints.run == id
+    restore(second)
     config = json.loads(path.read_text())
     assert (config["flags"]["workers"], config["flags"]["eval_interval"]) == (2, 30)
     assert config["id"] == id
@@ -458,6 +459,72 @@ def test_evaluations_alone_are_due_at_once(run):
     assert (folder / "eval.csv").read_bytes() == before
     head, *lines = table(folder / "eval_only.csv")
     assert len(lines) == 3 and [row["step"] for row in rows] == ["20"] * 3
+
+
+def test_a_torn_row_of_an_evaluation_alone(run):
+    """Is dropped by the next --eval-only, as the rows of the other tables are."""
+    first = run()
+    restore(first)
+    go(first, [20])
+    folder = first.folder
+    del first
+    for _ in range(2):
+        again = run(eval_only=True)
+        restore(again)
+        again.log_evaluation(20, EVALUATION)
+        again.finish()
+        again.lock.close()
+        path = folder / "eval_only.csv"
+        path.write_bytes(path.read_bytes()[:-3])
+    lines = table(path)
+    assert len(lines) == 4 and {len(line) for line in lines} == {len(lines[0])}
+
+
+def test_a_refused_script_leaves_the_one_that_was_there(run):
+    """So that the agent can still be loaded."""
+    first = run()
+    restore(first)
+    go(first, [20])
+    folder = first.folder
+    del first
+    (folder / "script.py").write_text("# as it was")
+    before = (folder / "config.json").read_bytes()
+    second = run()
+    other = content() | dict(metrics=sums())
+    other["state"] = other["state"].replace(params=dict(x=np.zeros((3, 9), np.float32)))
+    stops("other shapes or types", call=lambda: second.restore(other))
+    assert (folder / "script.py").read_text() == "# as it was"
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_another_column(run):
+    """A changed script with another metric does not write under the old names."""
+    first = run()
+    restore(first)
+    first.tables.log("eval.csv", 20, dict(success=np.ones(3)))
+    before = (first.folder / "eval.csv").read_bytes()
+    log = lambda: first.tables.log("eval.csv", 40, dict(success=np.ones(3), best=np.ones(3)))
+    stops("has the columns ['success'], not", "another --name", call=log)
+    assert (first.folder / "eval.csv").read_bytes() == before
+
+
+def test_an_interrupted_start_gives_the_lock_back(run, monkeypatch):
+    """Although a notebook keeps its traceback."""
+
+    def wait(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.run.Tracker", wait)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            run()
+    restore(run())
+    assert kept.traceback
+
+
+def test_an_evaluation_alone_needs_episodes(run):
+    restore(run())
+    stops("give it --eval-episodes", call=lambda: run(eval_only=True, eval_episodes=0))
 
 
 def test_an_evaluation_is_a_row_per_agent(run, capsys):

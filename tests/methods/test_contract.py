@@ -114,6 +114,9 @@ def test_shared_blocks_see_a_changed_character(monkeypatch, tmp_path, kind):
     assert f"qam_edit.py: block 'evaluate and main' differs from {name}" in problem
     assert shared_blocks.write() == ["qam_edit.py"]
     assert not shared_blocks.problems() and paths[-1].read_text() == source
+    emptied = shared_blocks.canonical_blocks()[kind]["many agents"]["text"]
+    paths[-1].write_text(source.replace(emptied, ""))
+    assert shared_blocks.write() == ["qam_edit.py"] and paths[-1].read_text() == source
     block = shared_blocks.blocks(source)["many agents"][0]
     fork = block.replace("# --- shared:", "# --- forked:").replace("end shared", "end forked")
     paths[-1].write_text(source.replace(block, fork))

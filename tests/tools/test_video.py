@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -122,6 +123,8 @@ def test_refusals(offline, tmp_path, pictured):
         (dict(task=3), r"no agent of task 3, seed 3 .*\(2, 3\), \(2, 4\), \(1, 3\), \(1, 4\)"),
         (dict(seed=5), "no agent of task 2, seed 5"),
         (dict(every=0), "--every must be at least 1"),
+        (dict(fps=60), "a GIF has at most 50 pictures per second"),
+        (dict(seed=-5), "--seed must be a seed of the run"),
         (dict(out=str(tmp_path / "film.foo")), "film.foo must end with .gif or .mp4"),
         (dict(out=str(offline / "config.json/film.gif")), "cannot write .*film.gif: "),
     ):
@@ -140,6 +143,12 @@ def test_refusals(offline, tmp_path, pictured):
     (copy / "config.json").write_text(text.replace('"pointmaze-medium"', '"multigoal"'))
     with pytest.raises(UserError, match="the plane is not a MuJoCo scene"):
         video.main(video.Options(str(copy)))
+
+
+def test_an_environment_that_draws_nothing():
+    slot = SimpleNamespace(env=SimpleNamespace(render=lambda: None))
+    with pytest.raises(UserError, match="this environment draws no pictures"):
+        video.render(slot)
 
 
 @pytest.mark.parametrize("gl", ["egl", "osmesa", "glfw"])
