@@ -276,8 +276,9 @@ def critic_loss(
 
 
 def move(args: Args, params: dict, observations: Array, actions: Array) -> Array:
-    """Moves actions by M steps uphill on the critics `params`, each from a new Adam: (B, d) ->
-    same. Equal pairs (s, a) move alike, so it does not matter which of them is written last."""
+    """Moves actions by M steps uphill on the critics `params`, by an Adam that is new for each
+    batch: (B, d) -> same. Equal pairs (s, a) move alike, so it does not matter which of them is
+    written last."""
     clip = optax.clip_by_global_norm(args.move_clip)
     climber = optax.chain(clip, optax.adam(args.move_lr))
 

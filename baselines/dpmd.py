@@ -75,7 +75,7 @@ class Args:
     noise_scale: PositiveFloat = 0.1  # Standard deviation of the training noise at alpha = 1.
     alpha_init: PositiveFloat = 5.0  # Initial temperature alpha.
     alpha_lr: PositiveFloat = 7e-3  # Adam's learning rate of log alpha.
-    alpha_steps: PositiveInt = 800  # Steps of alpha, spread evenly over the updates of the run.
+    alpha_steps: PositiveInt = 800  # At least so many steps of alpha, evenly over the run.
     # Target entropy H*/d of the training noise, per action dimension.
     noise_entropy: float = -0.9
     q_clip: NonNegativeFloat = 3.0  # Largest |(Q - m) / sigma| in a weight.

@@ -74,7 +74,7 @@ class Args:
     time_max: PositiveFloat = 0.999  # Latest time in the policy's loss; times are uniform.
     alpha_init: PositiveFloat = 1.0  # Initial temperature alpha.
     alpha_lr: PositiveFloat = 5e-3  # Adam's learning rate of log alpha.
-    alpha_steps: PositiveInt = 2_000  # Steps of alpha, spread evenly over the updates of the run.
+    alpha_steps: PositiveInt = 2_000  # At least so many steps of alpha, evenly over the run.
     # Target entropy H*/d per action dimension; alpha falls while the entropy is above it.
     target_entropy: float = -3.0
     entropy_steps: PositiveInt = 2  # Number n of jumps along which the entropy is measured.

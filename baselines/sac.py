@@ -11,8 +11,8 @@ through its own noise, and alpha is tuned to hold the entropy at a target.
     L(pi) = E [alpha log pi(a~|s) - min_j Q_j(s, a~)],  a~ ~ pi                         Eq. (SAC5)
     L(alpha) = -alpha E [log pi(a~|s) + H*],  H* = -d                                   Eq. (SAC6)
 
-Equation numbers are ours, see docs/methods/equations.md; `# ref:` marks what differs from public
-code.
+Equation numbers are ours, see docs/methods/equations.md; `# ref:` marks where papers and
+public code differ.
 
     python baselines/sac.py                          the plane with four goals, small networks
     python baselines/sac.py --env halfcheetah --num-seeds 5

@@ -8,7 +8,7 @@ critics have no target networks: batch renormalisation, over the replay's and th
 jointly, keeps them stable.
 
     x_{k+1} = x_k + v(x_k, k/T, s) / T + sigma(s) xi_k,  x_0 ~ N(0, I),  a = tanh(x_T)  Eq. (SF1)
-    v = g (C - x),  g = sigmoid(G),  both of s, x and t                                 Eq. (SF2)
+    v = g (C - x),  g = sigmoid(5 + G),  both of s, x and t                              Eq. (SF2)
     log p = log N(x_0) + sum_k log N(x_{k+1}; x_k + v / T, sigma^2) - log |da / dx_T|   Eq. (SF3)
     y = c r + gamma m (min_j Q_j(s', a') - alpha log p'),  no gradient                  Eq. (SF5)
     L(Q) = E sum_j (Q_j(s, a) - y)^2,  L(pi) = E [alpha log p - min_j Q_j(s, a~)]   Eq. (SF6), (SF7)
@@ -125,7 +125,8 @@ class Args:
 
 
 # The class holds the values of FMER's comparison (arXiv:2603.17685, table 3) and, where those are
-# lost, of the public code. The values for the plane are tuned here, with small networks for a CPU.
+# illegible in our copy, of the public code. The values for the plane are tuned here, with small
+# networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,
@@ -145,9 +146,11 @@ ENV_DEFAULTS = {
 
 
 class Renorm(nn.Module):
-    """Renormalises batches x (B, n), after Ioffe (2017). In training a batch is normalised by its
-    own moments and, where `corrected` is True, brought near what the running ones would give, by
-    constants r and b; elsewhere (`corrected` is None) by the running moments."""
+    """Renormalises batches x (B, n), after Ioffe (2017).
+
+    `corrected` None: by the running moments. False: by the batch's own ones, as in training. True:
+    by those, then brought near what the running ones would give, by constants r and b.
+    """
 
     @nn.compact
     def __call__(self, x: Array, corrected: Array | None = None) -> Array:
@@ -361,7 +364,7 @@ def critic_loss(
 ) -> tuple[Array, tuple[dict, dict]]:
     """Computes the squared TD error of both critics against one target.
 
-    They see the two halves of it as one batch.
+    They see (s, a) and (s', a') as one batch.
     """
     alpha = jnp.exp(state.params["log_alpha"])
     corrected = state.step >= args.renorm_after
@@ -385,8 +388,9 @@ def critic_loss(
 def policy_loss(
     args: Args, params: dict, state: State, observations: Array, key: Array
 ) -> tuple[Array, tuple[dict, dict]]:
-    """Computes the lower value of an action, and the entropy of its path; the gradient passes
-    through all steps. The critics use their running statistics."""
+    """Computes the policy's loss: alpha times the log-density of an action's path, minus the lower
+    value of the action; the gradient passes through all steps. The critics use their running
+    statistics."""
     alpha = jnp.exp(state.params["log_alpha"])
     corrected = state.step >= args.renorm_after
     moments = state.statistics["policy"]

@@ -118,7 +118,7 @@ class Args:
 
 
 # The class holds the values of FMER's comparison (arXiv:2603.17685, table 3). The learning rates
-# are lost there, so they are CleanRL's. The values for the plane are for a CPU.
+# are illegible in our copy of it, so they are CleanRL's. The values for the plane are for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
         total_steps=15_000,
