@@ -16,7 +16,7 @@ import pytest
 
 from common.env_pool import EnvPool, Episodes
 from common.environments import make_env, seed_of
-from tests.helpers.environments import TOY, Toy, noise, play, same, step
+from tests.helpers.environments import DEADLY, TOY, Toy, noise, play, same, step
 from tests.helpers.messages import stops
 from tools.shared_blocks import ROOT
 
@@ -487,7 +487,7 @@ def test_a_worker_that_dies_at_work(new_pool):
     """RuntimeError with the exit code, at once."""
     pool = new_pool([TOY])
     pool.reset(column(5))
-    pool.set_actions([[[[-2, 0]]]])
+    pool.set_actions([[[[0, DEADLY]]]])
     with pytest.raises(RuntimeError, match="worker failed: process .* died with exit code -9"):
         pool.step()
 

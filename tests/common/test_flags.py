@@ -330,7 +330,7 @@ def test_help_begins_with_the_header_and_has_groups(capsys, monkeypatch):
     places = [text.index(word) for word in words]
     assert places == sorted(places)
     assert "Share of the base flow's targets that come from the expansion actor." in text
-    assert "Tasks 1 to 5, trained at once on one copy of the data." in text
+    assert "Tasks 1 to 5, trained at once on one copy of the data (default" in text
     assert "action-size" not in text
 
 

@@ -130,7 +130,8 @@ def test_the_environment_says_where_it_goes(run, offline, monkeypatch):
     flags = dict(wandb_project="mine", wandb_entity="us", wandb_group="ours")
     with run(track="wandb", name="b", **flags):
         pass
-    first, second = offline()
+    found = {one["project"]: one for one in offline()}  # their order within a second is random
+    first, second = found["project"], found["mine"]
     keys = ("project", "entity", "group")
     assert [first[key] for key in keys] == ["project", "entity", "group"]
     assert [second[key] for key in keys] == ["mine", "us", "ours"]

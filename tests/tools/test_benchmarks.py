@@ -606,7 +606,7 @@ def test_what_checkpoints_cost(tmp_path):
     """Parts write what is new, the whole everything: in bytes, by the sizes of hopper's rows."""
     out = tmp_path / "checkpoints.json"
     sizes = dict(seeds=2, steps=30_000, interval=300, rounds=1)
-    stops("not nope", call=lambda: checkpoints.main(checkpoints.Options(env="nope")))
+    stops("and nope", call=lambda: checkpoints.main(checkpoints.Options(env="nope")))
     found = checkpoints.main(checkpoints.Options("sac", "hopper", out=str(out), **sizes))
     assert json.loads(out.read_text()) == found and min(found["seconds"].values()) > 0
     row = 2 * 4 * (2 * 11 + 3 + 3) / 2**20
