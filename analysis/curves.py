@@ -37,8 +37,10 @@ class Panel:
 
     def steps_of_dots(self) -> str:
         """Returns when our methods were evaluated, where that was once: 50k, or 50k to 100k."""
-        steps = sorted({int(own.steps[-1]) for own in self.ours.values()})
-        return " to ".join(thousands(step) for step in dict.fromkeys((steps[0], steps[-1])))
+        first = min(own.steps[-1] for own in self.ours.values())
+        if first == self.last_step():
+            return thousands(first)
+        return f"{thousands(first)} to {thousands(self.last_step())}"
 
     def last_step(self) -> int:
         """Returns the last step of our methods, or where published results usually end."""

@@ -17,6 +17,10 @@ from common.flags import FREE
 IGNORED = {"env", "seed", "num_seeds", "tasks", "dataset", "reference_scores", *FREE}
 
 
+Rows = dict[Path, list[dict]]  # path -> its evaluations
+Flags = dict[Path, dict[str, dict]]  # path -> label -> flags, as far as they are known
+
+
 class Scores(NamedTuple):
     """A method's scores on one domain, at the steps where all of its agents were evaluated."""
 
@@ -100,38 +104,46 @@ def read_runs(paths: Iterable[Path]) -> list[dict]:
     An agent that several of them hold counts where it comes first.
     """
     paths = list(dict.fromkeys(path.resolve() for path in paths))
-    rows_of = _read_folders([path for path in paths if path.is_dir()])
+    rows_of, flags_of = _read_folders([path for path in paths if path.is_dir()])
     for path in paths:
         if path.is_file():
-            rows_of[path] = read_results(path)
-    _tell_apart(rows_of)
+            rows_of[path], flags_of[path] = _read_file(path)
+    _tell_apart(rows_of, flags_of)
     return _without_repeated(rows_of)
 
 
-def _read_folders(folders: list[Path]) -> dict[Path, list[dict]]:
-    """Reads the evaluations of run folders: folder -> rows."""
+def _read_folders(folders: list[Path]) -> tuple[Rows, Flags]:
+    """Reads the evaluations of run folders and the flags of their methods."""
     runs = [(script_name(folder), read_flags(folder)) for folder in folders]
     rows_of = {}
+    flags_of = {}
     for folder, label, (_, flags) in zip(folders, method_names(runs), runs, strict=True):
         names = dict(label=label, env=domain_of_run(flags))
         rows_of[folder] = [row | names for row in read_rows(folder / "eval.csv")]
+        flags_of[folder] = {label: flags}
         if not rows_of[folder]:
             say(f"Skipping {folder}: it has no evaluation yet.")
-    return rows_of
+    return rows_of, flags_of
 
 
 def read_results(path: Path) -> list[dict]:
     """Reads benchmarks/results/<suite>.csv; <suite>.json says on which domain each label ran."""
+    rows, _ = _read_file(path)
+    return rows
+
+
+def _read_file(path: Path) -> tuple[list[dict], dict[str, dict]]:
+    """Reads the rows of a file as `read_results` does, and the flags of each of its labels."""
     rows = read_rows(path)
     if not rows or not {"task", "seed", "step"} <= rows[0].keys():
         raise UserError(f"{path} has no evaluations: columns task, seed, step and metrics")
-    labels = {row.get("label") for row in rows}
-    flags_of = _read_notes(path, labels)
     for row in rows:
-        flags = flags_of.get(row.get("label"))
         row.setdefault("label", path.stem)
+    flags_of = _read_notes(path, {row["label"] for row in rows})
+    for row in rows:
+        flags = flags_of.get(row["label"])
         row["env"] = domain_of_run(flags) if flags else path.stem
-    return rows
+    return rows, flags_of
 
 
 def _read_notes(path: Path, labels: Iterable[str]) -> dict[str, dict]:
@@ -149,21 +161,15 @@ def _read_notes(path: Path, labels: Iterable[str]) -> dict[str, dict]:
     return flags_of
 
 
-def _tell_apart(rows_of: dict[Path, list[dict]]) -> None:
+def _tell_apart(rows_of: Rows, flags_of: Flags) -> None:
     """Adds its name to a file's labels that an earlier path has for another configuration."""
     known = {}  # (label, domain) -> flags
     for path, rows in rows_of.items():
-        methods = dict.fromkeys((row["label"], row["env"]) for row in rows)
-        labels = [label for label, _ in methods]
-        if path.is_file():
-            flags_of = _read_notes(path, labels)
-        else:
-            flags_of = dict.fromkeys(labels, read_flags(path))
         renamed = {}
-        for label, env in methods:
-            if label not in flags_of:
+        for label, env in dict.fromkeys((row["label"], row["env"]) for row in rows):
+            if label not in flags_of[path]:
                 continue
-            own = _own_flags(flags_of[label])
+            own = _own_flags(flags_of[path][label])
             first = known.setdefault((label, env), own)
             shared = own.keys() & first.keys()
             if any(own[key] != first[key] for key in shared):
@@ -172,7 +178,7 @@ def _tell_apart(rows_of: dict[Path, list[dict]]) -> None:
             row["label"] = renamed.get(row["label"], row["label"])
 
 
-def _without_repeated(rows_of: dict[Path, list[dict]]) -> list[dict]:
+def _without_repeated(rows_of: Rows) -> list[dict]:
     """Joins the rows of all paths, each agent from the first path that holds it; reports others."""
     kept = []
     owner = {}  # agent -> the path from which it counts

@@ -192,10 +192,11 @@ def _csv_cells(entry: Entry | None) -> list:
     """Returns an entry's five cells; what is not known is empty, as the interval of one seed is."""
     if entry is None:
         return [""] * 5
-    cells = np.round(entry.numbers, 4).tolist()
+    numbers = np.round(entry.numbers, 4)
     if entry.seeds == 1:
-        cells[1:] = ["", ""]
+        numbers[1:] = np.nan
+    cells = numbers.tolist()
     for i, number in enumerate(cells):
-        if number != "" and np.isnan(number):
+        if np.isnan(number):
             cells[i] = ""
     return [*cells, entry.step, entry.seeds or ""]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from analysis.runs import ROOT
+from analysis.runs import ROOT, read_rows
 from analysis.tables import markdown
 from common.errors import UserError
 
@@ -26,6 +26,17 @@ def write_rows(path: Path | str, rows: list[dict], columns: Iterable[str] = ()) 
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def put_row(path: Path, new: dict, key: Iterable[str], columns: Iterable[str]) -> None:
+    """Writes a row in place of the one with the same key, or at the end, and prints it."""
+    new = {name: str(new.get(name, "")) for name in columns}
+    others = []
+    for row in read_rows(path):
+        if any(row[name] != new[name] for name in key):
+            others.append(row)
+    write_rows(path, [*others, new], columns)
+    print(" ".join(f"{name} {x}" for name, x in new.items() if x), flush=True)
 
 
 def run_python(words: list[str], **more) -> None:

@@ -24,8 +24,7 @@ import tyro
 
 from analysis.command_line import run_program
 from analysis.runs import ROOT, read_rows
-from benchmarks import as_table
-from benchmarks.throughput import put_row
+from benchmarks import RESULTS, as_table, put_row
 from common.errors import UserError
 
 TIMES = {"online_throughput": "ms_step", "throughput": "ms_update"}  # benchmark -> its column
@@ -43,7 +42,7 @@ class Options:
     """Times that the command is run in each checkout."""
     table: bool = False
     """Measure nothing, and print what is committed."""
-    out: str = str(ROOT / "benchmarks/results/against.csv")
+    out: str = str(RESULTS / "against.csv")
     """File of the results."""
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from analysis.command_line import run_program
-from analysis.runs import ROOT, read_flags
-from benchmarks import as_table, write_rows
+from analysis.runs import read_flags
+from benchmarks import RESULTS, as_table, write_rows
 from common.agents import load_agent
 from common.collect import ant
 from common.collect.experts import heading, subgoal_search
@@ -36,7 +36,7 @@ class Options:
     """Episodes on the plane, and of each task with each noise."""
     mazes: tuple[str, ...] = ("medium", "large", "giant")
     """Mazes of OGBench in which the policy walks."""
-    out: str = str(ROOT / "benchmarks/results/ant-expert.csv")
+    out: str = str(RESULTS / "ant-expert.csv")
 
 
 def keep(folder: Path, path: Path) -> None:

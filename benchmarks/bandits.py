@@ -28,6 +28,7 @@ import numpy as np
 from analysis import style
 from analysis.command_line import run_program
 from analysis.runs import ROOT
+from benchmarks import RESULTS
 from common.sampling import Batch
 
 GRID = np.linspace(-3, 3, 6001)  # of the closed forms, far beyond the box
@@ -313,7 +314,7 @@ class Options:
     """Updates of each agent."""
     image: str = str(ROOT / "docs/images/bandits.png")
     """File of the picture."""
-    out: str = str(ROOT / "benchmarks/results/bandits.json")
+    out: str = str(RESULTS / "bandits.json")
     """File of the results."""
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from analysis.command_line import run_program
 from analysis.scripts import script_of
+from benchmarks import RESULTS
 from benchmarks.throughput import describe
 from common.checkpoints import CHECKPOINT, PART, Checkpoints, pack, read_checkpoint
 from common.environments import ONLINE, env_sizes
@@ -30,7 +31,7 @@ from common.errors import UserError
 from common.files import write_file
 from common.sampling import Replay
 
-OUT = Path(__file__).resolve().parent / "results/checkpoints.json"
+OUT = RESULTS / "checkpoints.json"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 
 from analysis.command_line import run_program
+from benchmarks import RESULTS
 from common.dataset_files import read
 from common.environments import make_env, resolve
 from common.errors import UserError
@@ -25,7 +26,7 @@ from common.errors import UserError
 class Options:
     dataset: Annotated[Path, tyro.conf.Positional]
     """A file pointmaze-medium-*.npz."""
-    out: str = str(Path(__file__).resolve().parent / "results/coverage.json")
+    out: str = str(RESULTS / "coverage.json")
     """File of the results."""
 
 

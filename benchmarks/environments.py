@@ -21,7 +21,7 @@ import psutil
 
 from analysis.command_line import run_program
 from analysis.runs import read_rows
-from benchmarks import as_table, write_rows
+from benchmarks import RESULTS, as_table, put_row
 from common.environments import ONLINE, make_env, resolve
 
 OFFLINE = """pointmaze-medium pointmaze-giant antmaze-large antmaze-giant humanoidmaze-medium
@@ -32,7 +32,7 @@ OFFLINE = """pointmaze-medium pointmaze-giant antmaze-large antmaze-giant humano
 @dataclass(frozen=True)
 class Options:
     envs: tuple[str, ...] = (*OFFLINE, *ONLINE)
-    out: str = str(Path(__file__).resolve().parent / "results/environments.csv")
+    out: str = str(RESULTS / "environments.csv")
 
 
 def measure(env: str) -> dict:
@@ -75,16 +75,12 @@ def main(options: Options) -> None:
     packages = ("mujoco", "gymnasium", "ogbench", "gymnasium-robotics")
     made_with = [f"{x} {importlib.metadata.version(x)}" for x in packages]
     made_with = ", ".join([f"{os.cpu_count()} CPU cores, {platform.machine()}", *made_with])
-    rows = []
     context = multiprocessing.get_context("spawn")
     for env in options.envs:
         with context.Pool(1) as pool:
-            rows.append(pool.apply(measure, [env]) | dict(made_with=made_with))
-        print(rows[-1], flush=True)
-    others = [row for row in read_rows(Path(options.out)) if row["env"] not in options.envs]
-    rows = others + rows
-    write_rows(options.out, rows)
-    print(as_table(rows, [*rows[0]][:-1]))
+            row = pool.apply(measure, [env]) | dict(made_with=made_with)
+        put_row(Path(options.out), row, ["env"], list(row))
+    print(as_table(read_rows(Path(options.out)), [*row][:-1]))
 
 
 if __name__ == "__main__":

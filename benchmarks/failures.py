@@ -17,7 +17,7 @@ import tyro
 
 from analysis.command_line import run_program
 from analysis.runs import read_csv, read_flags
-from benchmarks import write_rows
+from benchmarks import RESULTS, write_rows
 from common.environments import make_env, resolve
 from common.errors import UserError
 
@@ -26,7 +26,7 @@ from common.errors import UserError
 class Options:
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of complete runs."""
-    out: str = str(Path(__file__).resolve().parent / "results/pointmaze-failures.csv")
+    out: str = str(RESULTS / "pointmaze-failures.csv")
     """File of the results."""
 
 

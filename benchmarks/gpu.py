@@ -31,6 +31,7 @@ from jax.sharding import SingleDeviceSharding
 from analysis.command_line import run_program
 from analysis.runs import read_rows
 from analysis.tables import markdown
+from benchmarks import RESULTS, put_row
 from benchmarks.throughput import (
     EVERY,
     OFFLINE,
@@ -39,7 +40,6 @@ from benchmarks.throughput import (
     describe,
     hours,
     measure_chunk,
-    put_row,
 )
 from common.devices import matmul_precision
 from common.errors import UserError
@@ -49,7 +49,7 @@ KEY = tuple(COLUMNS[:5])
 PRECISION = "float32", "bfloat16"  # what --precision says
 FLAGS = {"no Triton": {"xla_gpu_enable_triton_gemm": False}}  # cuBLAS makes all products
 VARIANTS = "as it is", "unrolled", "two-pass", "flat Adam", *PRECISION, *FLAGS
-OUT = Path(__file__).resolve().parent / "results/gpu.csv"
+OUT = RESULTS / "gpu.csv"
 H200 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
   fpus_per_core: 128 clock_rate_ghz: 1.98 cuda_compute_capability { major: 9 minor: 0 }

@@ -21,8 +21,8 @@ import qam
 from analysis.command_line import run_program, say
 from analysis.runs import read_rows
 from analysis.tables import markdown
-from benchmarks import RESULTS, gpu, shards, shares
-from benchmarks.throughput import EVERY, put_row
+from benchmarks import RESULTS, gpu, put_row, shards, shares
+from benchmarks.throughput import EVERY
 from common.errors import in_a_line
 from common.files import read_config
 from common.flags import parse

@@ -26,9 +26,9 @@ import jax
 import numpy as np
 
 from analysis.command_line import run_program
-from analysis.runs import ROOT, read_rows
-from benchmarks import as_table
-from benchmarks.throughput import Size, Trained, describe, put_row, timed
+from analysis.runs import read_rows
+from benchmarks import RESULTS, as_table, put_row
+from benchmarks.throughput import Size, Trained, describe, timed
 from common.devices import keep_freed_memory
 from common.errors import UserError
 
@@ -51,7 +51,7 @@ class Options:
     """Transitions in the random data."""
     table: bool = False
     """Measure nothing, and print what is committed."""
-    out: str = str(ROOT / "benchmarks/results/kernels.csv")
+    out: str = str(RESULTS / "kernels.csv")
     """File of the results."""
 
 

@@ -297,8 +297,9 @@ def run(
     """Runs a script. Returns its command line with its configuration, and its evaluations."""
     words = label.replace(",", "").replace(" = ", " ").split()
     name = "-".join([options.suite, *words])
-    module, *given = command_line(command, flags)
-    line = [module, *given]
+    line = command_line(command, flags)
+    module = line[0]
+    shown = shlex.join(["python", "-m", *line])
     line += ["--num-seeds", str(options.seeds), "--name", name, "--run-dir", options.run_dir]
     if tasks:
         line += ["--tasks", *map(str, tasks)]
@@ -309,7 +310,6 @@ def run(
     rows = read_rows(folder / "eval.csv")
     config = portable(folder)
     config["made_with"]["cores"] = len(os.sched_getaffinity(0))
-    shown = shlex.join(["python", "-m", module, *given])
     return dict(command=shown, config=config), [dict(label=label, **row) for row in rows]
 
 

@@ -28,6 +28,7 @@ from analysis.runs import ROOT
 from analysis.statistics import interval
 from analysis.style import GOAL_COLOURS, settings
 from analysis.tables import cell
+from benchmarks import RESULTS
 from benchmarks.learning import configuration, launch
 from common.agents import TrainedAgents, load_agents
 from common.environments import GOALS, MULTIGOAL_STEPS, MultiGoal
@@ -53,7 +54,7 @@ class Options:
     """Folder where the run folders are kept."""
     episodes: int = 400
     """Episodes for measure (a), and samples for measure (c)."""
-    out: str = str(ROOT / "benchmarks/results")
+    out: str = str(RESULTS)
     """Folder of the JSON files."""
     picture: str = str(ROOT / "docs/images/multigoal.png")
     """File of the picture."""

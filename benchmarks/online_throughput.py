@@ -30,8 +30,7 @@ import numpy as np
 from analysis.command_line import run_program
 from analysis.runs import read_rows
 from analysis.scripts import script_of
-from benchmarks import RESULTS, as_table
-from benchmarks.throughput import put_row
+from benchmarks import RESULTS, as_table, put_row
 from common.devices import keep_freed_memory, zero_metrics
 from common.env_pool import EnvPool
 from common.environments import TRAINING, env_sizes, make_env, seeds_of

@@ -17,12 +17,13 @@ from pathlib import Path
 import jax
 
 from analysis.command_line import run_program
-from benchmarks.throughput import Size, Trained, describe, products, put_row, timed
+from benchmarks import RESULTS, put_row
+from benchmarks.throughput import Size, Trained, describe, products, timed
 from common.errors import UserError
 from common.sampling import sample
 
 COLUMNS = ("script", "size", "part", "device", "ms", "gflop", "gflop_per_s", "jax")
-OUT = Path(__file__).resolve().parent / "results/parts.csv"
+OUT = RESULTS / "parts.csv"
 
 
 @dataclasses.dataclass(frozen=True)

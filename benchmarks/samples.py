@@ -21,6 +21,7 @@ import numpy as np
 from analysis.command_line import run_program
 from analysis.runs import ROOT
 from analysis.scripts import script_of
+from benchmarks import RESULTS
 from benchmarks.multigoal import choose, cosine
 from common.environments import GOALS
 from common.errors import UserError
@@ -37,7 +38,7 @@ class Options:
     """Agents, with seeds 0, 1, ..."""
     samples: int = 400
     """Samples of each agent."""
-    out: str = str(ROOT / "benchmarks/results")
+    out: str = str(RESULTS)
     """Folder of the JSON file."""
     pictures: str = str(ROOT / "docs/images")
     """Folder of the picture."""

@@ -38,6 +38,7 @@ import numpy as np
 
 import qam
 from analysis.command_line import run_program
+from benchmarks import RESULTS
 from benchmarks.learning import VERSIONS
 from benchmarks.throughput import describe
 from common import datasets
@@ -49,7 +50,7 @@ from common.environments import resolve
 from common.sampling import Replay
 
 USED = ("observations", "actions", "terminals", "qpos", "button_states")
-OUT = Path(__file__).resolve().parent / "results/shards.json"
+OUT = RESULTS / "shards.json"
 SET = "set"  # folders of all shards, and of the first one alone
 SINGLE = "single"
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from analysis.command_line import run_program
 from analysis.runs import ROOT
 from analysis.scripts import script_of
+from benchmarks import RESULTS
 from benchmarks.throughput import describe
 from common.checkpoints import CHECKPOINT
 from common.errors import UserError
@@ -43,7 +44,7 @@ class Options:
     """Seconds of training before a signal, at most."""
     seed: int = 0
     """Of the random moments."""
-    out: str = str(ROOT / "benchmarks/results/stops.json")
+    out: str = str(RESULTS / "stops.json")
     """File of the results."""
 
 

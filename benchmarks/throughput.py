@@ -17,7 +17,7 @@ import dataclasses
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -31,7 +31,7 @@ from analysis.command_line import run_program
 from analysis.runs import read_rows
 from analysis.scripts import script_of
 from analysis.tables import markdown
-from benchmarks import write_rows
+from benchmarks import RESULTS, put_row
 from common.devices import replicate, shard_over_agents, zero_metrics
 from common.errors import UserError
 from common.sampling import Batch, Dataset, Replay
@@ -66,7 +66,7 @@ KEY = ("script", "size", "way", "agents", "device")
 COLUMNS = (*KEY, "ms_update", "ms_agent_update", "compile_s", "gflop", "peak", "memory_mb", "jax")
 TABLE_1 = dict(updates=1_000_000, tasks=50, seeds=8)  # of the QAM paper, per method
 Size = Literal["small", "paper"]
-OUT = Path(__file__).resolve().parent / "results/throughput.csv"
+OUT = RESULTS / "throughput.csv"
 OFFLINE = [name.split("/")[-1] for name in named("offline")]
 EVERY = [name.replace("/", ".") for name in named("offline") + named("online")]
 
@@ -457,17 +457,6 @@ def projection(rows: list[dict]) -> str:
         needed = hours(float(row["ms_agent_update"]))
         lines.append([device, script, row["agents"], f"{needed:,.0f}"])
     return markdown(lines)
-
-
-def put_row(path: Path, new: dict, key: Iterable[str], columns: Iterable[str]) -> None:
-    """Writes a row in place of the one with the same key, or at the end, and prints it."""
-    new = {name: str(new.get(name, "")) for name in columns}
-    others = []
-    for row in read_rows(path):
-        if any(row[name] != new[name] for name in key):
-            others.append(row)
-    write_rows(path, [*others, new], columns)
-    print(" ".join(f"{name} {x}" for name, x in new.items() if x), flush=True)
 
 
 def main(options: Options) -> None:

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from analysis.command_line import run_program
-from analysis.runs import ROOT, read_flags
-from benchmarks import as_table, write_rows
+from analysis.runs import read_flags
+from benchmarks import RESULTS, as_table, write_rows
 from common.agents import load_agent
 from common.dataset_files import locate
 from common.environments import make_env, resolve
@@ -34,7 +34,7 @@ class Options:
     """One of the run's tasks. The agent is that of its first seed."""
     dataset_dir: str = ""
     """Folder of the run's data. The default is where the run found them."""
-    out: str = str(ROOT / "benchmarks/results/pointmaze-values.csv")
+    out: str = str(RESULTS / "pointmaze-values.csv")
     """File of the results."""
 
 

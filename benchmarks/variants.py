@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 from analysis.command_line import run_program
-from analysis.runs import ROOT, read_rows
-from benchmarks import as_table
+from analysis.runs import read_rows
+from benchmarks import RESULTS, as_table, put_row
 from benchmarks.gpu import VARIANTS, changed, prepare, refuse_unknown
-from benchmarks.throughput import Size, Trained, describe, measure_in_turns, put_row
+from benchmarks.throughput import Size, Trained, describe, measure_in_turns
 
 COLUMNS = "script size variant device ms_update ratio compile_s compile_ratio jax".split()
 KEY = tuple(COLUMNS[:4])
@@ -37,7 +37,7 @@ class Options:
     """Rounds in which every variant is measured once."""
     seconds: float = 1.0
     """Time of a variant in a round, about."""
-    out: str = str(ROOT / "benchmarks/results/variants.csv")
+    out: str = str(RESULTS / "variants.csv")
     """File of the results."""
 
 

@@ -146,7 +146,6 @@ class Checkpoints:
         match. Returns the content with the joined replay, or None if there is no checkpoint.
         Without the replay it serves evaluations, which need no metrics: those of `like` stay.
         """
-        compared = ("state", "metrics") if with_replay else ("state",)
         errors = []
         for path in (self.folder / CHECKPOINT, self.folder / PREVIOUS):
             if not path.exists():
@@ -155,11 +154,11 @@ class Checkpoints:
                 content = self._read(path.name)
                 parts = [int(part) for part in content.pop("parts")]
                 del content["run"]
-                for name in compared:
-                    expected = flax.serialization.to_state_dict(like[name])
-                    check_same_arrays(expected, content[name])
                 if not with_replay:
                     content["metrics"] = flax.serialization.to_state_dict(like["metrics"])
+                for name in ("state", "metrics"):
+                    expected = flax.serialization.to_state_dict(like[name])
+                    check_same_arrays(expected, content[name])
                 found = flax.serialization.from_state_dict(like, content)
                 rows = []
                 if with_replay:

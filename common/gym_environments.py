@@ -60,6 +60,14 @@ def is_flat(space: Space) -> bool:
     return isinstance(space, Box) and space.dtype.kind == "f" and len(space.shape) <= 2
 
 
+def check_actions(actions: Space) -> None:
+    """Raises ValueError if the methods cannot work with such actions."""
+    flat = is_flat(actions) and len(actions.shape) == 1
+    if not flat or not actions.is_bounded() or (actions.low >= actions.high).any():
+        supported = "supported is a Box of floats with one axis and finite bounds"
+        raise ValueError(f"{in_a_line(actions)}; {supported}")
+
+
 def check(env: gymnasium.Env, name: str) -> None:
     """Raises UserError if the methods cannot work with the spaces, or an episode need not end."""
     seen = env.observation_space
@@ -68,13 +76,10 @@ def check(env: gymnasium.Env, name: str) -> None:
             f"{name} observes {in_a_line(seen)}; supported are a Box of floats that is no image, "
             "and a Dict or Tuple of those: wrap the environment"
         )
-    actions = env.action_space
-    flat = is_flat(actions) and len(actions.shape) == 1
-    if not flat or not actions.is_bounded() or (actions.low >= actions.high).any():
-        raise UserError(
-            f"{name} has the actions {in_a_line(actions)}; supported is a Box of floats with one "
-            "axis and finite bounds: wrap the environment"
-        )
+    try:
+        check_actions(env.action_space)
+    except ValueError as error:
+        raise UserError(f"{name} has the actions {error}: wrap the environment") from None
     if env.spec.max_episode_steps is None:
         raise UserError(f"{name} has no time limit; give it one with --max-episode-steps")
 

@@ -16,7 +16,7 @@ from gymnasium.vector.utils import batch_space, iterate
 from common.dataset_files import BadDataset, check_array, read_arrays
 from common.environments import MINARI, env_name, make_env
 from common.errors import UserError, in_a_line
-from common.gym_environments import action_box, is_flat
+from common.gym_environments import action_box, check_actions
 from common.sampling import Dataset
 
 KEYS = ("observations", "actions", "rewards", "terminals")
@@ -73,9 +73,10 @@ def read_minari(name: str) -> tuple[Arrays, Box, list, list[str]]:
     is not used of the environment in which it was recorded."""
     minari = load_minari(name)
     actions = minari.action_space
-    if not is_flat(actions) or len(actions.shape) != 1 or not actions.is_bounded():
-        supported = "supported is a Box of floats with one axis and finite bounds"
-        raise BadDataset(name, f"its actions are {in_a_line(actions)}; {supported}")
+    try:
+        check_actions(actions)
+    except ValueError as error:
+        raise BadDataset(name, f"its actions are {error}") from None
     space = minari.observation_space
     episodes = []
     try:
@@ -178,6 +179,7 @@ def action_range(args: Any, arrays: Arrays) -> Box | None:
     widths = [arrays[key].shape[1] for key in KEYS[:2]]
     try:
         env = make_env(env_name(named, args.tasks[0]))
+        env.close()
         expected = [*env.observation_space.shape, *env.action_space.shape]
         if widths != expected:
             where = f"expected {expected} for {args.env}"
@@ -187,7 +189,6 @@ def action_range(args: Any, arrays: Arrays) -> Box | None:
             raise
         print(f"actions      as they are, in [-1, 1], because {in_a_line(error)}")
         return None
-    env.close()
     return action_box(env)
 
 

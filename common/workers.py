@@ -76,7 +76,9 @@ class Slot:
         observation, reward, terminated, truncated, info = self.env.step(action)
         ended = terminated or truncated
         success = info.get("success", info.get("is_success", np.nan))
-        reward, success = (np.asarray(x, float).item() for x in (reward, success))  # or one in [x]
+        # Environments that compute with arrays return them as arrays of one number.
+        reward = np.asarray(reward, float).item()
+        success = np.asarray(success, float).item()
         return np.float32(observation), reward, not terminated, ended, success
 
     def replay(self, seed: int, age: int, actions: np.ndarray) -> tuple:

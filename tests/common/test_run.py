@@ -461,13 +461,17 @@ def test_evaluations_alone_are_due_at_once(run):
     assert len(lines) == 3 and [row["step"] for row in rows] == ["20"] * 3
 
 
-def test_a_torn_row_of_an_evaluation_alone(run):
-    """Is dropped by the next --eval-only, as the rows of the other tables are."""
+def left_at_20(run):
+    """The folder of a run that is no more, with a checkpoint of step 20."""
     first = run()
     restore(first)
     go(first, [20])
-    folder = first.folder
-    del first
+    return first.folder
+
+
+def test_a_torn_row_of_an_evaluation_alone(run):
+    """Is dropped by the next --eval-only, as the rows of the other tables are."""
+    folder = left_at_20(run)
     for _ in range(2):
         again = run(eval_only=True)
         restore(again)
@@ -482,11 +486,7 @@ def test_a_torn_row_of_an_evaluation_alone(run):
 
 def test_a_refused_script_leaves_the_one_that_was_there(run):
     """So that the agent can still be loaded."""
-    first = run()
-    restore(first)
-    go(first, [20])
-    folder = first.folder
-    del first
+    folder = left_at_20(run)
     (folder / "script.py").write_text("# as it was")
     before = (folder / "config.json").read_bytes()
     second = run()

@@ -29,10 +29,11 @@ def created(name):
     args = make_args(script, hidden_dims=(64, 64, 64), action_size=6)
     state = script.create(args, 40, jax.random.PRNGKey(0))
     params = {key: x for key, x in state.params.items() if key != "log_alpha"}
-    trees = params, getattr(state, "statistics", {})
-    leaves = jax.tree_util.tree_leaves_with_path(trees[0])
-    leaves += jax.tree_util.tree_leaves_with_path(trees[1])
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+    found = {}
+    for tree in (params, getattr(state, "statistics", {})):
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            found[jax.tree_util.keystr(path)] = np.asarray(x)
+    return found
 
 
 @pytest.mark.parametrize("name", LECUN)
