@@ -509,7 +509,7 @@ def main(args: Args) -> list[dict]:
             updates = min(run.updates_until_due(step), dataset.updates_until_swap(step))
             state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, updates)
             step = step + updates
-            content = dict(state=state, envs=envs.save())  # what a checkpoint saves besides
+            content = dict(state=state, envs=envs.save())  # saved with metrics and replay
             metrics = run.log_and_save(step, metrics, content, replay)
             evaluate_if_due(args, run, state, eval_envs, step)
 

@@ -499,7 +499,7 @@ def main(args: Args) -> list[dict]:
                 data = dataset.at(step)
                 state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, 1)
             step = env_step
-            content = dict(state=state, envs=envs.save())  # what a checkpoint saves besides
+            content = dict(state=state, envs=envs.save())  # saved with metrics and replay
             metrics = run.log_and_save(step, metrics, content, replay)
             evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()

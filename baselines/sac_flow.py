@@ -610,7 +610,7 @@ def main(args: Args) -> list[dict]:
             ended = transitions["terminals"] > 0  # terminated or timed out; `masks` tell which
             if ended.any():
                 envs.reset(seeds_of(agents, step, TRAINING), where=ended)
-            content = dict(state=state, envs=envs.save())  # what a checkpoint saves besides
+            content = dict(state=state, envs=envs.save())  # saved with metrics and replay
             metrics = run.log_and_save(step, metrics, content, replay)
             evaluate_if_due(args, run, state, eval_envs, step)
         return run.finish()
