@@ -282,8 +282,9 @@ def main(options: Options) -> None:
     print("|---" * 6 + "|")
     for label in options.only:
         trained, note = train(METHODS[label], options)
-        script, args, state, *_ = trained
-        numbers, shown[label] = measure(script, args, state, options.episodes)
+        numbers, shown[label] = measure(
+            trained.script, trained.args, trained.state, options.episodes
+        )
         rounded = {name: np.round(x, 4).tolist() for name, x in numbers.items()}
         results[label] = note | rounded
         path.write_text(json.dumps(results, indent=1) + "\n")
