@@ -108,10 +108,10 @@ def sweep(entropy_scale):
 
 NINE = """fmer baselines.sac baselines.td3 baselines.ppo baselines.dipo baselines.dpmd
     baselines.qvpo baselines.sac_flow baselines.flame"""
-SMALL = "--hidden-dims 128 128 128 --batch-size 64"  # an update of FMER takes a CPU core 15 to 30 ms
+SMALL = "--hidden-dims 128 128 128 --batch-size 64"
 SHORT = {"FMER": f"fmer {SMALL}", "SAC": "baselines.sac", "TD3": "baselines.td3"}
-# On a CPU core, an update of an agent: SAC-Flow 4 ms, FLAME 15, DIPO 17, DPMD 50, QVPO 105.
-DIFFUSIONS = {
+# An update of an agent on a CPU core: SAC-Flow 4 ms, FMER and FLAME 15, DIPO 17, DPMD 50, QVPO 105.
+GENERATIVE = {
     "SAC-Flow": f"baselines.sac_flow {SMALL}",
     "FLAME": f"baselines.flame {SMALL}",
     "DIPO": f"baselines.dipo {SMALL}",
@@ -230,7 +230,7 @@ SUITES = {  # suite -> (label -> command line, flags of all, tasks)
 }
 FEW = "--env {} --total-steps {} --warmup-steps 5000"
 SUITES |= {
-    "halfcheetah": (SHORT | DIFFUSIONS, FEW.format("halfcheetah", 100_000), ()),
+    "halfcheetah": (SHORT | GENERATIVE, FEW.format("halfcheetah", 100_000), ()),
     "halfcheetah-300k": (
         {label: SHORT[label] for label in ("SAC", "TD3")},
         FEW.format("halfcheetah", 300_000),

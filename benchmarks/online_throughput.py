@@ -3,7 +3,7 @@
     python -m benchmarks.online_throughput --script fmer --env halfcheetah --hidden-dims 128 128 128
         --batch-size 64
     python -m benchmarks.online_throughput --table         prints the committed rows
-    for env in humanoid halfcheetah; do for script in fmer sac td3 dipo dpmd qvpo sac_flow flame
+    for env in humanoid halfcheetah; do for script in fmer sac td3 ppo dipo dpmd qvpo sac_flow flame
         do python -m benchmarks.online_throughput --script $script --env $env; done; done
                                                            as the FMER paper's Tables 8 and 9
 
@@ -14,6 +14,10 @@ and act, step, store, one jitted update, one after the other) around the script'
 share of the second that is missing in the first is the time spent waiting for environments. Medians
 of five blocks each, after compilation. The row of a configuration replaces an older one in
 benchmarks/results/online-throughput.csv.
+
+PPO has no replay: its blocks are whole rollouts, an environment step of its loop takes its share of
+the epochs that follow a rollout, an update is a minibatch, and there is no time without
+environments and no reference.
 """
 
 import dataclasses
@@ -133,6 +137,56 @@ class Training:
         return 1e3 * (time.perf_counter() - start) / steps
 
 
+class Rollouts:
+    """Agents of PPO, which play a rollout and then learn from it as in the script's main."""
+
+    def __init__(self, script, args, agents: int):
+        observation_size, action_size = env_sizes(args.env)
+        self.script = script
+        self.args = dataclasses.replace(args, action_size=action_size)
+        self.agents = [(1, seed) for seed in range(agents)]
+        self.clock = 0
+        self.state = script.create_agents(self.args, self.agents, observation_size)
+        rollout = script.empty_rollout(self.args, agents, observation_size)
+        step = partial(script.train_step, self.args)
+        self.metrics = zero_metrics(step, self.state, rollout)
+        self.envs = EnvPool([args.env] * agents, args.num_envs, most=args.num_envs * agents)
+        self.envs.reset(script.episode_seeds(self.args, self.agents, 0))
+        self.rollout = self.play()
+
+    def play(self) -> dict:
+        """Returns the next rollout of all agents."""
+        rollout, _ = self.script.collect_rollout(
+            self.args, self.state, self.envs, self.agents, self.clock
+        )
+        self.clock += self.args.rollout_steps
+        return rollout
+
+    def learn(self) -> None:
+        """Makes all epochs over the last rollout."""
+        self.state, self.metrics = self.script.train_chunk(
+            self.args, self.state, self.metrics, self.rollout
+        )
+
+    def block(self, way: str, steps: int) -> float:
+        """Returns the milliseconds of an environment step of the loop, or of an update."""
+        if way == "no env":
+            return np.nan
+        args = self.args
+        rollouts = max(1, steps // args.rollout_steps)
+        jax.block_until_ready(self.state)
+        start = time.perf_counter()
+        for _ in range(rollouts):
+            if way == "loop":
+                self.rollout = self.play()
+            self.learn()
+        jax.block_until_ready(self.state)
+        seconds = time.perf_counter() - start
+        updates = args.epochs * (args.rollout_steps // args.batch_size)
+        in_a_rollout = args.rollout_steps if way == "loop" else updates
+        return 1e3 * seconds / (rollouts * in_a_rollout)
+
+
 class Reference:
     """One agent in CleanRL's loop. DIPO's update also needs the replay, so it has no reference."""
 
@@ -197,15 +251,17 @@ def measure(options: Options) -> dict:
     script = script_of(options.script)
     if options.agents < 1:
         raise UserError("--agents must be at least 1")
-    if hasattr(script.Args, "tasks") or not hasattr(script.Args, "replay_size"):
-        raise UserError(f"{options.script} is not an online method with a replay")
+    if not hasattr(script.Args, "total_steps"):
+        raise UserError(f"{options.script} is not an online method")
     flags = dict(hidden_dims=options.hidden_dims, batch_size=options.batch_size)
     flags = {name: x for name, x in flags.items() if x}
     args = configure(script.Args, script.ENV_DEFAULTS, options.env, **flags)
     keep_freed_memory()
-    training = Training(script, args, options.agents)
+    has_replay = hasattr(args, "replay_size")
+    training = (Training if has_replay else Rollouts)(script, args, options.agents)
     reference = None
-    if options.agents == 1 and "replay" not in inspect.signature(script.update).parameters:
+    update_arguments = inspect.signature(script.update).parameters
+    if options.agents == 1 and has_replay and "replay" not in update_arguments:
         reference = Reference(script, args)
     times = []
     for _ in range(6):
@@ -222,9 +278,9 @@ def measure(options: Options) -> dict:
         device=f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
         steps_per_s=round(1e3 * options.agents / loop, 1),
         updates_per_s=round(1e3 * options.agents / update, 1),
-        waiting=round(max(0, 1 - without / loop), 3),
+        waiting=round(max(0, 1 - without / loop), 3) if has_replay else "",
         ms_step=round(loop, 3),
-        ms_no_env=round(without, 3),
+        ms_no_env=round(without, 3) if has_replay else "",
         ms_update=round(update, 3),
         ms_reference=round(as_cleanrl, 3) if reference else "",
         jax=importlib.metadata.version("jax"),

@@ -35,6 +35,7 @@ from benchmarks import (
     gpu_check,
     kernels,
     learning,
+    multigoal,
     online_throughput,
     own_data,
     parts,
@@ -469,7 +470,7 @@ def test_names_of_scripts(tmp_path):
         ("there is no script 'plot'", lambda: speed(scripts=("plot",))),
         ("there is no script 'nope'", lambda: online(script="nope")),
         ("fql is not an online method", lambda: online(script="fql")),
-        ("ppo is not an online method", lambda: online(script="ppo")),
+        ("rlpd is not an online method", lambda: online(script="rlpd")),
         ("sac is no offline method", lambda: parts.main(parts.Options(("sac",), out=out))),
         ("--agents must be at least 1", lambda: speed(agents=(0,))),
         ("--agents must be at least 1", lambda: online(agents=0)),
@@ -587,6 +588,29 @@ def test_online_loop_next_to_a_plain_one(tmp_path):
     assert not np.array_equal(
         jax.tree.leaves(before.params)[0], jax.tree.leaves(reference.state.params)[0]
     )
+
+
+def test_ppos_loop_in_the_same_table(tmp_path):
+    """Times of a step and of an update; what PPO does not have is left empty."""
+    out = tmp_path / "rows.csv"
+    options = dict(script="ppo", env="multigoal", agents=2, out=str(out))
+    online_throughput.main(online_throughput.Options(**options))
+    (row,) = read_rows(out)
+    assert min(float(row["ms_step"]), float(row["ms_update"])) > 0
+    assert row["ms_no_env"] == row["waiting"] == row["ms_reference"] == ""
+
+
+def test_the_plane_with_four_goals(tmp_path, monkeypatch, capsys):
+    """`benchmarks.multigoal` trains, measures all seeds, and writes numbers and picture."""
+    tiny = "--total-steps 6 --warmup-steps 2 --eval-episodes 1 --hidden-dims 8"
+    monkeypatch.setattr(multigoal, "METHODS", {"SAC": f"baselines.sac {tiny}"})
+    picture = tmp_path / "picture.png"
+    folders = dict(run_dir=str(tmp_path / "runs"), out=str(tmp_path), picture=str(picture))
+    multigoal.main(multigoal.Options(only=("SAC",), seeds=2, episodes=3, **folders))
+    note = json.loads((tmp_path / "multigoal.json").read_text())["SAC"]
+    assert np.shape(note["counts"]) == (2, 4) and note["command"].startswith("python -m baselines")
+    assert (tmp_path / "multigoal-picture.json").exists() and picture.exists()
+    assert "| SAC | " in capsys.readouterr().out
 
 
 def test_samples_while_learning(tmp_path, capsys):
