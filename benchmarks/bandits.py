@@ -152,7 +152,7 @@ def train(script, bandit, seeds=(0,), updates=3000, late=10, samples=4096, **fla
     """
     args = settings(script, bandit, **flags)
     every = max(1, int(0.4 * updates) // late)
-    early = updates - every * late
+    checkpoints = updates // every  # also early ones, so that the update is compiled once
 
     def step(state, i):
         """Makes update number i."""
@@ -166,12 +166,14 @@ def train(script, bandit, seeds=(0,), updates=3000, late=10, samples=4096, **fla
         """Trains one agent, and draws its samples at each checkpoint."""
 
         def checkpoint(state, i):
-            numbers = early + i * every + jnp.arange(every)
+            numbers = updates + i * every + jnp.arange(every)
             state, _ = jax.lax.scan(step, state, numbers)
-            return state, draw_samples(script, args, state, jax.random.fold_in(key, i), samples)
+            sample_key = jax.random.fold_in(key, late + i)
+            return state, draw_samples(script, args, state, sample_key, samples)
 
-        state, _ = jax.lax.scan(step, script.create(args, 1, key), jnp.arange(early))
-        return jax.lax.scan(checkpoint, state, jnp.arange(late))
+        state = script.create(args, 1, key)
+        _, actions = jax.lax.scan(checkpoint, state, jnp.arange(-checkpoints, 0))
+        return actions[-late:]
 
     def critic(args, params, observations, actions):
         """Stands in for the script's critic, which has nothing to learn."""
@@ -179,8 +181,7 @@ def train(script, bandit, seeds=(0,), updates=3000, late=10, samples=4096, **fla
 
     with mock.patch.object(script, "critic", critic):
         keys = jnp.stack([jax.random.PRNGKey(seed) for seed in seeds])
-        train_all = jax.jit(jax.vmap(one, out_axes=(0, 1)))
-        _, actions = train_all(keys)
+        actions = jax.jit(jax.vmap(one, out_axes=1))(keys)
     return np.asarray(actions)
 
 

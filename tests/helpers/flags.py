@@ -18,6 +18,7 @@ TINY = dict(
     eval_interval=8,
     eval_episodes=2,
     eval_slots=2,
+    max_episode_steps=100,  # in place of 1000, so that evaluations are short
     workers=1,
     hidden_dims=(16, 16),
     num_critics=2,

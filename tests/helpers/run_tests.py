@@ -372,7 +372,8 @@ def test_environments_are_those_of_the_agents(loop):
     """By name, for evaluations and for training, where each episode has a seed of its own: of
     (seed, task, 0), then of the step at which the one before ended."""
     args, _, _, _, pool, _ = loop
-    names = [f"{ENV}-singletask-task{task}-v0" for task, _ in AGENTS]
+    limit = f'{{"max_episode_steps": {args.max_episode_steps}}}'
+    names = [f"{ENV}-singletask-task{task}-v0?{limit}" for task, _ in AGENTS]
     assert pool.made == [(names, 3), (names, 1)]
     expected = [(0, i, seed_of(seed, task, 0)) for i, (task, seed) in enumerate(AGENTS)]
     for step, row in enumerate(pool.taken, 1):

@@ -159,10 +159,10 @@ def test_first_actions_are_uniform(script, module, args, here, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, "eval.csv", 150)
         run_until_stop(module, args)
-    assert len(asked) == 200  # the evaluation's: 1000 steps in plans of 5
+    assert len(asked) == 20  # the evaluation's: 100 steps in plans of 5
     module.main(args)
     actions = checkpoint(run_folder(script))["replay"]["actions"]
-    assert (actions[:, 300:] == 0.5).all() and len(asked) == 601
+    assert (actions[:, 300:] == 0.5).all() and len(asked) == 61
     first = actions[:, :300]
     assert len(np.unique(first)) == first.size and np.abs(first).max() <= 1
     assert scipy.stats.kstest(first.ravel(), "uniform", (-1, 2)).pvalue > 1e-3
