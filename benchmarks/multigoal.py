@@ -72,7 +72,7 @@ def train(command: str, options: Options) -> tuple[TrainedAgents, dict]:
     trained = load_agents(folder)
     made_with = configuration(folder)["made_with"]
     note = dict(command=shlex.join(["python", "-m", *line]), seconds=trained.seconds)
-    note |= {name: made_with[name] for name in ("device", "python", "packages")}
+    note |= {name: made_with[name] for name in ("commit", "device", "python", "packages")}
     return trained, note
 
 
