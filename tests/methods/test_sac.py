@@ -220,9 +220,11 @@ def expected_update(state, batch, steps):
 @pytest.mark.parametrize("step, steps", [(0, 0), (1, 2), (2, 0), (3, 2)])
 def test_update(float64, step, steps):
     """Every second update makes two steps of policy and of alpha with the critics' new values; the
-    critics' average moves at every one, towards the new critics."""
-    state, batch = make_state(ARGS).replace(step=jnp.int32(step)), make_batch()
-    new, metrics = update(ARGS, state, batch)
+    critics' average moves at every one, towards the new critics. Either critic and either average
+    is the lower one somewhere in the batch."""
+    args = dataclasses.replace(ARGS, batch_size=10)
+    state, batch = make_state(args).replace(step=jnp.int32(step)), make_batch(args)
+    new, metrics = update(args, state, batch)
     params, average, losses = expected_update(state, batch, steps)
     close(new.params, params, 1e-6)  # Adam's rates are float32
     close(new.targets, dict(critic=average), 1e-6)
