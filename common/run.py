@@ -373,6 +373,7 @@ class Run:
         self.tracker.log_pictures(self.step)
         if self.last_scores is not None:
             print(describe_scores(*self.last_scores))
-        state = "complete" if self.step >= self.ends[-1] else "not complete"
-        print(f"{self.folder} is {state}: {self.step:,} of {self.ends[-1]:,} {self.unit}s")
+        total = max(self.ends[-1], self.step)  # --eval-only may ask for fewer steps
+        state = "complete" if self.step == total else "not complete"
+        print(f"{self.folder} is {state}: {self.step:,} of {total:,} {self.unit}s")
         return self.tables.read("eval.csv")

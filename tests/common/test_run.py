@@ -95,7 +95,10 @@ def test_the_start_says_what_is_trained(run, capsys):
     assert "resuming from step 20 of 100" in capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize("step, words", [(7, "not complete: 7 of 9"), (9, "is complete: 9 of 9")])
+@pytest.mark.parametrize(
+    "step, words",
+    [(7, "not complete: 7 of 9"), (9, "is complete: 9 of 9"), (12, "is complete: 12 of 12")],
+)
 def test_the_end_says_whether_all_is_done(run, capsys, step, words):
     first = run(ends=(9,))
     restore(first)
