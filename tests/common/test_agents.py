@@ -70,7 +70,8 @@ def test_an_agent_acts_bit_for_bit_as_in_its_run(moved, observations):
     own_source = (folder / "script.py").read_text()
     assert agent.script is not qam and Path(agent.script.__file__).read_text() == own_source
     assert (agent.name, agent.task, agent.seed, agent.step) == ("qam", TASK, 0, 10)
-    assert agent.env == f"pointmaze-medium-singletask-task{TASK}-v0"
+    limit = '{"max_episode_steps": 100}'
+    assert agent.env == f"pointmaze-medium-singletask-task{TASK}-v0?{limit}"
     assert (agent.observation_size, agent.action_size) == (SIZE, 2)
     assert vars(agent.args) == vars(args)
     expected = expected_actions(args, state, observations, seed=7)

@@ -89,7 +89,8 @@ def test_a_continued_run_with_normalised_observations(hopper, tmp_path, quick_co
 def test_a_loaded_agent_normalises_its_observations(hopper, tmp_path, quick_compile):
     """It plays the first episode of its run's last evaluation. (There, four environments were
     stepped at once, which changes the last digits.)"""
-    qam.main(own_args(hopper, tmp_path, normalize_observations=True, env_kwargs=LIMIT))
+    flags = dict(normalize_observations=True, env_kwargs=LIMIT, max_episode_steps=0)
+    qam.main(own_args(hopper, tmp_path, **flags))
     folder = tmp_path / "qam/Hopper-v5/default"
     agent = load_agent(folder)
     slot, policy = Slot(agent.env), agent.policy(seed_of(0, 1, agent.step, 0))

@@ -60,8 +60,8 @@ def offline(dataset_dir, tmp_path_factory, quick_compile):
 
 def test_offline(offline, pictured, capsys):
     """Task 1, seed 4 is the last of four agents; both of its episodes go where the evaluation's
-    went (rounding apart, which 1,000 steps among walls may magnify)."""
-    options = dict(task=1, seed=4, episodes=2, every=100, size=SIZE)
+    went (rounding apart, which 100 steps among walls may magnify)."""
+    options = dict(task=1, seed=4, episodes=2, every=10, size=SIZE)
     path = video.main(video.Options(str(offline), **options))
     assert path == offline / "video-task1-seed4.gif"
     rollouts = np.load(offline / "rollouts.npz")
@@ -70,10 +70,10 @@ def test_offline(offline, pictured, capsys):
     for own, other in zip((visited[:50], visited[len(expected[0]) :][:50]), expected):
         np.testing.assert_allclose(own, other[:50], atol=1e-3)
     assert not np.allclose(expected[0][:50], expected[1][:50], atol=1e-3)
-    with Image.open(path) as pictures:  # one at the start, one after each hundred steps
+    with Image.open(path) as pictures:  # one at the start, one after every ten steps
         assert pictures.n_frames == Pictured.count == 2 * 11
         assert (pictures.size, pictures.info["duration"]) == ((SIZE, SIZE), 50)
-    assert "episode 1: success 0, return -1000.0, 1000 steps" in capsys.readouterr().out
+    assert "episode 1: success 0, return -100.0, 100 steps" in capsys.readouterr().out
 
 
 def test_online(tmp_path, pictured, capsys):
@@ -93,7 +93,7 @@ def test_online(tmp_path, pictured, capsys):
 def test_mp4(offline, tmp_path, pictured):
     """The same pictures, at the same rate."""
     out = tmp_path / "film.mp4"
-    video.main(video.Options(str(offline), every=100, fps=10, size=SIZE, out=str(out)))
+    video.main(video.Options(str(offline), every=10, fps=10, size=SIZE, out=str(out)))
     assert iio.imread(out).shape == (11, SIZE, SIZE, 3)
     assert iio.immeta(out)["fps"] == 10
 
