@@ -104,6 +104,16 @@ def quick_compile():
 
 
 @pytest.fixture
+def optimised(quick_compile):
+    """In a module that compiles fast: for a program that runs long, or whose bits count."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def find_modules(monkeypatch):
     """`python -m baselines.x` works in any folder."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -360,14 +360,6 @@ def test_one_pass_does_what_many_do(float64):
     assert low < high - 0.1  # by the variance of the targets
 
 
-@pytest.fixture
-def optimised(quick_compile):
-    """For a program that runs long."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 def test_bandit(optimised, monkeypatch):
     """From uniform data the policy comes to be exp(Q / alpha): N(0.2, 0.25^2) for alpha = 1. Its
     entropy, first order in five jumps, errs upwards."""

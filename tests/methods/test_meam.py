@@ -40,6 +40,7 @@ from tests.helpers.reference import (
     velocity,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 OFF = dict(rho=0.0, entropy_scale=0.0)  # QAM
 arguments = partial(reference.arguments, meam)
 make_state = partial(reference.make_state, meam)
@@ -218,7 +219,7 @@ def identical(x, y):
     return x[1] == y[1] and all(np.array_equal(a, b) for a, b in zip(x[0], y[0]))
 
 
-def test_qam_losses_bit_for_bit():
+def test_qam_losses_bit_for_bit(optimised):
     """Without expansion, entropy and anchor every loss and gradient is QAM's, to the last bit."""
     *agents, batch = both()
     names = ("critic_loss", "behavior_loss", "adjoint_matching_loss")
@@ -234,7 +235,7 @@ def test_qam_losses_bit_for_bit():
     assert identical(*results)
 
 
-def test_qam_updates_bit_for_bit():
+def test_qam_updates_bit_for_bit(optimised):
     """Initial state and three updates on the same keys and batches are QAM's, too, and the parts
     that are off cost nothing: equal flops and bytes of the compiled update."""
     *agents, batch = both()
