@@ -6,7 +6,8 @@
 
 Trains agents in a temporary folder and draws unselected actions at the origin at each time. Writes
 benchmarks/results/samples-<script>.json, with the share of each seed's samples within 45 degrees of
-each goal, and the picture docs/images/samples-<script>.png of the first seed.
+each goal and the first seed's samples, and their picture docs/images/samples-<script>.png, which
+`python plot.py --committed` draws again from that file.
 """
 
 import dataclasses
@@ -21,11 +22,14 @@ import numpy as np
 from analysis.command_line import run_program
 from analysis.runs import ROOT
 from analysis.scripts import script_of
+from analysis.style import settings
 from benchmarks import RESULTS
-from benchmarks.multigoal import choose, cosine
+from benchmarks.learning import configuration
+from benchmarks.multigoal import choose, cosine, draw_samples
 from common.environments import GOALS
 from common.errors import UserError
 from common.flags import configure
+from common.run import run_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +67,19 @@ def watch(script: ModuleType, args, steps: tuple[int, ...], samples: int) -> dic
     return found
 
 
-def draw(found: dict[int, np.ndarray], path: Path) -> None:
-    """Draws the first agent's samples at each step."""
-    figure, axes = plt.subplots(1, len(found), figsize=(3 * len(found), 3.2), squeeze=False)
-    for axis, (step, actions) in zip(axes[0], found.items(), strict=True):
-        axis.scatter(*actions[0].T, s=6, alpha=0.5)
-        axis.set(title=f"{step:,} steps", xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def draw(samples: dict[str, list], path: Path) -> None:
+    """Draws one agent's samples (n, 2) at each step."""
+    with plt.rc_context(settings("light")):
+        figure, axes = plt.subplots(
+            1, len(samples), figsize=(3 * len(samples), 3.2), squeeze=False, layout="constrained"
+        )
+        for axis, (step, actions) in zip(axes[0], samples.items(), strict=True):
+            draw_samples(axis, np.array(actions))
+            axis.set_title(f"{int(step):,} steps", fontsize=11)
+            axis.set_aspect("equal")
+            axis.tick_params(labelsize=7)
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
 
 
 def main(options: Options) -> None:
@@ -86,15 +94,18 @@ def main(options: Options) -> None:
         flags |= dict(run_dir=folder, name="samples")
         args = configure(script.Args, script.ENV_DEFAULTS, "multigoal", **flags)
         found = watch(script, args, options.steps, options.samples)
+        made_with = configuration(run_folder(script.__file__, args))["made_with"]
     shares = {}
+    samples = {}
     for step, actions in found.items():
         near = cosine(actions[:, :, None], GOALS) > np.cos(np.pi / 4)  # (agents, samples, goals)
         shares[step] = near.mean(1).round(3).tolist()
+        samples[step] = np.float64(actions[0]).round(3).tolist()
         print(f"{step:,} steps: shares towards each goal, per seed: {shares[step]}")
     name = f"samples-{options.script}"
-    text = json.dumps(dict(goals=GOALS.tolist(), shares=shares), indent=1)
-    Path(options.out, f"{name}.json").write_text(text + "\n")
-    draw(found, Path(options.pictures, f"{name}.png"))
+    content = dict(made_with=made_with, goals=GOALS.tolist(), shares=shares, samples=samples)
+    Path(options.out, f"{name}.json").write_text(json.dumps(content) + "\n")
+    draw(samples, Path(options.pictures, f"{name}.png"))
 
 
 if __name__ == "__main__":

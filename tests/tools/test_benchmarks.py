@@ -619,9 +619,11 @@ def test_samples_while_learning(tmp_path, capsys):
     options = dict(script="sac", steps=(1005, 1060), seeds=2, samples=99)
     folders = dict(out=str(tmp_path), pictures=str(tmp_path))
     samples.main(samples.Options(**options, **folders))
-    found = json.loads((tmp_path / "samples-sac.json").read_text())["shares"]
+    content = json.loads((tmp_path / "samples-sac.json").read_text())
+    found = content["shares"]
     assert [*found] == ["1005", "1060"] and np.shape(found["1005"]) == (2, 4)
     assert found["1005"] != found["1060"] and (tmp_path / "samples-sac.png").exists()
+    assert np.shape(content["samples"]["1060"]) == (99, 2) and "commit" in content["made_with"]
     assert sac.evaluate_if_due is evaluate
     stops("fql is not one", call=lambda: samples.main(samples.Options("fql", **folders)))
 
