@@ -131,7 +131,8 @@ def check_target(target: Path, suffixes: tuple[str, ...], sources: list[Path]) -
 
 def draw_committed(images: Path) -> None:
     """Draws the pictures of docs/images from benchmarks/results and benchmarks/published."""
-    from benchmarks import bandits, multigoal, tracking  # These are slow to import: they load jax.
+    # These are slow to import: they load jax.
+    from benchmarks import bandits, multigoal, samples, tracking
 
     results = ROOT / "benchmarks/results"
     comparison = compare([results / "halfcheetah.csv"], published=("own",))
@@ -140,6 +141,8 @@ def draw_committed(images: Path) -> None:
     bandits.draw(rows, images / "bandits.png")
     drawn = json.loads((results / "multigoal-picture.json").read_text())
     multigoal.draw(drawn, images / "multigoal.png")
+    kept = json.loads((results / "samples-fmer.json").read_text())
+    samples.draw(kept["samples"], images / "samples-fmer.png")
     tracked = json.loads((results / "tracking.json").read_text())
     tracking.draw(tracked, images / "tracking.png")
 
