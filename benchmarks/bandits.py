@@ -149,6 +149,8 @@ def train(script, bandit, seeds=(0,), updates=3000, late=10, samples=4096, **fla
 
     Checkpoints are in the last 40 % of the updates. The learning rate falls to .3 and .1 of it in
     the last two fifths. Samples are the moving average's, where there is one, else the policy's.
+    All checkpoints, of which early ones are not returned, have the same distance; updates beyond a
+    multiple of it are left out (none of 3000).
     """
     args = settings(script, bandit, **flags)
     every = max(1, int(0.4 * updates) // late)

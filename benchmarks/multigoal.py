@@ -70,10 +70,8 @@ def train(command: str, options: Options) -> tuple[TrainedAgents, dict]:
     launch([*line, "--name", "default", "--run-dir", options.run_dir])
     folder = Path(options.run_dir, module.split(".")[-1], "multigoal/default")
     trained = load_agents(folder)
-    made_with = configuration(folder)["made_with"]
     note = dict(command=shlex.join(["python", "-m", *line]), seconds=trained.seconds)
-    note |= {name: made_with[name] for name in ("commit", "device", "python", "packages")}
-    return trained, note
+    return trained, note | configuration(folder)["made_with"]
 
 
 def choose(script, args, state, positions, seed, age=0, selected=True) -> np.ndarray:

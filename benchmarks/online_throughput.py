@@ -79,23 +79,33 @@ class Options:
 WAYS = ("loop", "no env", "update", "reference")
 
 
-class Training:
-    """Agents of an online script in their environments, trained as the script's main does it."""
+class Agents:
+    """Agents of an online script, as its main creates them."""
 
     def __init__(self, script, args, agents: int):
-        sizes = env_sizes(args.env)
-        observation_size, action_size = sizes
+        self.sizes = env_sizes(args.env)
+        observation_size, action_size = self.sizes
         self.script = script
         self.args = dataclasses.replace(args, action_size=action_size)
         self.agents = [(1, seed) for seed in range(agents)]
         self.clock = 0
         self.state = script.create_agents(self.args, self.agents, observation_size)
-        self.replay = Replay.create(agents, 100_000, *sizes)
-        step = partial(script.train_step, self.args)
-        self.metrics = zero_metrics(step, self.state, self.replay)
+
+    def zero_metrics(self, data) -> dict:
+        """Returns sums of metrics to begin with, of updates on a replay or a rollout."""
+        return zero_metrics(partial(self.script.train_step, self.args), self.state, data)
+
+
+class Training(Agents):
+    """Agents in their environments, trained as the script's main does it."""
+
+    def __init__(self, script, args, agents: int):
+        super().__init__(script, args, agents)
+        self.replay = Replay.create(agents, 100_000, *self.sizes)
+        self.metrics = self.zero_metrics(self.replay)
         self.envs = EnvPool([args.env] * agents)
         self.envs.reset(seeds_of(self.agents, 0))
-        self.envs.set_actions(np.zeros((agents, 1, 1, action_size), np.float32))
+        self.envs.set_actions(np.zeros((agents, 1, 1, self.args.action_size), np.float32))
         self.transitions = self.envs.step()
         self.replay = self.replay.append(self.transitions)
 
@@ -137,19 +147,14 @@ class Training:
         return 1e3 * (time.perf_counter() - start) / steps
 
 
-class Rollouts:
+class Rollouts(Agents):
     """Agents of PPO, which play a rollout and then learn from it as in the script's main."""
 
     def __init__(self, script, args, agents: int):
-        observation_size, action_size = env_sizes(args.env)
-        self.script = script
-        self.args = dataclasses.replace(args, action_size=action_size)
-        self.agents = [(1, seed) for seed in range(agents)]
-        self.clock = 0
-        self.state = script.create_agents(self.args, self.agents, observation_size)
+        super().__init__(script, args, agents)
+        observation_size, _ = self.sizes
         rollout = script.empty_rollout(self.args, agents, observation_size)
-        step = partial(script.train_step, self.args)
-        self.metrics = zero_metrics(step, self.state, rollout)
+        self.metrics = self.zero_metrics(rollout)
         self.envs = EnvPool([args.env] * agents, args.num_envs, most=args.num_envs * agents)
         self.envs.reset(script.episode_seeds(self.args, self.agents, 0))
         self.rollout = self.play()
@@ -246,6 +251,11 @@ class Reference:
         return 1e3 * (time.perf_counter() - start) / steps
 
 
+def known(number: float) -> float | str:
+    """Returns a rounded number for a cell, which is empty where nothing was measured (NaN)."""
+    return "" if np.isnan(number) else round(float(number), 3)
+
+
 def measure(options: Options) -> dict:
     """Returns a row."""
     script = script_of(options.script)
@@ -278,11 +288,11 @@ def measure(options: Options) -> dict:
         device=f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
         steps_per_s=round(1e3 * options.agents / loop, 1),
         updates_per_s=round(1e3 * options.agents / update, 1),
-        waiting=round(max(0, 1 - without / loop), 3) if has_replay else "",
-        ms_step=round(loop, 3),
-        ms_no_env=round(without, 3) if has_replay else "",
-        ms_update=round(update, 3),
-        ms_reference=round(as_cleanrl, 3) if reference else "",
+        waiting=known(np.maximum(0, 1 - without / loop)),
+        ms_step=known(loop),
+        ms_no_env=known(without),
+        ms_update=known(update),
+        ms_reference=known(as_cleanrl),
         jax=importlib.metadata.version("jax"),
     )
 

@@ -67,8 +67,8 @@ def watch(script: ModuleType, args, steps: tuple[int, ...], samples: int) -> dic
     return found
 
 
-def draw(samples: dict[str, list], path: Path) -> None:
-    """Draws one agent's samples (n, 2) at each step."""
+def draw(samples: dict[int | str, list], path: Path) -> None:
+    """Draws one agent's samples (n, 2) at each step, which is text in a JSON file."""
     with plt.rc_context(settings("light")):
         figure, axes = plt.subplots(
             1, len(samples), figsize=(3 * len(samples), 3.2), squeeze=False, layout="constrained"

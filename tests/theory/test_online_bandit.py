@@ -62,14 +62,13 @@ def test_ppo():
     args = small(ppo, rollout_steps=64, num_envs=2, total_steps=64 * 40, epochs=10)
     state = jax.vmap(lambda key: ppo.create(args, 1, key))(jax.random.PRNGKey(0)[None])
     before = played(ppo, args, state, "mean", 1)
-    metrics = None
+    empty = ppo.empty_rollout(args, 1, 1)
+    metrics = zero_metrics(partial(ppo.train_step, args), state, empty)
     for i in range(40):
         actions = played(ppo, args, state, "explore", 64, first=64 * i).reshape(1, 2, 32, 1)
         ones, s = jnp.ones((1, 2, 32)), jnp.zeros((1, 2, 32, 1))
         rollout = dict(observations=s, next_observations=s, actions=jnp.asarray(actions))
         rollout |= dict(rewards=reward(np.clip(actions, -1, 1)), masks=0 * ones, terminals=ones)
-        if metrics is None:
-            metrics = zero_metrics(partial(ppo.train_step, args), state, rollout)
         state, metrics = ppo.train_chunk(args, state, metrics, rollout)
     after = played(ppo, args, state, "mean", 1)
     assert abs(before - 0.5) > 0.3 and abs(after - 0.5) < 0.15
