@@ -25,6 +25,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+if __name__ == "__main__":
+    from common.signals import quiet_imports
+
+    quiet_imports()  # Ctrl-C ends the imports below without a traceback
+
 import flax.struct
 import jax
 import jax.numpy as jnp

@@ -23,6 +23,11 @@ K critics, N agents (tasks x seeds) trained at once.
 import dataclasses
 from functools import partial
 
+if __name__ == "__main__":
+    from common.signals import quiet_imports
+
+    quiet_imports()  # Ctrl-C ends the imports below without a traceback
+
 import flax.struct
 import jax
 import jax.numpy as jnp

@@ -25,8 +25,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # `python baselines/x.py` finds common/ next to baselines/
-    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # where common/ is
+    from common.signals import quiet_imports
+
+    quiet_imports()  # Ctrl-C ends the imports below without a traceback
 
 import flax.linen as nn
 import flax.struct

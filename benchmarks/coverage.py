@@ -52,7 +52,7 @@ def main(options: Options) -> None:
     path = options.dataset
     if not (path.name.startswith("pointmaze-medium-") and path.is_file()):
         raise UserError(f"{path} is no file pointmaze-medium-*.npz: that maze's tasks are counted")
-    states = read(path, resolve("pointmaze-medium"), (1,), False).observations
+    states = read(path, resolve("pointmaze-medium"), (1,)).observations
     env = make_env("pointmaze-medium-singletask-task1-v0").unwrapped
     maze = np.array(env.maze_map)
     rows = []

@@ -167,14 +167,12 @@ def label(path: Path, source: Source, task: int, arrays: dict[str, np.ndarray]) 
         relabel_dataset(source.env, env, arrays)
 
 
-def read(
-    path: Path, source: Source, tasks: tuple[int, ...], sparse: bool, clip: bool = True
-) -> Dataset:
+def read(path: Path, source: Source, tasks: tuple[int, ...], clip: bool = True) -> Dataset:
     """Reads, checks and labels an OGBench file, in NumPy arrays.
 
-    With `sparse`, rewards are -1 until all is solved, instead of minus the number of unmet goals.
-    With `clip`, actions are limited to +-(1 - 1e-5), as the official code does except for shards.
-    Raises BadDataset, a line that names file, key and expectation.
+    Rewards are minus the number of unmet goals. With `clip`, actions are limited to +-(1 - 1e-5),
+    as the official code does except for shards. Raises BadDataset, a line that names file, key and
+    expectation.
     """
     arrays = read_arrays(path)
     check_arrays(path, arrays)
@@ -184,8 +182,7 @@ def read(
     masks = []
     for task in tasks:
         label(path, source, task, arrays)
-        reward = arrays["rewards"][rows]
-        rewards.append(np.where(reward != 0, -1, 0) if sparse else reward)
+        rewards.append(arrays["rewards"][rows])
         masks.append(arrays["masks"][rows])
     limit = 1 - 1e-5 if clip else np.inf
     return Dataset(

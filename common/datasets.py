@@ -95,8 +95,7 @@ class OfflineDataset:
         return len(self._paths) == 1
 
     def _read(self, index: int) -> Dataset:
-        args = self._args
-        return read(self._paths[index], self._source, args.tasks, args.sparse, clip=self._one_file)
+        return read(self._paths[index], self._source, self._args.tasks, clip=self._one_file)
 
     def _put(self, data: Dataset) -> Dataset:
         """Puts arrays on the devices, with rewards and observations as the agents see them."""
@@ -110,7 +109,7 @@ class OfflineDataset:
 
     def _label(self, rewards: np.ndarray) -> np.ndarray:
         args = self._args
-        if args.sparse:
+        if args.sparse:  # -1 until all is solved, instead of minus the number of unmet goals
             rewards = -np.float32(rewards != 0)
         if (args.reward_scale, args.reward_shift) != (1, 0):
             rewards = np.float32(args.reward_scale * rewards + args.reward_shift)

@@ -14,6 +14,7 @@ import tyro
 
 from common.environments import OGBENCH_NAME, resolve
 from common.errors import UserError
+from common.signals import Stopped, end_of_imports
 
 LARGEST = 2**31 - 1
 # Flags that cannot change what an agent learns. A run may be continued with other values of them.
@@ -241,10 +242,6 @@ def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
         raise UserError("--tasks must not name a task twice")
     if args.name in (".", "..") or "/" in args.name:
         raise UserError(f"--name {args.name!r} must be the name of a folder, without /")
-    for flag in ("run_dir", "dataset_dir", "compile_cache"):
-        if hasattr(args, flag):
-            path = os.path.expanduser(getattr(args, flag))
-            args = dataclasses.replace(args, **{flag: path})
     if not args.name:
         if own:
             defaults = dataclasses.replace(defaults, dataset="")  # it belongs in the name
@@ -257,6 +254,7 @@ def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
 
 def launch(main: Callable, Args: type, env_defaults: dict) -> None:
     """Runs a script from the command line; a mistake of the user ends in one line."""
+    end_of_imports()
     sys.stdout.reconfigure(line_buffering=True)  # also where it is a file
     os.environ["MUJOCO_GL"] = "disable"  # nothing is drawn, so a missing driver does not matter
     try:
@@ -265,6 +263,9 @@ def launch(main: Callable, Args: type, env_defaults: dict) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr, flush=True)
+        os._exit(1)  # jax would crash at Python's own exit if it is still compiling in a thread
     except Exception as error:
         if re.search("MemoryError|RESOURCE_EXHAUSTED|Out of memory", repr(error)):
             sys.exit("error: out of memory. Lower --num-seeds, --tasks or --batch-size.")

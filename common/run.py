@@ -151,6 +151,7 @@ class Run:
         self.step = 0
         self.updates_per_call = 1
         self.call_began = None
+        self.bar = tqdm(disable=True)  # until `restore` knows the step
         self.evaluation_due = False
         self.last_scores = None  # the name of the score and its values (agents, episodes)
 
@@ -161,6 +162,7 @@ class Run:
 
     def __exit__(self, kind: type | None, *_) -> None:
         self.stop.restore()
+        self.bar.close()  # so that what is printed next has a line of its own
         self.jax_configuration.__exit__(None, None, None)
         try:  # It may wait for a network until somebody interrupts it.
             self.tracker.finish(failed=kind is not None)

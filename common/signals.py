@@ -1,4 +1,4 @@
-"""Answering signals: first everything is saved, then the program ends."""
+"""Answering signals: a program that still imports ends at once, later everything is saved first."""
 
 import contextlib
 import signal
@@ -6,6 +6,22 @@ import sys
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def quiet_imports() -> None:
+    """Lets Ctrl-C end the program at once and without a traceback, until `end_of_imports`."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def end_of_imports() -> None:
+    """Lets Ctrl-C raise KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Stopped(SystemExit):
+    """A signal has ended the program, and everything is saved."""
 
 
 class StopRequest:
@@ -43,4 +59,4 @@ class StopRequest:
 
     def leave(self) -> None:
         """Ends the program, because everything is saved."""
-        raise SystemExit(self.farewell)
+        raise Stopped(self.farewell)

@@ -38,7 +38,7 @@ def test_a_file_is_read_as_ogbench_reads_it(source, tasks, request):
     """Observations, next observations, actions, terminals, rewards and masks are the official
     loader's, its clipping of the actions included, in the order of the tasks asked for."""
     path = request.getfixturevalue("maze" if source is MAZE else "puzzle")
-    data = read(path, source, tasks, sparse=False)
+    data = read(path, source, tasks)
     for i, task in enumerate(tasks):
         name = f"{source.dataset}-singletask-task{task}-v0"
         _, train, _ = ogbench.make_env_and_datasets(name, dataset_path=str(path))
@@ -52,21 +52,19 @@ def test_a_file_is_read_as_ogbench_reads_it(source, tasks, request):
     assert data.rows.dtype == np.int32
 
 
-def test_rewards_count_unmet_goals_or_are_sparse(puzzle):
-    """Dense: minus the number of unmet sub-goals. Sparse: -1 unless all is done. Masks stay."""
-    dense, sparse = (read(puzzle, PUZZLE, (1, 2, 4), flag) for flag in (False, True))
-    assert set(np.unique(dense.rewards)) <= set(range(-9, 1))
-    assert len(np.unique(dense.rewards)) > 3
-    assert np.array_equal(sparse.rewards, np.where(dense.rewards == 0, 0, -1))
-    for data in (dense, sparse):
-        assert np.array_equal(data.masks, dense.rewards != 0)
+def test_rewards_count_unmet_goals(puzzle):
+    """Negatively; masks are 0 where all are met."""
+    data = read(puzzle, PUZZLE, (1, 2, 4))
+    assert set(np.unique(data.rewards)) <= set(range(-9, 1))
+    assert len(np.unique(data.rewards)) > 3
+    assert np.array_equal(data.masks, data.rewards != 0)
 
 
 def test_rewards_are_those_of_the_state_before_the_action(tmp_path):
     """A point that stands at the goal in state 1 only: transition 1 has the reward."""
     goal, away = (20.0, 20.0), (0.0, 0.0)
     path = write(tmp_path, qpos=np.float32([away, goal, away, away]))
-    data = read(path, MAZE, (1,), sparse=False)
+    data = read(path, MAZE, (1,))
     assert data.rewards.tolist() == [[-1, 0, -1]] and data.masks.tolist() == [[1, 0, 1]]
     assert data.terminals.tolist() == [0, 0, 1] and data.rows.tolist() == [0, 1, 2]
 
@@ -75,7 +73,7 @@ def test_actions_are_clipped_but_for_shards(tmp_path):
     """To +-(1 - 1e-5) in an ordinary file; as they are in a shard of a 100M set."""
     actions = np.float32([[1, -1], [0.5, 1], [-1, 0], [0, 0]])
     path, limit = write(tmp_path, actions=actions), np.float32(1 - 1e-5)
-    clipped, raw = (read(path, MAZE, (1,), False, clip).actions for clip in (True, False))
+    clipped, raw = (read(path, MAZE, (1,), clip).actions for clip in (True, False))
     assert clipped.tolist() == np.clip(actions[:3], -limit, limit).tolist()
     assert raw.tolist() == actions[:3].tolist()
 
@@ -87,9 +85,9 @@ def test_reading_needs_little_more_memory_than_the_file(tmp_path):
     arrays |= dict(qpos=np.zeros((rows, 23)), button_states=np.zeros((rows, 9)))
     arrays = {key: np.float32(x) for key, x in arrays.items()}
     path = write(tmp_path, PUZZLE.dataset + ".npz", rows, **arrays)
-    read(path, PUZZLE, (1, 2), True)  # modules and environments
+    read(path, PUZZLE, (1, 2))  # modules and environments
     tracemalloc.start()
-    read(path, PUZZLE, (1, 2), True)
+    read(path, PUZZLE, (1, 2))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     whole = sum(x.nbytes for x in arrays.values())
@@ -101,7 +99,7 @@ def test_reading_needs_little_more_memory_than_the_file(tmp_path):
 
 def refused(path, *words, source=MAZE):
     """Reading the file ends in one line that names the file and says all of `words`."""
-    stops(path, *words, call=lambda: read(path, source, (1,), False))
+    stops(path, *words, call=lambda: read(path, source, (1,)))
 
 
 def with_value(value, dtype=np.float32):

@@ -146,9 +146,9 @@ def test_an_online_phase_alone(three):
 
 def test_a_jump_after_a_restart_gives_the_same_shard(three):
     """What was loaded ahead, what is loaded at once and what is read are the same."""
-    directly = [read(path, MAZE, (1, 2), True, False) for path in three]
+    directly = [read(path, MAZE, (1, 2), clip=False) for path in three]
     for step in (0, 5, 8, 2, 9, 1, 13):
-        data = dataset(three, tasks=(1, 2), sparse=True)
+        data = dataset(three, tasks=(1, 2))
         data.at(0)
         for at in (step, step + 4):  # a jump, then the shard that was loaded meanwhile
             direct = directly[(at + 1) // 4 % 3]
@@ -158,9 +158,9 @@ def test_a_jump_after_a_restart_gives_the_same_shard(three):
 
 def test_many_threads_label_at_once(three):
     """They share the environments that label."""
-    expected = read(three[0], MAZE, (1, 2), True)
+    expected = read(three[0], MAZE, (1, 2))
     with ThreadPoolExecutor(8) as pool:
-        for found in pool.map(lambda _: read(three[0], MAZE, (1, 2), True), range(100)):
+        for found in pool.map(lambda _: read(three[0], MAZE, (1, 2)), range(100)):
             assert np.array_equal(found.rewards, expected.rewards)
 
 
@@ -186,7 +186,7 @@ def test_the_ordinary_file_of_a_100m_domain(monkeypatch, capsys, tmp_path, files
     source = resolve(name)
     for i in range(files):
         write(tmp_path, f"{source.dataset}-v0-00{i}.npz")
-    tiny = read(tmp_path / f"{source.dataset}-v0-000.npz", MAZE, (1,), False)
+    tiny = read(tmp_path / f"{source.dataset}-v0-000.npz", MAZE, (1,))
     monkeypatch.setattr(datasets, "read", lambda *_, **__: tiny)
     dataset([tmp_path / "x"], env=name)
     said = capsys.readouterr().out
@@ -285,7 +285,7 @@ def test_the_online_phase_keeps_no_shards(three, monkeypatch, reads):
 
 def test_room_on_a_device(three, monkeypatch):
     """For two more datasets than the peak and a fifth of all. A CPU tells nothing: no room."""
-    data = read(three[0], MAZE, (1,), False)
+    data = read(three[0], MAZE, (1,))
     assert not has_room(data)
     two, stats = 2 * sum(x.nbytes for x in jax.tree.leaves(data)), dict(bytes_limit=10_000)
     device = SimpleNamespace(memory_stats=lambda: stats)
@@ -301,9 +301,13 @@ def test_room_on_a_device(three, monkeypatch):
 
 
 @pytest.mark.parametrize("sparse, expected", [(False, [-3, -1, 0]), (True, [-1, -1, 0])])
-def test_transitions_of_the_environments_are_labelled_alike(three, sparse, expected):
-    """As those of the dataset: with `sparse` -1 until all is solved."""
+def test_data_and_transitions_are_labelled_alike(three, sparse, expected, monkeypatch):
+    """With `sparse` -1 until all is solved."""
     rewards = np.float32([[-3], [-1], [0]])
-    found = dataset(three, sparse=sparse).relabel(dict(rewards=rewards, masks=rewards))
-    assert found["rewards"][:, 0].tolist() == expected and found["masks"] is rewards
-    assert found["rewards"].dtype == np.float32
+    read_three = read(three[0], MAZE, (1,)).replace(rewards=rewards.T)
+    monkeypatch.setattr(datasets, "read", lambda *_, **__: read_three)
+    data = dataset(three, sparse=sparse)
+    found = data.relabel(dict(rewards=rewards, masks=rewards))
+    assert found["rewards"][:, 0].tolist() == data.at(0).rewards[0].tolist() == expected
+    assert found["rewards"].dtype == data.at(0).rewards.dtype == np.float32
+    assert found["masks"] is rewards

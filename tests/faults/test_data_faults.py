@@ -102,7 +102,7 @@ def slow(arrays, source):
 
 def check_read(path, source, arrays):
     """The file is read as `arrays` say."""
-    data, expected = read(path, source, TASKS, sparse=False), slow(arrays, source)
+    data, expected = read(path, source, TASKS), slow(arrays, source)
     found = dict(observations=data.observations[data.rows], actions=data.actions)
     found |= dict(next=data.observations[data.rows + 1], terminals=data.terminals)
     for i, task in enumerate(TASKS):
@@ -656,7 +656,7 @@ def test_the_documented_way_to_bring_your_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec("\n".join(lines), dict(my_trajectories=trajectories))
     (path,) = locate(source, "mine")
-    data = read(path, source, (2,), False)
+    data = read(path, source, (2,))
     before = np.concatenate([[row[0] for row in x[:-1]] for x in trajectories])
     after = np.concatenate([[row[0] for row in x[1:]] for x in trajectories])
     actions = np.concatenate([[row[1] for row in x[:-1]] for x in trajectories])

@@ -9,11 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import common.checkpoints
-from common.checkpoints import CHECKPOINT, PREVIOUS, is_intact
+import meam
+from common.checkpoints import CHECKPOINT, PREVIOUS, verified
+from common.dataset_files import locate
+from common.devices import configured_jax
+from common.environments import resolve
 from common.files import append_text, move_aside, open_lock, replacing, write_file
+from common.flags import parse
+from common.run import run_folder
 from tests.helpers.messages import stops
 from tests.helpers.small_run import EVALUATION, begin, go, metrics, restore, save, table
 from tools.shared_blocks import ROOT
@@ -168,7 +175,8 @@ def test_a_checkpoint_that_rotted_does_not_replace_the_good_one(run, capsys, dam
     damage(first.folder / CHECKPOINT)
     save(first, 30)
     assert "damaged on the disk" in capsys.readouterr().out
-    assert is_intact(first.folder / CHECKPOINT) and is_intact(first.folder / PREVIOUS)
+    verified(first.folder / CHECKPOINT)
+    verified(first.folder / PREVIOUS)
     (first.folder / CHECKPOINT).unlink()
     del first
     assert restore(run()) == (10, 10)
@@ -421,11 +429,18 @@ except UserError as error:
 
 def test_paths_in_the_home_directory(monkeypatch, tmp_path):
     """A shell leaves --run-dir=~/runs as it is."""
-    import meam
-    from common.flags import parse
-
     monkeypatch.setenv("HOME", str(tmp_path))
     line = ["--run-dir=~/runs", "--dataset-dir=~/data", "--compile-cache=~/cache"]
     args = parse(meam.Args, meam.ENV_DEFAULTS, line)
-    found = args.run_dir, args.dataset_dir, args.compile_cache
-    assert found == tuple(str(tmp_path / name) for name in ("runs", "data", "cache"))
+    assert run_folder("meam.py", args).is_relative_to(tmp_path / "runs")
+    source = resolve(args.env)
+    file = tmp_path / "data" / f"{source.dataset}-v0.npz"
+    file.parent.mkdir()
+    file.touch()
+    assert locate(source, args.dataset_dir) == [file]
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        with configured_jax(args):
+            assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -22,9 +22,10 @@ from common.checkpoints import CHECKPOINT
 from common.env_pool import EnvPool
 from common.errors import UserError
 from common.run import Run
+from common.signals import end_of_imports, quiet_imports
 from tests.helpers.flags import tiny_args, tiny_online, tiny_ppo
-from tests.helpers.runs import assert_same, checkpoint, command, folder_of, rows, start
-from tools.shared_blocks import ROOT, named
+from tests.helpers.runs import assert_same, checkpoint, clean, command, folder_of, rows, start
+from tools.shared_blocks import ROOT, named, scripts
 
 KILLS = int(os.environ.get("FAULTS", 0))  # of every script
 SCRIPTS = ["qam", "meam", "fmer", "baselines/rlpd", "baselines/ppo", "baselines/sac"]
@@ -146,6 +147,35 @@ def test_ignored_signals_stay_ignored(here, dataset_dir):
     assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
 
 
+CTRL_C = """
+import os, signal
+os.kill(os.getpid(), signal.SIGINT)
+raise ImportError("nothing happened")
+"""
+
+
+@pytest.mark.parametrize("path", scripts(), ids=lambda path: path.stem)
+def test_ctrl_c_during_imports(path, tmp_path):
+    """It ends the program without a traceback, unless it is ignored, as in a shell's background."""
+    (tmp_path / "flax.py").write_text(CTRL_C)  # what all of them import first
+    line = [sys.executable, path]
+    options = dict(env=os.environ | dict(PYTHONPATH=str(tmp_path)), capture_output=True)
+    ended = subprocess.run(line, **options)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, b"", b"")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+    ended = subprocess.run(line, **options)
+    assert ended.returncode == 1 and b"nothing happened" in ended.stderr
+
+
+def test_ctrl_c_after_imports():
+    """It raises KeyboardInterrupt again, which `launch` answers in one line."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    quiet_imports()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    end_of_imports()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
 def test_two_runs_in_one_process(here, monkeypatch):
     """One after the other, and one within the other: neither knows of the other, and handlers of
     signals are in the end what they were. Two runs in one folder are refused."""
@@ -246,6 +276,32 @@ def test_ctrl_c(here, dataset_dir):
     assert process.returncode == 1 and "Traceback" not in "\n".join(said)
     assert "is saved. Repeat the command to continue." in said[-1]
     assert 8 < checkpoint(folder_of(script, args))["step"] < 3008
+
+
+COMPILING = """
+import os, runpy, signal, sys, threading, time
+main = threading.main_thread().ident
+def interrupt():
+    seen = 0  # looks in a row that found jax's compiler at work
+    while seen < 5:
+        time.sleep(0.02)
+        frame = sys._current_frames()[main]
+        seen = seen + 1 if frame.f_code.co_filename.endswith("jax/_src/compiler.py") else 0
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_ctrl_c_during_a_compilation(here):
+    """jax goes on compiling in a thread, and must not crash at the end of the process."""
+    import baselines.sac as sac
+
+    line = [sys.executable, "-c", COMPILING, *command("baselines/sac", tiny_online(sac))[1:]]
+    ended = subprocess.run(line, env=clean(here), capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("is saved. Repeat the command to continue.\n")
+    assert ended.stderr.count("\n") == 1
 
 
 # --- kills ---------------------------------------------------------------------------------------

@@ -331,7 +331,7 @@ def test_every_update_has_its_data(loop):
     task; the replay holds what was stepped so far, with rewards as --sparse asks for."""
     args, _, _, calls, pool, _ = loop
     files, source, updates = Path(args.dataset_dir), resolve(ENV), iter(steps_of(args))
-    labelled = lambda i, task: read(files / SHARD.format(i), source, (task,), args.sparse, False)
+    labelled = lambda i, task: read(files / SHARD.format(i), source, (task,), clip=False)
     own = [[labelled(i, task) for task, _ in AGENTS] for i in range(3)]
     swaps, now = getattr(args, "offline_steps", 0) // 4, 0
     for call in calls:
