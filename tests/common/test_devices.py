@@ -16,6 +16,7 @@ import meam
 from common.devices import configured_jax, over_agents, shard_over_agents, zero_metrics
 from common.flags import parse
 from common.sampling import Batch
+from tests.helpers.runs import on_devices
 from tools.shared_blocks import ROOT
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -116,11 +117,9 @@ assert [s.data.shape for s in six.addressable_shards] == [(5, 2)] * 6
 def test_programs_exchange_nothing(tmp_path):
     """Training and acting of eight agents on eight devices: each holds one agent and a copy of the
     data, before and after, and the compiled program has no communication between devices."""
-    variables = dict(XLA_FLAGS="--xla_force_host_platform_device_count=8", PYTHONPATH=str(ROOT))
+    env = on_devices(8) | dict(PYTHONPATH=str(ROOT))
     line = [sys.executable, "-c", PROGRAMS]
-    answer = subprocess.run(
-        line, cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True
-    )
+    answer = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
 
 

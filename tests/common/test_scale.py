@@ -1,7 +1,6 @@
 """Runs whose agents are spread over devices: the rows of a run on one device."""
 
 import csv
-import os
 import subprocess
 import sys
 
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.flags import ENV, ONLINE_LENGTHS, ONLINE_SIZES, TINY
+from tests.helpers.runs import on_devices
 from tools.shared_blocks import ROOT
 
-EIGHT = dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
 OFFLINE = TINY | dict(env=ENV, num_seeds=2)  # of tasks 1 and 2: four agents
 ONLINE = ONLINE_SIZES | ONLINE_LENGTHS["multigoal"]
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -28,9 +27,9 @@ def flags(script, **more):
     return line
 
 
-def start(folder, line, **variables):
+def start(folder, line, devices=1):
     folder.mkdir(exist_ok=True)
-    env = os.environ | dict(PYTHONPATH=str(ROOT)) | variables
+    env = on_devices(devices) | dict(PYTHONPATH=str(ROOT))
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(line, cwd=folder, env=env, **pipes)
 
@@ -72,7 +71,7 @@ def assert_close(left, right):
 
 def test_agents_on_several_devices(script, one, tmp_path, dataset_dir):
     """Two or four agents, eight devices: the rows of training are those of one device."""
-    finish(start(tmp_path, flags(script, dataset_dir=dataset_dir), **EIGHT))
+    finish(start(tmp_path, flags(script, dataset_dir=dataset_dir), devices=8))
     assert_close(table(one, "train"), table(tmp_path, "train"))
     assert table(one, "eval").keys() == table(tmp_path, "eval").keys()
 
@@ -97,6 +96,6 @@ launch(module.main, module.Args, module.ENV_DEFAULTS)
     whole = flags(script, dataset_dir=dataset_dir)
     finish(start(tmp_path, [sys.executable, "-c", code, *whole[3:]]))
     first = table(tmp_path, "train")
-    finish(start(tmp_path, whole, **EIGHT))
+    finish(start(tmp_path, whole, devices=8))
     assert 0 < len(first) < len(table(tmp_path, "train"))
     assert_close(table(one, "train"), table(tmp_path, "train"))

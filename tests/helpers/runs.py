@@ -200,3 +200,10 @@ def clean(folder):
 def quick(folder):
     """Like `clean`, with jax's settings for tests."""
     return clean(folder) | {name: x for name, x in os.environ.items() if name.startswith("JAX_")}
+
+
+def on_devices(count):
+    """Environment variables under which a CPU counts as so many devices."""
+    others = os.environ.get("XLA_FLAGS", "")
+    flag = f"--xla_force_host_platform_device_count={count}"
+    return os.environ | dict(XLA_FLAGS=f"{others} {flag}")
