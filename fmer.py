@@ -82,7 +82,8 @@ class Args:
     lambda_init: PositiveFloat = 0.5  # Initial multiplier lambda of the entropy.
     # Step size of log lambda: an update adds this times (target - entropy) per action dimension.
     lambda_rate: NonNegativeFloat = 1e-2
-    # Steps of log lambda and log eta: plain, or Adam's with the policy's initial learning rate.
+    # Steps of log lambda and log eta: plain with their step sizes, or Adam's with the policy's
+    # initial learning rate.
     dual_optimizer: Literal["plain", "adam"] = "plain"
     target_entropy_start: float = 0.0  # Initial target entropy per action dimension.
     target_entropy_end: float = -1.0  # Final target entropy per action dimension.
@@ -221,10 +222,10 @@ def create(args: Args, observation_size: int, key: Array) -> State:
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))
     critics = Critic(args.hidden_dims, 2, layer_norm=False, activation=mish, kernel_init=LECUN)
-    flow = TimedMLP(args.hidden_dims, scale=0.01)
+    network = TimedMLP(args.hidden_dims, scale=0.01)
     params = dict(
         critic=critics.init(critic_key, observations, actions),
-        policy=flow.init(policy_key, observations, actions, 0.0),
+        policy=network.init(policy_key, observations, actions, 0.0),
     )
     averaged = ("critic", "policy") if args.policy_ema else ("critic",)
     targets = {name: jax.tree.map(jnp.copy, params[name]) for name in averaged}
@@ -258,8 +259,8 @@ def velocity(args: Args, params: dict, observations: Array, z: Array, t: Array) 
 
     (B, S), (..., B, d) and t in [0, 1] that broadcasts to (..., B) -> (..., B, d).
     """
-    flow = TimedMLP(args.hidden_dims, scale=0.01)
-    return flow.apply(params, observations, z, 100 * t)  # its sinusoids suit times to about 100
+    network = TimedMLP(args.hidden_dims, scale=0.01)
+    return network.apply(params, observations, z, 100 * t)  # its sinusoids suit times up to 100
 
 
 def integrate(args: Args, flow: dict, observations: Array, z: Array) -> Array:
@@ -305,10 +306,10 @@ def best(q: Array, actions: Array) -> Array:
 
 
 def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
-    """Draws several actions per state, and returns that of the highest value: (B, S) -> (B, d).
+    """Draws actions and returns the one of the highest value per state: (B, S) -> (B, d).
 
-    `mode` says how many: "best" (evaluations) M, "single" (logged alongside) one, and "explore"
-    (training) --act-candidates.
+    `mode` says how many are drawn: "best" (evaluations) M, "single" (logged alongside) one, and
+    "explore" (training) --act-candidates.
     """
     count = args.num_candidates
     if mode == "single":
@@ -329,10 +330,10 @@ def critic_loss(
     next_actions (M, B, d) are candidates at s'. The critics choose among them and the target
     critics evaluate the choice, as in double Q-learning. `params` are the critics' alone.
     """
-    observations = batch.next_observations
-    next_q = critic(args, state.params["critic"], observations, next_actions)
+    next_observations = batch.next_observations
+    next_q = critic(args, state.params["critic"], next_observations, next_actions)
     chosen = best(next_q.min(0), next_actions)
-    value = critic(args, state.targets["critic"], observations, chosen).min(0)
+    value = critic(args, state.targets["critic"], next_observations, chosen).min(0)
     rewards = args.reward_scale * batch.rewards
     target = rewards + args.discount * batch.masks * value  # Eq. (20)
     q = critic(args, params, batch.observations, batch.actions)
@@ -346,7 +347,8 @@ def weigh(args: Args, q: Array, eta: Array) -> tuple[Array, Array]:
 
     (M, B) -> (M, B), ().
     """
-    # Eq. (13), where V(s) cancels. The maximum goes first, so that a small eta costs no digits.
+    # Eq. (13), where V(s) cancels. The maximum is subtracted before the division, so that no digits
+    # are lost where eta is small.
     weights = jax.nn.softmax((q - q.max(0)) / eta, 0)
     if args.weights == "uniform":
         weights = jnp.full_like(q, 1 / len(q))
@@ -403,7 +405,7 @@ def policy_loss(
     active = state.step < args.entropy_until
     multiplier = jnp.where(active, jnp.exp(state.log_lambda), 0.0)
     loss = matching - multiplier * div.mean()  # Eq. (8), (18)
-    # Per dimension, z_0 ~ N(0, I) has the entropy log(2 pi e) / 2, and tanh(z_0) the other number.
+    # Per dimension, tanh(z_0) has the entropy 0.669804 (by quadrature), z_0 log(2 pi e) / 2.
     initial_entropy = 0.669804 if args.squash == "tanh" else 1.418939
     entropy = initial_entropy * args.action_size + div.mean()  # Eq. (16), (70)
     return loss, dict(matching_loss=matching, entropy=entropy / args.action_size)
@@ -455,21 +457,22 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     inputs = observations, z1, weights, loss_key
     state, policy_metrics = descend(args, state, "policy", policy_loss, *inputs)
 
-    # Update lambda and eta. The optimisers step against the errors, as against gradients.
-    entropy = policy_metrics["entropy"]
+    # Update lambda and eta. The errors take the place of gradients: a positive one lowers lambda or
+    # eta.
+    entropy = policy_metrics["entropy"]  # per dimension, like the goal
     goal = target_entropy(args, state.step)
     excess = ess - args.target_ess * args.num_candidates
     errors = dict(log_lambda=entropy - goal, log_eta=excess)
-    steps = {}
+    changes = {}
     opt_state = dict(state.opt_state)
     for name, optimizer in dual_optimizers(args).items():
-        steps[name], opt_state[name] = optimizer.update(errors[name], opt_state[name])
-    log_lambda = state.log_lambda + steps["log_lambda"]  # Eq. (7)
+        changes[name], opt_state[name] = optimizer.update(errors[name], opt_state[name])
+    log_lambda = state.log_lambda + changes["log_lambda"]  # Eq. (7)
     log_lambda = jnp.clip(log_lambda, jnp.log(1e-3), jnp.log(10.0))
     log_lambda = jnp.where(state.step < args.entropy_until, log_lambda, state.log_lambda)
     log_eta = state.log_eta
     if args.weights == "soft" and not args.eta_fixed:
-        log_eta = jnp.clip(log_eta + steps["log_eta"], jnp.log(1e-3), jnp.log(100.0))
+        log_eta = jnp.clip(log_eta + changes["log_eta"], jnp.log(1e-3), jnp.log(100.0))
 
     # Update the averages.
     rates = dict(critic=args.target_rate, policy=args.policy_ema)
@@ -522,7 +525,7 @@ def act(
 
     def act_once(state, observation, seed, age):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
-        # The batch's axis, of length 1, is the axis of chunks for `EnvPool`.
+        # The batch's axis, of length 1, serves as the axis of action chunks that `EnvPool` expects.
         return sample_actions(args, state, observation[None], key, mode)
 
     act_in_slots = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
@@ -538,7 +541,7 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
     - terminals (B,), 1 where the episode ended in either way.
     """
     key, rows_key = jax.random.split(state.key)
-    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` keeps counting when it is full
+    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts on in a full replay
     rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
     columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
     batch = replay.replace(**columns)
@@ -557,8 +560,8 @@ def train_chunk(
 
     def body(_, carry):
         state, sums = carry
-        state, metrics = over_agents(partial(train_step, args))(state, replay)
-        return state, jax.tree.map(jnp.add, sums, metrics)
+        state, latest = over_agents(partial(train_step, args))(state, replay)
+        return state, jax.tree.map(jnp.add, sums, latest)
 
     return jax.lax.fori_loop(0, updates, body, (state, metrics))
 
@@ -600,7 +603,7 @@ def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
     After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
-    means of `metrics` to train.csv, and returns zeros to go on with. Every --eval-interval steps,
+    means of `metrics` to train.csv, and returns zeros to add to. Every --eval-interval steps,
     and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
     from its last checkpoint. Returns the rows of eval.csv.
     """
@@ -627,18 +630,18 @@ def main(args: Args) -> list[dict]:
         # replay's transitions so far. Without one, it is what is passed here and an empty replay.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        # Due with --eval-only, or if the run stopped between a checkpoint and its evaluation.
         evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:  # play the running episodes again
+        if step > 0:  # play the episodes again that were running
             actions = saved["replay"]["actions"]  # (agents, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         else:
             envs.reset(seeds_of(agents, 0))  # seeds of step 0, which no evaluation uses
 
-        # Every agent makes one environment step; updates follow after the warm-up.
+        # An iteration is one environment step of every agent. Updates begin after the warm-up.
         while step < args.total_steps:
             if step < args.warmup_steps:
                 actions = envs.random_actions(action_size)  # by each episode's seed and age

@@ -116,7 +116,7 @@ class Args:
     seed: NonNegativeInt = 0  # First seed. Results do not depend on the other agents in the run.
     num_seeds: PositiveInt = 1  # Seeds per task: seed, seed + 1, ...
     offline_steps: NonNegativeInt = 1_000_000  # Gradient updates on the dataset.
-    # Environment steps after that, each followed by an update (paper: 500,000).
+    # Environment steps after the offline phase (paper: 500,000).
     online_steps: NonNegativeInt = 0
     start_training: OnlineStep = 5_000  # First environment step that is followed by an update.
     # Steps (updates offline, environment steps online) between evaluations and checkpoints.
@@ -187,7 +187,7 @@ ENV_DEFAULTS = {
 class State:
     """Holds everything that an agent carries from update to update."""
 
-    params: dict  # critic (phi), behavior (beta), policy (theta), expansion (xi), score (psi)
+    params: dict  # critic (phi), behavior (beta), policy (theta), expansion (xi), score (psi), ...
     targets: dict  # moving averages of critic, behavior and policy (the anchor pi_k)
     opt_state: optax.OptState
     key: Array  # (2,) uint32
@@ -345,14 +345,14 @@ def mixture(args: Args, state: State, batch: Batch, key: Array) -> Array:
     """Draws the base flow's targets: the data's actions or, with probability rho, expansions."""
     if args.rho == 0:
         return batch.actions
-    # behavior_loss already uses fold_in(key, 0) and fold_in(key, 1): they are its two split keys.
+    # Not 0 or 1: behavior_loss splits the key into fold_in(key, 0) and fold_in(key, 1).
     choice_key, noise_key = jax.random.split(jax.random.fold_in(key, 2))
     mean, log_std = expansion(args, state.params["expansion"], batch.observations, batch.actions)
     u = mean
     if args.noisy_expansion:
         u += jnp.exp(log_std) * jax.random.normal(noise_key, u.shape)
     replaced = jax.random.bernoulli(choice_key, args.rho, (len(u), 1))
-    return jnp.where(replaced, jnp.tanh(u), batch.actions)  # Eq. (10), "mode": tanh(mean)
+    return jnp.where(replaced, jnp.tanh(u), batch.actions)  # Eq. (10); its mode is tanh(mean)
 
 
 def behavior_loss(
@@ -392,7 +392,10 @@ def score_loss(
 
 
 def weighted_score(args: Args, state: State, observations: Array, actions: Array) -> Array:
-    """Estimates lambda grad_a log pi_k(a|s) by the score network: (B, S), (B, A) -> (B, A)."""
+    """Estimates lambda grad_a log pi_k(a|s) at noise level sigma_min: (B, S), (B, A) -> (B, A).
+
+    With --score-gate, components outside of the action box are 0.
+    """
     if args.entropy_scale == 0:
         return jnp.zeros_like(actions)
     query = actions
@@ -448,7 +451,7 @@ def adjoint_matching_loss(
         return critic(args, state.targets["critic"], s, clipped).mean(0).sum()
 
     gradient = jax.grad(value)(end)
-    if args.noisy_expansion:  # That ablation also limits the critic's gradient, to norm 1.
+    if args.noisy_expansion:  # the ablation also limits the norm of the critic's gradient to 1
         length = jnp.linalg.norm(gradient, axis=-1, keepdims=True)
         gradient /= jnp.maximum(1, length)
     tilt = args.inv_temp * gradient
@@ -488,14 +491,14 @@ def adjoint_matching_loss(
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
-    """Takes one gradient step on the sum of all losses. All see the parameters from before it."""
+    """Takes one gradient step on the sum of all losses, which see the parameters from before it."""
     key, *keys = jax.random.split(state.key, 4)
     losses = [critic_loss, behavior_loss, adjoint_matching_loss]
     if args.rho > 0:
         losses.append(expansion_loss)
     if args.entropy_scale > 0:
         losses.append(score_loss)
-    # The first three losses draw the same numbers as QAM's, the others use keys[0] folded further.
+    # The first three losses draw the same numbers as in QAM, the others use keys[0] folded further.
     for i in range(3, len(losses)):
         keys.append(jax.random.fold_in(keys[0], i - 2))
 
@@ -585,13 +588,13 @@ def train_chunk(
     def one_agent(state, metrics, replay, task_row):
         def body(_, carry):
             state, sums = carry
-            state, metrics = train_step(args, data, state, replay, task_row)
-            return state, jax.tree.map(jnp.add, sums, metrics)
+            state, latest = train_step(args, data, state, replay, task_row)
+            return state, jax.tree.map(jnp.add, sums, latest)
 
         return jax.lax.fori_loop(0, updates, body, (state, metrics))
 
-    # Offline, a CPU trains one agent after the other: its caches then keep one agent's networks.
-    offline = replay.rewards.size == 0  # `main` makes the replay without room in that phase.
+    # Offline, a CPU trains one agent after the other, because its caches hold one agent's networks.
+    offline = replay.rewards.size == 0  # `main` makes a replay without room for that phase
     all_agents = over_agents(one_agent, agent_by_agent=offline)
     return all_agents(state, metrics, replay, task_rows)
 
@@ -626,8 +629,8 @@ def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int
 def main(args: Args) -> list[dict]:
     """Trains all agents, first on the dataset, then in their environments.
 
-    After every call `run.log_and_save` does what is due. Every --log-interval steps it appends the
-    means of `metrics` to train.csv, and returns zeros to go on with. Every --eval-interval steps,
+    In every iteration `run.log_and_save` does what is due. Every --log-interval steps it appends
+    the means of `metrics` to train.csv, and returns zeros to add to. Every --eval-interval steps,
     and where a phase ends, it saves a checkpoint and marks an evaluation as due. A stopped run
     continues from its last checkpoint. Returns the rows of eval.csv.
     """
@@ -652,7 +655,7 @@ def main(args: Args) -> list[dict]:
         # replay's transitions so far. Without one, it is what is passed here and an empty replay.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        # Due with --eval-only, or if the run stopped between a checkpoint and its evaluation.
         evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
@@ -671,7 +674,7 @@ def main(args: Args) -> list[dict]:
         # update on the dataset and its replay.
         replay = Replay.create(len(agents), args.online_steps, *sizes)
         replay = replay.refill(saved["replay"])
-        if step > args.offline_steps:  # it stopped in this phase: play the running episodes again
+        if step > args.offline_steps:  # play the episodes again that were running
             actions = saved["replay"]["actions"]  # (N, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         elif args.online_steps:

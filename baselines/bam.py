@@ -107,7 +107,7 @@ class Args:
     seed: NonNegativeInt = 0  # First seed. Results do not depend on the other agents in the run.
     num_seeds: PositiveInt = 1  # Seeds per task: seed, seed + 1, ...
     offline_steps: NonNegativeInt = 1_000_000  # Gradient updates on the dataset.
-    # Environment steps after that, each followed by an update (paper: 500,000).
+    # Environment steps after the offline phase (paper: 500,000).
     online_steps: NonNegativeInt = 0
     start_training: OnlineStep = 5_000  # First environment step that is followed by an update.
     # Steps (updates offline, environment steps online) between evaluations and checkpoints.
@@ -325,7 +325,7 @@ def control_loss(
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
-    """Takes one gradient step on the sum of all losses. All see the parameters from before it."""
+    """Takes one gradient step on the sum of all losses, which see the parameters from before it."""
     key, *keys = jax.random.split(state.key, 4)
     losses = [critic_loss, behavior_loss, control_loss]
 
@@ -415,13 +415,13 @@ def train_chunk(
     def one_agent(state, metrics, replay, task_row):
         def body(_, carry):
             state, sums = carry
-            state, metrics = train_step(args, data, state, replay, task_row)
-            return state, jax.tree.map(jnp.add, sums, metrics)
+            state, latest = train_step(args, data, state, replay, task_row)
+            return state, jax.tree.map(jnp.add, sums, latest)
 
         return jax.lax.fori_loop(0, updates, body, (state, metrics))
 
-    # Offline, a CPU trains one agent after the other: its caches then keep one agent's networks.
-    offline = replay.rewards.size == 0  # `main` makes the replay without room in that phase.
+    # Offline, a CPU trains one agent after the other, because its caches hold one agent's networks.
+    offline = replay.rewards.size == 0  # `main` makes a replay without room for that phase
     all_agents = over_agents(one_agent, agent_by_agent=offline)
     return all_agents(state, metrics, replay, task_rows)
 
@@ -456,8 +456,8 @@ def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int
 def main(args: Args) -> list[dict]:
     """Trains all agents, first on the dataset, then in their environments.
 
-    After every call `run.log_and_save` does what is due. Every --log-interval steps it appends the
-    means of `metrics` to train.csv, and returns zeros to go on with. Every --eval-interval steps,
+    In every iteration `run.log_and_save` does what is due. Every --log-interval steps it appends
+    the means of `metrics` to train.csv, and returns zeros to add to. Every --eval-interval steps,
     and where a phase ends, it saves a checkpoint and marks an evaluation as due. A stopped run
     continues from its last checkpoint. Returns the rows of eval.csv.
     """
@@ -482,7 +482,7 @@ def main(args: Args) -> list[dict]:
         # replay's transitions so far. Without one, it is what is passed here and an empty replay.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        # Due with --eval-only, or if the run stopped between a checkpoint and its evaluation.
         evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
@@ -501,7 +501,7 @@ def main(args: Args) -> list[dict]:
         # update on the dataset and its replay.
         replay = Replay.create(len(agents), args.online_steps, *sizes)
         replay = replay.refill(saved["replay"])
-        if step > args.offline_steps:  # it stopped in this phase: play the running episodes again
+        if step > args.offline_steps:  # play the episodes again that were running
             actions = saved["replay"]["actions"]  # (N, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         elif args.online_steps:

@@ -202,10 +202,10 @@ def create(args: Args, observation_size: int, key: Array) -> State:
     observations = jnp.zeros((1, observation_size))
     actions = jnp.zeros((1, args.action_size))
     critics = Critic(args.hidden_dims, 2, layer_norm=False, activation=mish, kernel_init=LECUN)
-    flow = TimedMLP(args.hidden_dims, scale=0.01, scale_waves=True)
+    network = TimedMLP(args.hidden_dims, scale=0.01, scale_waves=True)
     params = dict(
         critic=critics.init(critic_key, observations, actions),
-        policy=flow.init(policy_key, observations, actions, 0.0, 0.0),
+        policy=network.init(policy_key, observations, actions, 0.0, 0.0),
     )
     log_alpha = jnp.float32(np.log(args.alpha_init))
     trained = params | dict(alpha=log_alpha)
@@ -237,8 +237,8 @@ def average_velocity(
     """Computes u(x, r, t, s) over the times from t down to r, so that x_r = x_t - (t - r) u:
     (B, S), (..., B, d), times that broadcast to (..., B) -> (..., B, d)."""
     # Times are in [0, 1]; 100 times that, as in fmer.py, makes du/dt of Eq. (FLAME5) blow up.
-    flow = TimedMLP(args.hidden_dims, scale=0.01, scale_waves=True)
-    return flow.apply(params, observations, x, r, t)
+    network = TimedMLP(args.hidden_dims, scale=0.01, scale_waves=True)
+    return network.apply(params, observations, x, r, t)
 
 
 def candidates(args: Args, flow: dict, observations: Array, key: Array, count: int) -> Array:
@@ -494,7 +494,7 @@ def act(
 
     def act_once(state, observation, seed, age):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
-        # The batch's axis, of length 1, is the axis of chunks for `EnvPool`.
+        # The batch's axis, of length 1, serves as the axis of action chunks that `EnvPool` expects.
         return sample_actions(args, state, observation[None], key, mode)
 
     act_in_slots = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
@@ -510,7 +510,7 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
     - terminals (B,), 1 where the episode ended in either way.
     """
     key, rows_key = jax.random.split(state.key)
-    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` keeps counting when it is full
+    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts on in a full replay
     rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
     columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
     batch = replay.replace(**columns)
@@ -529,8 +529,8 @@ def train_chunk(
 
     def body(_, carry):
         state, sums = carry
-        state, metrics = over_agents(partial(train_step, args))(state, replay)
-        return state, jax.tree.map(jnp.add, sums, metrics)
+        state, latest = over_agents(partial(train_step, args))(state, replay)
+        return state, jax.tree.map(jnp.add, sums, latest)
 
     return jax.lax.fori_loop(0, updates, body, (state, metrics))
 
@@ -572,7 +572,7 @@ def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
     After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
-    means of `metrics` to train.csv, and returns zeros to go on with. Every --eval-interval steps,
+    means of `metrics` to train.csv, and returns zeros to add to. Every --eval-interval steps,
     and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
     from its last checkpoint. Returns the rows of eval.csv.
     """
@@ -599,18 +599,18 @@ def main(args: Args) -> list[dict]:
         # replay's transitions so far. Without one, it is what is passed here and an empty replay.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        # Due with --eval-only, or if the run stopped between a checkpoint and its evaluation.
         evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:  # play the running episodes again
+        if step > 0:  # play the episodes again that were running
             actions = saved["replay"]["actions"]  # (agents, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         else:
             envs.reset(seeds_of(agents, 0))  # seeds of step 0, which no evaluation uses
 
-        # Every agent makes one environment step; updates follow after the warm-up.
+        # An iteration is one environment step of every agent. Updates begin after the warm-up.
         while step < args.total_steps:
             if step < args.warmup_steps:
                 actions = envs.random_actions(action_size)  # by each episode's seed and age

@@ -408,7 +408,7 @@ def act(
 
     def act_once(state, observation, seed, age):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
-        # The batch's axis, of length 1, is the axis of chunks for `EnvPool`.
+        # The batch's axis, of length 1, serves as the axis of action chunks that `EnvPool` expects.
         return sample_actions(args, state, observation[None], key, mode)
 
     act_in_slots = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
@@ -523,7 +523,7 @@ def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
     After every rollout `run.log_and_save` does what is due. Every --log-interval steps it appends
-    the means of `metrics` to train.csv, and returns zeros to go on with. Every --eval-interval
+    the means of `metrics` to train.csv, and returns zeros to add to. Every --eval-interval
     steps, and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run
     continues from its last checkpoint. Returns the rows of eval.csv.
     """
@@ -551,12 +551,12 @@ def main(args: Args) -> list[dict]:
         content = dict(state=state, metrics=metrics, envs=envs.save(), played=played)
         step, saved = run.restore(content)
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        # Due with --eval-only, or if the run stopped between a checkpoint and its evaluation.
         evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
         played = saved["played"]
-        if step > 0:  # play the running episodes again
+        if step > 0:  # play the episodes again that were running
             envs.load(saved["envs"], played)
         else:
             envs.reset(episode_seeds(args, agents, 0))

@@ -425,7 +425,7 @@ def act(
 
     def act_once(state, observation, seed, age):
         key = jax.random.fold_in(jax.random.PRNGKey(seed), age)
-        # The batch's axis, of length 1, is the axis of chunks for `EnvPool`.
+        # The batch's axis, of length 1, serves as the axis of action chunks that `EnvPool` expects.
         return sample_actions(args, state, observation[None], key, mode)
 
     act_in_slots = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
@@ -441,7 +441,7 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
     - terminals (B,), 1 where the episode ended in either way.
     """
     key, rows_key = jax.random.split(state.key)
-    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` keeps counting when it is full
+    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts on in a full replay
     rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
     columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
     batch = replay.replace(**columns)
@@ -460,8 +460,8 @@ def train_chunk(
 
     def body(_, carry):
         state, sums = carry
-        state, metrics = over_agents(partial(train_step, args))(state, replay)
-        return state, jax.tree.map(jnp.add, sums, metrics)
+        state, latest = over_agents(partial(train_step, args))(state, replay)
+        return state, jax.tree.map(jnp.add, sums, latest)
 
     return jax.lax.fori_loop(0, updates, body, (state, metrics))
 
@@ -503,7 +503,7 @@ def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
     After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
-    means of `metrics` to train.csv, and returns zeros to go on with. Every --eval-interval steps,
+    means of `metrics` to train.csv, and returns zeros to add to. Every --eval-interval steps,
     and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
     from its last checkpoint. Returns the rows of eval.csv.
     """
@@ -530,18 +530,18 @@ def main(args: Args) -> list[dict]:
         # replay's transitions so far. Without one, it is what is passed here and an empty replay.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        # Due with --eval-only, or if the run stopped between a checkpoint and its evaluation.
         evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:  # play the running episodes again
+        if step > 0:  # play the episodes again that were running
             actions = saved["replay"]["actions"]  # (agents, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         else:
             envs.reset(seeds_of(agents, 0))  # seeds of step 0, which no evaluation uses
 
-        # Every agent makes one environment step; updates follow after the warm-up.
+        # An iteration is one environment step of every agent. Updates begin after the warm-up.
         while step < args.total_steps:
             if step < args.warmup_steps:
                 actions = envs.random_actions(action_size)  # by each episode's seed and age

@@ -304,7 +304,7 @@ def cloning_loss(
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
-    """Takes one gradient step on the sum of all losses. All see the parameters from before it."""
+    """Takes one gradient step on the sum of all losses, which see the parameters from before it."""
     key, *keys = jax.random.split(state.key, 4)
     losses = [critic_loss, actor_loss, cloning_loss]
 
@@ -410,8 +410,8 @@ def train_chunk(
     def one_agent(state, metrics, replay, task_row):
         def body(_, carry):
             state, sums = carry
-            state, metrics = train_step(args, data, state, replay, task_row)
-            return state, jax.tree.map(jnp.add, sums, metrics)
+            state, latest = train_step(args, data, state, replay, task_row)
+            return state, jax.tree.map(jnp.add, sums, latest)
 
         return jax.lax.fori_loop(0, updates, body, (state, metrics))
 
@@ -449,7 +449,7 @@ def main(args: Args) -> list[dict]:
     """Trains all agents in their environments, with the dataset next to the replay.
 
     After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
-    means of `metrics` to train.csv, and returns zeros to go on with. Every --eval-interval steps,
+    means of `metrics` to train.csv, and returns zeros to add to. Every --eval-interval steps,
     and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
     from its last checkpoint. Returns the rows of eval.csv.
     """
@@ -472,12 +472,12 @@ def main(args: Args) -> list[dict]:
         # replay's transitions so far. Without one, it is what is passed here and an empty replay.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
-        # Due with --eval-only, or if it stopped between a checkpoint and its evaluation.
+        # Due with --eval-only, or if the run stopped between a checkpoint and its evaluation.
         evaluate_if_due(args, run, state, eval_envs, step)
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:  # play the running episodes again
+        if step > 0:  # play the episodes again that were running
             actions = saved["replay"]["actions"]  # (N, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         else:

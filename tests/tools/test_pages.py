@@ -131,12 +131,17 @@ def copy(tmp_path, monkeypatch):
     ("benchmarks/results/halfcheetah.csv", ",2997.4", ",3997.4", "docs/methods/td3.md"),
 ])  # fmt: skip
 def test_what_is_stale_is_seen(copy, file, old, new, stale):
-    """By one change; writing repairs it."""
     text = (copy / file).read_text()
     assert old in text
     (copy / file).write_text(text.replace(old, new, 1))
     expected = [f"{page} is out of date: {pages.WRITE}" for page in stale.split()]
     assert pages.problems() == expected
+
+
+def test_writing_repairs_what_is_stale(copy):
+    script = copy / "baselines/sac.py"
+    script.write_text(script.read_text().replace("def critic_loss", "def loss_of_critics"))
+    assert pages.problems()
     for path, (_, written) in pages.pages().items():
         path.write_text(written)
     assert pages.problems() == []
