@@ -21,6 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+if __name__ == "__main__":
+    from common.signals import quiet_imports
+
+    quiet_imports()  # Ctrl-C ends the imports below without a traceback
+
 import matplotlib
 import tyro
 
@@ -94,9 +99,10 @@ def draw_each(paths: list[Path]) -> None:
 
 def compare_runs(options: Options, paths: list[Path]) -> None:
     """Writes a figure and tables of all runs together."""
-    tables = [Path(name) for name in options.table]
+    tables = [Path(name).expanduser() for name in options.table]
+    picture = Path(options.out).expanduser()
     if options.out:
-        check_target(Path(options.out), PICTURES, paths)
+        check_target(picture, PICTURES, paths)
     for path in tables:
         check_target(path, TABLES, paths)
     comparison = compare(
@@ -112,10 +118,10 @@ def compare_runs(options: Options, paths: list[Path]) -> None:
         for path in tables:
             write_table(path, table, comparison)
     if options.out:
-        write_figure(Path(options.out), comparison, "dark" if options.dark else "light")
-        print(f"wrote {options.out}")
-    for name in options.table:
-        print(f"wrote {name}")
+        write_figure(picture, comparison, "dark" if options.dark else "light")
+        print(f"wrote {picture}")
+    for path in tables:
+        print(f"wrote {path}")
 
 
 def check_target(target: Path, suffixes: tuple[str, ...], sources: list[Path]) -> None:

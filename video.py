@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Annotated
 
 if __name__ == "__main__":
+    from common.signals import quiet_imports
+
+    quiet_imports()  # Ctrl-C ends the imports below without a traceback
     os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo reads it when it is imported.
     try:
         import mujoco  # noqa: F401
@@ -69,7 +72,8 @@ def main(options: Options) -> Path:
     if read_flags(folder)["env"] == "multigoal":
         raise UserError("the plane is not a MuJoCo scene: its episodes are in rollouts.png")
     agent = load_agent(folder, options.task or None, options.seed if options.seed >= 0 else None)
-    path = Path(options.out or folder / f"video-task{agent.task}-seed{agent.seed}.gif")
+    name = f"video-task{agent.task}-seed{agent.seed}.gif"
+    path = Path(options.out or folder / name).expanduser()
     check_writable(path)
     slot = make_slot(agent.env, options.size)
     frames = []

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import tyro
 
 from common.errors import UserError
+from common.signals import end_of_imports
 
 
 def run_program(main: Callable, options: type, description: str, renders: bool = False) -> None:
@@ -14,6 +15,7 @@ def run_program(main: Callable, options: type, description: str, renders: bool =
 
     Unless the program renders, a driver that is missing for MuJoCo does not matter.
     """
+    end_of_imports()
     if not renders:
         os.environ["MUJOCO_GL"] = "disable"
     try:

@@ -1,5 +1,6 @@
 """Figures of one run, drawn into its folder: curve.png, and rollouts.png of mazes and the plane."""
 
+import zipfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,6 +20,7 @@ from analysis.style import (
     thousands,
 )
 from common.environments import GOALS, make_env, resolve
+from common.errors import UserError
 
 # Metric -> the CSV file that holds it.
 TABLES = {
@@ -124,12 +126,22 @@ def _draw_agents(axis: Axes, columns: dict, metric: str, online: bool, marker: s
                 line.set_label(f"task {task:.0f}")
 
 
+def read_rollouts(folder: Path) -> dict[str, np.ndarray]:
+    """Reads the paths of the last evaluation."""
+    path = folder / "rollouts.npz"
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); --eval-only makes it again") from None
+
+
 def draw_maze(folder: Path, env: str) -> Path:
     """Draws rollouts.png of a maze: the paths of the last evaluation, a panel per task.
 
     Solved episodes are blue and others orange; a dot is at each start and a star at the goal.
     """
-    rollouts = np.load(folder / "rollouts.npz")
+    rollouts = read_rollouts(folder)
     success = rollouts["success"]  # (agents, episodes)
     solved = success.ravel() > 0
     task_of = np.repeat(rollouts["task"], success.shape[1])
@@ -171,7 +183,7 @@ def draw_plane(folder: Path) -> Path:
     There is a panel for each of up to five agents. A path has the colour of the goal that it
     reaches, and is grey if it reaches none; the title counts the goals that were reached.
     """
-    rollouts = np.load(folder / "rollouts.npz")
+    rollouts = read_rollouts(folder)
     num_agents, episodes = rollouts["success"].shape
     figure, axes = _row_of_panels(min(num_agents, PLANE_AGENTS), 3.4, 3.7)
     for agent, axis in enumerate(axes):

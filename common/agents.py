@@ -173,7 +173,7 @@ def load_agents(folder: str | Path, script: ModuleType | None = None) -> Trained
     folder = Path(folder)
     config = read_config(folder)
     flags = config["flags"]
-    if "script" not in config:
+    if not {"script", "agents"} <= config.keys():
         advice = "repeat its command once, which adds what is missing"
         raise UserError(f"{folder} was made by an earlier version: {advice}")
     path, saved = last_checkpoint(folder)

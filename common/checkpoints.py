@@ -114,8 +114,8 @@ class Checkpoints:
             return False
         try:
             verified(path)
-        except (OSError, ValueError):
-            print(f"{path} was damaged on the disk; the checkpoint before it is kept")
+        except (OSError, ValueError) as error:
+            print(f"{path} was damaged on the disk ({error}); the checkpoint before it is kept")
             return False
         return True
 

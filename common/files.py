@@ -33,7 +33,10 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{folder} is not a run folder: it has no config.json")
     try:
         config = json.loads(path.read_text())
-        return config | dict(flags=dict(config["flags"]))
+        flags = dict(config["flags"])
+        if "env" not in flags:
+            raise ValueError("its flags lack env")
+        return config | dict(flags=flags)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is damaged, so this run cannot be read: {error!r}") from None
 
@@ -56,10 +59,14 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     """
     new = path.with_name(f"{path.name}.tmp")
     new.unlink(missing_ok=True)  # a link there is not followed
-    with open(new, "xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(new, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
     if keep and path.exists():
         os.replace(path, keep)
     os.replace(new, path)
@@ -118,7 +125,7 @@ def is_at(file: BinaryIO, path: Path) -> bool:
     """Returns whether an open file is the one that a path names now."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
+    except OSError:
         return False
 
 

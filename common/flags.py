@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -14,9 +15,10 @@ import tyro
 
 from common.environments import OGBENCH_NAME, resolve
 from common.errors import UserError
-from common.signals import Stopped, end_of_imports
+from common.signals import Stopped, end_of_imports, say
 
 LARGEST = 2**31 - 1
+LONGEST_NAME = 180  # of a run, before it is cut and gets a checksum
 # Flags that cannot change what an agent learns. A run may be continued with other values of them.
 FREE = (
     *("name", "run_dir", "dataset_dir", "collect", "workers", "compile_cache"),
@@ -197,7 +199,10 @@ def name_of_run(args: Any, defaults: Any) -> str:
                 text = "-".join(map(str, value))
             text = re.sub(r'[{}" ]', "", text)  # of JSON
             parts.append(f"{flag}={text}".replace("_", "-").replace("/", "-"))
-    return ",".join(parts)[:200] or "default"
+    name = ",".join(parts) or "default"
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}-{zlib.crc32(name.encode()):08x}"
+    return name
 
 
 def as_command_line(flags: dict) -> list[str]:
@@ -264,7 +269,7 @@ def launch(main: Callable, Args: type, env_defaults: dict) -> None:
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
     except Stopped as stopped:
-        print(stopped, file=sys.stderr, flush=True)
+        say(str(stopped))
         os._exit(1)  # jax would crash at Python's own exit if it is still compiling in a thread
     except Exception as error:
         if re.search("MemoryError|RESOURCE_EXHAUSTED|Out of memory", repr(error)):

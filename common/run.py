@@ -31,6 +31,7 @@ from common.tables import TABLES, Tables
 from common.tracking import Tracker
 
 SCRIPT = "script.py"  # the source of a run's script, from which its agents are loaded
+RESULTS = (CHECKPOINT, PREVIOUS, *TABLES)  # files from which a run continues
 SECONDS_PER_CALL = 1.0  # so that the progress bar and signals are answered in time
 
 
@@ -173,7 +174,7 @@ class Run:
         """Moves the old folder aside."""
         if self.args.eval_only:
             raise UserError("--overwrite and --eval-only exclude each other")
-        if (self.folder / "config.json").exists():
+        if any((self.folder / name).exists() for name in ("config.json", *RESULTS)):
             aside = move_aside(self.folder)
             self.lock.close()
             self.lock = FolderLock(self.folder)
@@ -190,10 +191,11 @@ class Run:
         digest = hashlib.sha256(source).hexdigest()
         now = dict(flags=flags, script=script.stem, source_sha256=digest, agents=self.agents)
         config = dict(id=uuid.uuid4().hex[:16], **now, made_with=environment_info())
-        results = (CHECKPOINT, PREVIOUS, *TABLES)
-        continues = any((self.folder / name).exists() for name in results)
+        continues = any((self.folder / name).exists() for name in RESULTS)
         if continues:
             old = read_config(self.folder)
+            if "id" not in old:
+                raise UserError(f"{self.folder / 'config.json'} is damaged: it lacks the run's id")
             defaults = as_json(vars(type(self.args)()))
             old_flags = defaults | old["flags"]  # some flags may be newer than the run
             refuse_other_flags(self.folder, old_flags, flags)

@@ -1,6 +1,7 @@
 """Answering signals: a program that still imports ends at once, later everything is saved first."""
 
 import contextlib
+import os
 import signal
 import sys
 from types import FrameType
@@ -20,6 +21,14 @@ def end_of_imports() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def say(text: str) -> None:
+    """Prints to stderr. If whoever read it has gone, nothing is printed from now on."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
 class Stopped(SystemExit):
     """A signal has ended the program, and everything is saved."""
 
@@ -27,7 +36,7 @@ class Stopped(SystemExit):
 class StopRequest:
     """Remembers a signal until everything is saved; where nothing is unsaved, exits at once.
 
-    A second signal ends the program as if it was not handled.
+    A second signal of the same kind ends the program at once, except for SIGHUP.
     """
 
     def __init__(self, farewell: str):
@@ -50,12 +59,14 @@ class StopRequest:
         self.handlers = {}
 
     def _answer(self, number: int, _: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        # A terminal that is closed sends SIGHUP more than once; nobody repeats it on purpose.
+        hung_up = number == signal.SIGHUP
+        signal.signal(number, signal.SIG_IGN if hung_up else signal.SIG_DFL)
         self.requested = True
         if not self.unsaved:
             self.leave()
         name = signal.Signals(number).name
-        print(f"\n{name}: saving after this step; repeat it to end at once", file=sys.stderr)
+        say(f"\n{name}: saving after this step; repeat it to end at once")
 
     def leave(self) -> None:
         """Ends the program, because everything is saved."""

@@ -69,12 +69,15 @@ class Tables:
             lines = lines[:-1]
         steps = []
         for i, line in enumerate(lines):
+            words = line.split(",")
             try:
-                task, seed, step, *others = map(float, line.split(","))
+                task, seed, step = map(int, words[:3])
+                others = list(map(float, words[3:]))
             except ValueError:
                 others = []
             width = 3 + len(others)
-            if width != len(header.split(",")) or (task, seed) != self.agents[i % count]:
+            damaged = width != len(header.split(",")) or (task, seed) != self.agents[i % count]
+            if damaged or step < max(steps, default=0):
                 raise ValueError(f"line {i + 2} is damaged: {line.strip()[:80]!r}")
             if i % count == 0:
                 steps.append(int(step))

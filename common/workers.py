@@ -134,7 +134,12 @@ class Worker:
         command = [sys.executable, "-P", "-c", WORKER, root, str(theirs.fileno())]
         # Nothing is drawn there, so a missing driver does not matter.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MUJOCO_GL": "disable"}
-        self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            pass_fds=[theirs.fileno()],
+            process_group=0,  # Ctrl-C does not reach it, not even before it ignores signals
+        )
         theirs.close()
         self.connection.send((names, [folder or os.getcwd() for folder in sys.path]))
 

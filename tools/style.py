@@ -23,7 +23,7 @@ from tools.shared_blocks import ROOT, scripts
 MEAN_TOKENS = 11.0  # per line of code, at most
 LINE_TOKENS = 30  # in any line except those of data tables, at most
 SCRIPT_TOKENS = 4_950  # with the flags for own environments and data
-COMMON_TOKENS = 19_800  # of common/ as a whole, without what is imported only where it is asked for
+COMMON_TOKENS = 20_000  # of common/ as a whole, without what is imported only where it is asked for
 APART = ("common/collect", "common/own_data.py", "common/agents.py")  # beginnings of these paths
 
 # "file: line of code" -> the reason why this line may break a rule. At most a screen of them.

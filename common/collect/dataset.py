@@ -133,7 +133,7 @@ def _check_first_episode(plan: Plan) -> None:
 def _is_finished(plan: Plan) -> bool:
     is_finished = True
     for path, episodes in plan.episodes.items():
-        if not _is_whole(path, len(episodes) * plan.rows):
+        if not _is_whole(path, len(episodes) * plan.rows, read_all=True):
             is_finished = False  # The loop goes on, to name all damaged files.
     return is_finished
 

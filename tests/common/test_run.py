@@ -237,7 +237,7 @@ def test_a_flag_that_is_newer_than_the_run(run):
 
 def test_a_damaged_configuration(run):
     folder = logged(run)[0]
-    for text in ('{"flags": {"lr"', "{}", "[]", ""):
+    for text in ('{"flags": {"lr"', "{}", "[]", "", '{"flags": {}}', '{"flags": {"env": "scene"}}'):
         (folder / "config.json").write_text(text)
         stops(folder, "config.json", call=run)
         assert (folder / "config.json").read_text() == text
@@ -716,6 +716,16 @@ def test_a_damaged_row(run, bad):
     (folder / "train.csv").write_bytes(damaged)
     stops(folder, "train.csv", call=lambda: restore(run()))
     assert (folder / "train.csv").read_bytes() == damaged
+
+
+@pytest.mark.parametrize("step", ["90", "1e1", "10.5", "-10", "inf", "nan"])
+def test_a_damaged_step(run, step):
+    """Also one that is a number: steps are whole and never decrease."""
+    folder, contents = logged(run)
+    rows = contents[1].decode().replace(",10,", f",{step},")
+    (folder / "train.csv").write_text(rows)
+    stops(folder, "train.csv", "is damaged", call=lambda: restore(run()))
+    assert (folder / "train.csv").read_text() == rows
 
 
 def test_rows_of_some_agents_alone_are_dropped(run):

@@ -109,11 +109,17 @@ def test_damage_of_all_kinds_is_found(collected, tmp_path, damage):
     assert find_damage(path, NUM_ROWS)
 
 
-def test_reading_all_finds_any_changed_byte(collected, tmp_path):
-    path = tmp_path / "file.npz"
-    content = bytearray((collected / f"{MAZE}-v0.npz").read_bytes())
+def rot(path):
+    """Changes a byte in the middle."""
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def test_reading_all_finds_any_changed_byte(collected, tmp_path):
+    path = tmp_path / "file.npz"
+    shutil.copyfile(collected / f"{MAZE}-v0.npz", path)
+    rot(path)
     assert find_damage(path, NUM_ROWS, read_all=True)
 
 
@@ -123,7 +129,7 @@ def test_an_io_error_is_no_damage(tmp_path):
 
 
 @pytest.mark.parametrize("name", [f"{MAZE}-v0.npz", f"{MAZE}-v0-val.npz"])
-@pytest.mark.parametrize("damage", [cut, empty])
+@pytest.mark.parametrize("damage", [cut, empty, rot])
 def test_a_damaged_file_is_named_and_made_again(collected, copy, capsys, name, damage):
     damage(copy / name)
     collect(copy)

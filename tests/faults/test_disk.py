@@ -306,6 +306,17 @@ def test_overwriting_keeps_the_old_folder(run, capsys):
     assert not list(run(overwrite=True).folder.parent.glob("*.old-3"))  # there was none
 
 
+def test_overwriting_what_has_lost_its_configuration(run):
+    first = run()
+    save(first, 20)
+    (first.folder / "config.json").unlink()
+    del first
+    stops("no config.json", call=run)
+    again = run(overwrite=True)
+    assert restore(again) == (0, 0)
+    assert (again.folder.with_name("default.old-1") / CHECKPOINT).exists()
+
+
 def test_what_cannot_be_overwritten(run):
     """A run that another process is in; and an evaluation of what is about to go."""
     first = run()

@@ -7,12 +7,16 @@ test_killed_and_continued of tests/runs/test_script_runs.py.)
 """
 
 import dataclasses
+import fcntl
 import os
+import pty
 import random
 import signal
 import subprocess
 import sys
+import termios
 import time
+from functools import partial
 
 import pytest
 
@@ -241,14 +245,15 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 
 
 def test_the_second_signal_ends_at_once(here):
-    """Where saving takes forever: the first one of a kind is answered, the second one kills."""
+    """Where saving takes forever: the first one of a kind is answered, the second one kills. (Not
+    of SIGHUP: a terminal that is closed sends it more than once.)"""
     args = tiny_online(fmer)
     line = [sys.executable, "-c", STUCK, *command("fmer", args)[1:]]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
     while not os.path.exists(f"{folder_of('fmer', args)}/{CHECKPOINT}.tmp"):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGHUP, signal.SIGTERM):
         process.send_signal(number)
         line = ""
         while "saving" not in line:
@@ -256,7 +261,10 @@ def test_the_second_signal_ends_at_once(here):
             assert line, "the process has ended"
         assert f"{number.name}: saving after this step; repeat it to end at once" in line
     process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=20) == -signal.SIGHUP
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == -signal.SIGTERM
     assert not os.path.exists(f"{folder_of('fmer', args)}/{CHECKPOINT}")
 
 
@@ -276,6 +284,29 @@ def test_ctrl_c(here, dataset_dir):
     assert process.returncode == 1 and "Traceback" not in "\n".join(said)
     assert "is saved. Repeat the command to continue." in said[-1]
     assert 8 < checkpoint(folder_of(script, args))["step"] < 3008
+
+
+@pytest.mark.parametrize("how", ["pipe", "terminal"])
+def test_nobody_reads_any_more(here, how):
+    """Ctrl-C ends `| tee` first, and a terminal that is closed sends SIGHUP: the run saves."""
+    args = tiny_online(fmer, total_steps=100_000, log_interval=5, eval_interval=100_000)
+    reader, theirs = os.pipe() if how == "pipe" else pty.openpty()
+    take_terminal = partial(fcntl.ioctl, theirs, termios.TIOCSCTTY, 0)
+    process = subprocess.Popen(
+        command("fmer", args),
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        start_new_session=True,
+        preexec_fn=take_terminal if how == "terminal" else None,
+    )
+    os.close(theirs)
+    while not os.path.exists(f"{folder_of('fmer', args)}/train.csv"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.close(reader)
+    if how == "pipe":
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 1
+    assert checkpoint(folder_of("fmer", args))["step"] > 0
 
 
 COMPILING = """

@@ -2,6 +2,7 @@
 is said of missing seeds, published numbers, and what can be seen in the pictures."""
 
 import csv
+import errno
 import itertools
 import json
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 import plot
 from analysis import published, run_figures, style
@@ -775,6 +777,8 @@ def test_what_cannot_be_done(tmp_path):
     both = str(run), str(run_folder(tmp_path / "runs", "fql", "scene"))
     damaged = run_folder(tmp_path / "other")
     (damaged / "config.json").write_text("{")
+    rotten = run_folder(tmp_path / "rotten", env="pointmaze-medium")
+    (rotten / "rollouts.npz").write_bytes(b"PK")
     torn = run_folder(tmp_path / "torn")
     (torn / "eval.csv").write_text("task,seed,step,success\n1,0,100,x\n")
     (tmp_path / "file").write_text("")
@@ -791,6 +795,7 @@ def test_what_cannot_be_done(tmp_path):
         ("has no evaluations", dict(paths=(str(tmp_path / "file"),), out=out)),
         ("is damaged", dict(paths=(str(damaged),), out=out)),
         ("is damaged", dict(paths=(str(damaged),))),
+        ("rollouts.npz is damaged", dict(paths=(str(rotten),))),
         ("speed was not logged; choose", dict(paths=(str(run),), out=out, metric="speed")),
         ("must end with .png", dict(paths=(str(run),), out=str(tmp_path / "out.jpg"))),
         ("must end with .md", dict(paths=(str(run),), table=(str(tmp_path / "out.txt"),))),
@@ -803,6 +808,30 @@ def test_what_cannot_be_done(tmp_path):
     ]:  # fmt: skip
         stops(words, call=lambda flags=flags: main(Options(**flags)))
     assert not any(tmp_path.glob("out*")) and table.read_text().endswith("1,0,x,1\n")
+
+
+def test_a_picture_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    """On a full disk, too: run folders draw again what is older than their tables."""
+    run = run_folder(tmp_path)
+    (run / "curve.png").write_bytes(b"as it was")
+    before = {path.name for path in run.iterdir()}
+
+    def fill_the_disk(figure, file, **options):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", fill_the_disk)
+    stops("curve.png", "No space left", call=lambda: main(Options(paths=(str(run),))))
+    assert (run / "curve.png").read_bytes() == b"as it was"
+    assert {path.name for path in run.iterdir()} == before
+
+
+def test_files_in_the_home_directory(tmp_path, monkeypatch):
+    """A shell leaves --out=~/a.png as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = (str(run_folder(tmp_path)),)
+    main(Options(paths=paths, out="~/a.png", table=("~/a.md",)))
+    assert (tmp_path / "a.png").exists() and (tmp_path / "a.md").exists()
 
 
 def test_as_a_command(tmp_path):
