@@ -488,7 +488,7 @@ def main(args: Args) -> list[dict]:
         elif args.online_steps:
             envs.reset(seeds_of(agents, 0))  # seeds of step 0, which no evaluation uses
         while step < total_steps:
-            if envs.need_actions():  # where a chunk of actions, played open loop, is used up
+            if envs.need_actions():  # a chunk, played open loop, is used up or its episode ended
                 envs.set_actions(act(args, state, envs.observations, envs.seeds, envs.ages))
             transitions = dataset.relabel(envs.step())
             replay = replay.append(transitions)

@@ -26,6 +26,7 @@ from tests.helpers.runs import (
     clean,
     command,
     contents,
+    copy_out,
     fake_episodes,
     flags_of,
     rows,
@@ -167,9 +168,11 @@ def test_other_flags_are_refused(script, module, args, reference, here):
 
 
 @every_script
-def test_help(script, module, tmp_path):
-    """--help lists every flag and touches nothing."""
-    line = [sys.executable, *start(script), "--help"]
+def test_help(script, module, tmp_path, tmp_path_factory):
+    """--help lists every flag and touches nothing. The script and common/ are all that it needs."""
+    root = tmp_path_factory.mktemp("copy")
+    copy_out(script, root)
+    line = [sys.executable, *start(script, root), "--help"]
     answer = subprocess.run(line, cwd=tmp_path, env=clean(tmp_path), capture_output=True, text=True)
     assert answer.returncode == 0 and not answer.stderr
     for field in dataclasses.fields(module.Args):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -105,6 +106,13 @@ def assert_same(folder, other):
 def start(script, root=ROOT):
     """How a script is started, from any folder."""
     return [f"{root}/{script}.py"]
+
+
+def copy_out(script, folder):
+    """Copies a script and common/, as the README says."""
+    (folder / script).parent.mkdir(exist_ok=True)
+    shutil.copy(ROOT / f"{script}.py", folder / f"{script}.py")
+    shutil.copytree(ROOT / "common", folder / "common")
 
 
 def command(script, args, *more, root=ROOT):

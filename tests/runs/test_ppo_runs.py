@@ -38,6 +38,7 @@ from tests.helpers.runs import (
     checkpoint,
     command,
     contents,
+    copy_out,
     flags_of,
     folder_of,
     quick,
@@ -46,7 +47,6 @@ from tests.helpers.runs import (
     start,
     stop_at,
 )
-from tools.shared_blocks import ROOT
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -358,9 +358,7 @@ def test_nan_stops_the_run(args, reference, here, monkeypatch):
 
 def test_copied_out(script, tmp_path):
     """The script and common/ are all that a run needs."""
-    (tmp_path / script).parent.mkdir()
-    shutil.copy(ROOT / f"{script}.py", tmp_path / f"{script}.py")
-    shutil.copytree(ROOT / "common", tmp_path / "common")
+    copy_out(script, tmp_path)
     short = tiny_ppo(total_steps=24, eval_episodes=1)
     line = command(script, short, root=tmp_path)
     subprocess.run(line, cwd=tmp_path, env=quick(tmp_path), check=True, capture_output=True)

@@ -47,13 +47,13 @@ from tests.helpers.runs import (
     assert_same,
     checkpoint,
     command,
+    copy_out,
     quick,
     rows,
     run_folder,
     run_until_stop,
     stop_at,
 )
-from tools.shared_blocks import ROOT
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 FIRST = 10  # step with the first update
@@ -236,9 +236,7 @@ def test_nan_stops_the_run(script, module, args, here, monkeypatch):
 
 def test_copied_out(script, args, tmp_path):
     """The script and common/ are all that a run needs."""
-    (tmp_path / script).parent.mkdir()
-    shutil.copy(ROOT / f"{script}.py", tmp_path / f"{script}.py")
-    shutil.copytree(ROOT / "common", tmp_path / "common")
+    copy_out(script, tmp_path)
     short = dataclasses.replace(args, online_steps=6, start_training=5, eval_episodes=1)
     line = command(script, short, root=tmp_path)
     subprocess.run(line, cwd=tmp_path, env=quick(tmp_path), check=True, capture_output=True)

@@ -10,7 +10,6 @@ only the shared blocks decide for two.
 
 import dataclasses
 import os
-import shutil
 import subprocess
 
 import jax
@@ -51,6 +50,7 @@ from tests.helpers.runs import (
     checkpoint,
     command,
     contents,
+    copy_out,
     flags_of,
     poisoned,
     quick,
@@ -59,7 +59,7 @@ from tests.helpers.runs import (
     run_until_stop,
     stop_at,
 )
-from tools.shared_blocks import ROOT, named
+from tools.shared_blocks import named
 
 FULLY = ["meam", "qam"]  # paths without .py
 APART = ["baselines/rlpd"]  # with shared blocks of its own, tested in its own file
@@ -304,12 +304,9 @@ def test_the_offline_phase_ends_with_an_evaluation(script, module, args, here):
 # --- in a fresh interpreter ----------------------------------------------------------------------
 
 
-@every_script
 def test_copied_out(script, args, tmp_path):
     """The script and common/ are all that a run needs."""
-    (tmp_path / script).parent.mkdir(exist_ok=True)
-    shutil.copy(ROOT / f"{script}.py", tmp_path / f"{script}.py")
-    shutil.copytree(ROOT / "common", tmp_path / "common")
+    copy_out(script, tmp_path)
     short = dataclasses.replace(args, offline_steps=2, online_steps=0, eval_episodes=1)
     line = command(script, short, root=tmp_path)
     subprocess.run(line, cwd=tmp_path, env=quick(tmp_path), check=True, capture_output=True)

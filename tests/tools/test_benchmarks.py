@@ -26,7 +26,6 @@ from baselines import sac
 from benchmarks import (
     against,
     ant,
-    calls,
     checkpoints,
     cost,
     coverage,
@@ -501,16 +500,6 @@ def test_seconds_until_a_run_has_stopped(tmp_path, monkeypatch):
         assert 0 <= stop["after"] <= 0.1 and 0 < stop["seconds"] < 60
     monkeypatch.setattr(stops_benchmark, "command_of", lambda *x: [*command_of(*x), "--nope"])
     stops("the run ended with exit code", call=lambda: stops_benchmark.main(options))
-
-
-def test_what_calls_of_a_second_cost(tmp_path, dataset_dir, quick_compile):
-    """The time between two rows of real runs."""
-    out = tmp_path / "calls.json"
-    calls.main(calls.Options(updates=20, rounds=2, dataset_dir=str(dataset_dir), out=str(out)))
-    found = json.loads(out.read_text())
-    assert (
-        len(found["milliseconds_per_update"]) == 2 and found["updates"] == 20 and 0 < found["ratio"]
-    )
 
 
 def test_where_the_time_of_an_update_goes(tmp_path):
