@@ -1,6 +1,5 @@
 """Figures of one run, drawn into its folder: curve.png, and rollouts.png of mazes and the plane."""
 
-import zipfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.files import open_to_write
-from analysis.runs import domain_of_run, is_online, read_csv, read_flags
+from analysis.runs import domain_of_run, is_online, read_csv, read_flags, read_rollouts
 from analysis.style import (
     GOAL_COLOURS,
     SOLVED,
@@ -20,7 +19,6 @@ from analysis.style import (
     thousands,
 )
 from common.environments import GOALS, make_env, resolve
-from common.errors import UserError
 
 # Metric -> the CSV file that holds it.
 TABLES = {
@@ -124,16 +122,6 @@ def _draw_agents(axis: Axes, columns: dict, metric: str, online: bool, marker: s
             line.set_color(f"C{int(task) - 1}")
             if seed == first_seed:
                 line.set_label(f"task {task:.0f}")
-
-
-def read_rollouts(folder: Path) -> dict[str, np.ndarray]:
-    """Reads the paths of the last evaluation."""
-    path = folder / "rollouts.npz"
-    try:
-        with np.load(path) as file:
-            return dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); --eval-only makes it again") from None
 
 
 def draw_maze(folder: Path, env: str) -> Path:

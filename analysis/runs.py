@@ -1,6 +1,7 @@
-"""Find run folders, and read their flags and their CSV files."""
+"""Find run folders, and read their flags, their CSV files and the paths of their episodes."""
 
 import csv
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,16 @@ def read_csv(path: Path) -> dict[str, np.ndarray]:
         except ValueError as error:
             raise UserError(f"{path}: {name} is not made of numbers: {error}") from None
     return columns
+
+
+def read_rollouts(folder: Path) -> dict[str, np.ndarray]:
+    """Reads the paths of the last evaluation."""
+    path = folder / "rollouts.npz"
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); --eval-only makes it again") from None
 
 
 def read_flags(folder: Path) -> dict:

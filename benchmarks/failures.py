@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 from analysis.command_line import run_program
-from analysis.runs import read_csv, read_flags
+from analysis.runs import read_csv, read_flags, read_rollouts
 from benchmarks import RESULTS, write_rows
 from common.environments import make_env, resolve
 from common.errors import UserError
@@ -38,10 +38,10 @@ def cells(path: np.ndarray, cell_of) -> int:
 def rows_of(folder: Path, cell_of) -> list[dict]:
     """Returns a row per task."""
     train = read_csv(folder / "train.csv")
-    with np.load(folder / "rollouts.npz") as file:
-        task = file["task"]  # (agents,)
-        success = file["success"]  # (agents, episodes)
-        visited = [cells(file[f"path{i}"], cell_of) for i in range(success.size)]
+    rollouts = read_rollouts(folder)
+    task = rollouts["task"]  # (agents,)
+    success = rollouts["success"]  # (agents, episodes)
+    visited = [cells(rollouts[f"path{i}"], cell_of) for i in range(success.size)]
     visited = np.reshape(visited, success.shape)
     last = train["step"] == train["step"].max()
     rows = []

@@ -19,6 +19,7 @@ from common.collect import storage, workers
 from common.collect.__main__ import main
 from common.collect.plan import make_plan
 from common.collect.storage import exclusive, find_damage, replacing
+from tests.helpers.damage import rot
 from tools.shared_blocks import ROOT
 
 MAZE = "pointmaze-medium-stitch"
@@ -109,13 +110,6 @@ def test_damage_of_all_kinds_is_found(collected, tmp_path, damage):
     assert find_damage(path, NUM_ROWS)
 
 
-def rot(path):
-    """Changes a byte in the middle."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 def test_reading_all_finds_any_changed_byte(collected, tmp_path):
     path = tmp_path / "file.npz"
     shutil.copyfile(collected / f"{MAZE}-v0.npz", path)
@@ -141,9 +135,7 @@ def test_a_damaged_file_is_named_and_made_again(collected, copy, capsys, name, d
 def test_damaged_parts_are_named_and_made_again(collected, in_parts, capsys):
     parts = sorted((in_parts / f"{MAZE}-v0.parts").iterdir())
     assert len(parts) == 2
-    content = bytearray(parts[0].read_bytes())
-    content[len(content) // 2] ^= 1  # which only reading it all finds
-    parts[0].write_bytes(content)
+    rot(parts[0])  # which only reading it all finds
     collect(in_parts)
     output = capsys.readouterr().out
     assert f"{parts[0]} is damaged" in output and f"{parts[1]} is damaged" not in output

@@ -21,6 +21,7 @@ from common.environments import resolve
 from common.files import append_text, move_aside, open_lock, replacing, write_file
 from common.flags import parse
 from common.run import run_folder
+from tests.helpers.damage import rot
 from tests.helpers.messages import stops
 from tests.helpers.small_run import EVALUATION, begin, go, metrics, restore, save, table
 from tools.shared_blocks import ROOT
@@ -157,13 +158,6 @@ def test_a_lock_that_waits(tmp_path):
 
 
 # --- damage --------------------------------------------------------------------------------------
-
-
-def rot(path):
-    """Changes a byte in the middle of a file."""
-    packed = bytearray(path.read_bytes())
-    packed[len(packed) // 2] ^= 1
-    path.write_bytes(packed)
 
 
 @pytest.mark.parametrize("damage", [rot, lambda path: path.write_bytes(b"")])
