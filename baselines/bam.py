@@ -122,7 +122,7 @@ class Args:
     precision: Precision = "default"
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
     # --- logging ---
-    # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
+    # Run name, of runs/<script>/<env>/<name> (default: the changed flags that affect learning).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
     log_interval: PositiveInt = 5_000  # Steps per row of train.csv, averaged over the updates.
@@ -377,6 +377,7 @@ def act(args: Args, state: State, observations: Array, seeds: Array, ages: Array
     return over_agents(act_in_slots)(state, observations, seeds, ages)
 
 
+@partial(jax.jit, static_argnames="args")  # zero_metrics and train_chunk share one trace
 def train_step(
     args: Args, data: Dataset, state: State, replay: Replay, task_row: Array
 ) -> tuple[State, dict]:

@@ -119,7 +119,7 @@ class Args:
     precision: Precision = "default"
     compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
     # --- logging ---
-    # Run name; results go to runs/<script>/<env>/<name> (default: the flags that were changed).
+    # Run name, of runs/<script>/<env>/<name> (default: the changed flags that affect learning).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
     log_interval: PositiveInt = 5_000  # Steps per row of train.csv, averaged over the updates.
@@ -381,6 +381,7 @@ def sample_halves(key: Array, args: Args, data: Dataset, replay: Replay, task_ro
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), old, new)
 
 
+@partial(jax.jit, static_argnames="args")  # zero_metrics and train_chunk share one trace
 def train_step(
     args: Args, data: Dataset, state: State, replay: Replay, task_row: Array
 ) -> tuple[State, dict]:

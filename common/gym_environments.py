@@ -5,6 +5,7 @@ Worker processes import this module, so it must not import jax.
 
 import contextlib
 import io
+import os
 
 import gymnasium
 import numpy as np
@@ -17,8 +18,18 @@ from common.errors import UserError, in_a_line
 ERRORS = (gymnasium.error.Error, ImportError, TypeError, AssertionError, OSError, ValueError)
 
 
+def ignore_missing_driver() -> None:
+    """Lets MuJoCo do without the driver for drawing that MUJOCO_GL names, if that is missing."""
+    try:
+        import mujoco  # noqa: F401
+    except Exception:  # its type depends on the driver
+        os.environ["MUJOCO_GL"] = "disable"
+
+
 def create(name: str, id: str, arguments: dict) -> gymnasium.Env:
     """Calls gymnasium.make; raises UserError where there is no such environment. `name` is ours."""
+    if "MUJOCO_GL" in os.environ and "render_mode" not in arguments:
+        ignore_missing_driver()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # gymnasium_robotics' deprecations
             return gymnasium.make(id, disable_env_checker=True, **arguments)

@@ -8,6 +8,7 @@ import importlib
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -163,6 +164,20 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("common.run.draw_pictures", lambda folder: None)
     return tmp_path
+
+
+@pytest.fixture
+def heeded():
+    """Signals as in a terminal: a shell that runs the tests in the background has them ignored."""
+    from common.signals import SIGNALS
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ as --replay-size reaches. Observations are flat, and actions are in the environm
 """
 
 import copy
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -112,7 +111,6 @@ def convert(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; a mistake of the user ends in one line."""
-    os.environ["MUJOCO_GL"] = "disable"  # nothing is drawn, so a missing driver does not matter
     try:
         tyro.cli(convert, description=__doc__, args=args)
     except (UserError, ValueError) as error:  # Minari's, of ids

@@ -4,7 +4,6 @@ wherever it and its script went."""
 import dataclasses
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from common.flags import parse
 from common.workers import Slot
 from tests.helpers.flags import tiny_args, tiny_online, tiny_ppo
 from tests.helpers.messages import stops
-from tests.helpers.runs import assert_same, folder_of, quick
+from tests.helpers.runs import folder_of, quick
 from tools.shared_blocks import ROOT
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -389,69 +388,3 @@ def test_what_cannot_be_trained(started, capsys):
         stops("qam has no such flags", wrong, call=lambda wrong=wrong: train(qam, **wrong))
     assert "--learning-rate" in capsys.readouterr().err
     assert not started
-
-
-def test_a_cell_that_is_interrupted_is_run_again(here, monkeypatch):
-    """Signals and the folder's lock are given back; the same call continues to the same end."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    flags = {k: v for k, v in vars(tiny_online(fmer)).items() if k not in ("action_size", "name")}
-    try:
-        with monkeypatch.context() as patch:
-            train_chunk = fmer.train_chunk
-            calls = []
-
-            def interrupt(*inputs):
-                calls.append(0)
-                if len(calls) == 20:
-                    signal.raise_signal(signal.SIGINT)
-                return train_chunk(*inputs)
-
-            patch.setattr(fmer, "train_chunk", interrupt)
-            with pytest.raises(SystemExit, match="is saved. Repeat the command to continue."):
-                train(fmer, **flags)
-        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-        folder = train(fmer, **flags)
-        whole = train(fmer, **flags, name="whole")
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert folder != whole and ",total-steps=72," in folder.name
-    assert_same(folder, whole)
-
-
-GLOBAL_STATE = """
-import logging, os, signal, sys, warnings
-import flax, gymnasium, jax, matplotlib, numpy, ogbench, optax, tyro
-
-def state():
-    return dict(
-        environment=dict(os.environ),
-        path=list(sys.path),
-        hooks=(sys.excepthook, sys.displayhook),
-        signals=[signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
-        warnings=repr(warnings.filters),
-        gymnasium=gymnasium.logger.min_level,
-        logging=(logging.root.level, list(logging.root.handlers)),
-        random=repr(numpy.random.get_state()),
-        numpy=(numpy.geterr(), numpy.get_printoptions()),
-        jax=dict(jax.config.values),
-        matplotlib=dict(matplotlib.rcParams),
-        folder=(os.getcwd(), os.listdir()),
-    )
-
-before = state()
-import {}
-import common.agents
-after = state()
-assert before == after, [name for name in before if before[name] != after[name]]
-"""
-
-
-def test_importing_changes_no_global_state(tmp_path):
-    """Of the process: in a notebook, everything else goes on as before."""
-    names = "meam, qam, qam_edit, qam_fql, fmer, baselines.fql, baselines.rlpd, baselines.ppo"
-    code = GLOBAL_STATE.format(names)
-    environment = quick(tmp_path) | dict(PYTHONPATH=str(ROOT))
-    command = [sys.executable, "-c", code]
-    how = dict(cwd=tmp_path, capture_output=True, text=True, env=environment)
-    answer = subprocess.run(command, **how)
-    assert answer.returncode == 0, answer.stderr

@@ -1,31 +1,23 @@
 """Tests of the pool: episodes are fixed by seed and actions, counted exactly, saved and restored,
-played by processes or in this one, and it fails loudly."""
+played by processes or in this one."""
 
 import copy
 import functools
-import gc
-import os
 import subprocess
 import sys
-import time
 
 import gymnasium
 import numpy as np
 import psutil
 import pytest
 
-from common.env_pool import EnvPool, Episodes
+from common.env_pool import Episodes
 from common.environments import make_env, seed_of
-from tests.helpers.environments import DEADLY, TOY, Toy, noise, play, same, step
+from tests.helpers.environments import TOY, Toy, column, noise, play, same, step
 from tests.helpers.messages import stops
 from tools.shared_blocks import ROOT
 
 gymnasium.register("Toy-v0", Toy, max_episode_steps=1000)
-
-
-def column(*seeds):
-    """Seeds of agents with a slot each."""
-    return np.array(seeds, np.uint32)[:, None]
 
 
 def chunk(H, seed, age):
@@ -411,21 +403,6 @@ def test_an_episode_longer_than_the_replay(new_pool):
 # --- processes -----------------------------------------------------------------------------------
 
 
-def ended(processes, seconds=10):
-    """Whether all of them end within some seconds (a zombie has ended)."""
-
-    def runs(process):
-        try:
-            return process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-
-    until = time.time() + seconds
-    while any(map(runs, processes)) and time.time() < until:
-        time.sleep(0.05)
-    return not any(map(runs, processes))
-
-
 def test_workers_keep_the_path(new_pool, monkeypatch, tmp_path):
     """An environment from a folder that PYTHONPATH names."""
     entry = f"'Elsewhere-v0', '{Toy.__module__}:Toy', max_episode_steps=9"
@@ -446,76 +423,6 @@ def test_workers_find_what_the_parent_process_finds(new_pool, monkeypatch, tmp_p
     assert play(pool, noise(1, 2), [[103]])["success"].tolist() == [[True]]
 
 
-def test_workers_import_nothing_of_the_current_directory(tmp_path):
-    """A common/ or a numpy.py there are not ours."""
-    here, scripts = tmp_path / "here", tmp_path / "scripts"
-    (here / "common").mkdir(parents=True)
-    scripts.mkdir()
-    (here / "common/__init__.py").write_text("raise SystemExit('the wrong common')")
-    (here / "numpy.py").write_text("raise SystemExit('the wrong numpy')")
-    (scripts / "script.py").write_text(
-        f"""
-import numpy as np
-from common.env_pool import EnvPool
-pool = EnvPool(["{TOY}"], 1, 1)
-pool.reset(np.array([[5]], np.uint32))
-print(pool.observations[0, 0, :2].tolist())
-"""
-    )
-    process = subprocess.run(
-        [sys.executable, str(scripts / "script.py")],
-        cwd=here,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert (process.stdout, process.stderr) == ("[5.0, 0.0]\n", "")
-
-
-def test_an_environment_that_raises(new_pool):
-    """RuntimeError with the traceback."""
-    pool = new_pool([TOY])
-    pool.reset(column(5))
-    pool.set_actions([[[[-1, 0]]]])
-    with pytest.raises(RuntimeError, match="(?s)worker failed.*ValueError: the toy is broken"):
-        pool.step()
-    with pytest.raises(RuntimeError, match="(?s)worker failed.*no-such-env"):
-        new_pool(["no-such-env-v0"]).reset(column(0))
-
-
-def test_a_worker_that_dies_at_work(new_pool):
-    """RuntimeError with the exit code, at once."""
-    pool = new_pool([TOY])
-    pool.reset(column(5))
-    pool.set_actions([[[[0, DEADLY]]]])
-    with pytest.raises(RuntimeError, match="worker failed: process .* died with exit code -9"):
-        pool.step()
-
-
-def test_a_worker_that_is_killed_between_two_steps(new_pool):
-    """The same when it dies while nothing is asked of it, as by the out-of-memory killer."""
-    before = psutil.Process().children()
-    pool = new_pool([TOY])
-    pool.reset(column(5))
-    (worker,) = set(psutil.Process().children()) - set(before)
-    worker.kill()
-    assert ended([worker])
-    with pytest.raises(RuntimeError, match="died with exit code -9"):
-        step(pool, noise(1, 2))
-
-
-def test_the_workers_end_with_the_pool(new_pool):
-    before = set(psutil.Process().children())
-    pool = new_pool([TOY] * 3, 1, 2)
-    assert not set(psutil.Process().children()) - before  # they start when they are needed
-    pool.reset(column(5, 6, 7))
-    workers = set(psutil.Process().children()) - before
-    assert len(workers) == 2
-    del pool
-    gc.collect()
-    assert ended(workers)
-
-
 @pytest.mark.parametrize("module", ["workers", "env_pool", "environments", "collect.ant"])
 def test_workers_do_not_import_jax(module):
     code = f"""
@@ -524,35 +431,3 @@ import common.{module}
 sys.exit("jax" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_workers_do_not_outlive_their_parent():
-    """Also when it is killed without a chance to close them."""
-    code = f"""
-import time
-import numpy as np
-import psutil
-from common.env_pool import EnvPool
-pool = EnvPool(["{TOY}"] * 2, 1, 2)
-pool.reset(np.array([[5], [6]], np.uint32))
-print(*(child.pid for child in psutil.Process().children()), flush=True)
-time.sleep(60)
-"""
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
-    workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
-    assert len(workers) == 2 and all(worker.is_running() for worker in workers)
-    parent.kill()
-    parent.communicate()
-    assert ended(workers)
-
-
-def test_workers_do_not_answer_signals(new_pool):
-    """Ctrl-C reaches the whole group of processes; only the parent process answers it."""
-    before = set(psutil.Process().children())
-    pool = EnvPool([TOY], 1, 1)
-    pool.reset(column(50))
-    (worker,) = set(psutil.Process().children()) - before
-    for number in (1, 2, 15):
-        worker.send_signal(number)
-    time.sleep(0.1)
-    assert step(pool, noise(1, 2))["next_observations"][0, 0, 1] == 1

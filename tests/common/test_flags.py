@@ -1,5 +1,5 @@
-"""Tests of flags: defaults of environments, ranges beside the flags, help, names of runs, and
-errors that end in one line."""
+"""Tests of flags: defaults of environments, ranges beside the flags, help, and errors that end in
+one line."""
 
 import dataclasses
 import functools
@@ -17,13 +17,11 @@ import qam
 from common.environments import ONLINE
 from common.errors import UserError
 from common.flags import (
-    FREE,
     PositiveInt,
     Range,
     Tracking,
     configure,
     launch,
-    name_of_run,
     parse,
 )
 from tests.helpers.messages import stops
@@ -337,53 +335,6 @@ def test_help_begins_with_the_header_and_has_groups(capsys, monkeypatch):
 def test_help_of_comments_over_several_lines(capsys, this_script):
     text = shown(this_script, [], capsys)
     assert "Hidden-layer widths of all networks." in text and "Learning rate." in text
-
-
-# --- names of runs -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "argv, name",
-    [
-        ("", "default"),
-        ("--env scene", "default"),
-        ("--env cube-triple --lr 0.125", "default"),  # which is the default there
-        ("--env scene --lr 0.125", "lr=0.125"),
-        ("--lr 0.5 --hidden-dims 4 5", "lr=0.5,hidden-dims=4-5"),
-        ("--hidden-dims 4 5 --lr 0.5", "lr=0.5,hidden-dims=4-5"),
-        ("--workers 3 --run-dir elsewhere --track --eval-only --log-interval 7", "default"),
-        ("--chunk-length 2 --precision float32", "precision=float32,chunk-length=2"),
-        ("--lr 0.5 --name mine", "mine"),
-    ],
-)
-def test_the_name_says_what_was_changed(argv, name):
-    """The flags that differ from the environment's defaults and could change an agent."""
-    assert parse(Args, ENV_DEFAULTS, argv.split()).name == name
-
-
-def test_names_are_names_of_folders():
-    """Without a slash, and no longer than a file system allows."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Flags:
-        path: str = ""
-        numbers: tuple = ()
-
-    assert name_of_run(Flags("a/b_c"), Flags()) == "path=a-b-c"
-    long = [name_of_run(Flags(numbers=(*range(500), seed)), Flags()) for seed in (1, 2)]
-    assert len(set(long)) == 2 and max(map(len, long)) < 200
-
-
-@pytest.mark.parametrize("name", [".", "..", "a/b", "/a", "../a"])
-def test_names_that_are_no_folder(name):
-    stops("--name", call=lambda: parse(Args, ENV_DEFAULTS, ["--name", name]))
-
-
-def test_flags_that_change_no_agent():
-    """The number of workers, where the runs and the data are, ..."""
-    assert {"workers", "run_dir", "dataset_dir", "eval_slots", "eval_only", "track"} <= {*FREE}
-    assert {"wandb_project", "wandb_entity", "wandb_group"} <= {*FREE}
-    assert not {"env", "tasks", "seed", "lr", "total_steps", "batch_size"} & {*FREE}
 
 
 # --- the end of a script -------------------------------------------------------------------------

@@ -341,7 +341,7 @@ def program(code, tmp_path, **environment):
 
 
 def test_a_renderer_that_is_not_there(tmp_path):
-    """Does not matter where nothing is drawn: in workers, and in a script from its first line."""
+    """Does not matter where nothing is drawn: in workers, in programs, and in a notebook."""
     code = """
 import numpy as np
 from common.env_pool import EnvPool
@@ -371,6 +371,24 @@ sys.argv = ["program"]
 run_program(lambda _: print(make_env("Hopper-v5").reset(seed=0)[0].shape), Options, "A program.")
 """
     assert program(code, tmp_path, MUJOCO_GL="nonsense") == "(11,)\n"
+    code = """
+from common.environments import make_env
+for name in ("Hopper-v5", "cube-single-singletask-task1-v0"):
+    print(make_env(name).reset(seed=0)[0].shape)
+"""
+    assert program(code, tmp_path, MUJOCO_GL="nonsense") == "(11,)\n(28,)\n"
+
+
+def test_a_missing_renderer_is_said_where_something_is_drawn(tmp_path):
+    """An environment that is asked for pictures is not made without them."""
+    code = """
+from common.environments import make_env
+try:
+    make_env("Hopper-v5", render_mode="rgb_array")
+except Exception as error:
+    print(error)
+"""
+    assert "MUJOCO_GL: nonsense" in program(code, tmp_path, MUJOCO_GL="nonsense")
 
 
 def test_models_of_mazes_are_removed(tmp_path):

@@ -6,7 +6,6 @@ dataset, so many times, at random moments. (Two kills of most are part of CI:
 test_killed_and_continued of tests/runs/test_script_runs.py.)
 """
 
-import dataclasses
 import fcntl
 import os
 import pty
@@ -24,16 +23,15 @@ import fmer
 import qam
 from common.checkpoints import CHECKPOINT
 from common.env_pool import EnvPool
-from common.errors import UserError
 from common.run import Run
-from common.signals import end_of_imports, quiet_imports
+from common.signals import SIGNALS, end_of_imports, quiet_imports
 from tests.helpers.flags import tiny_args, tiny_online, tiny_ppo
 from tests.helpers.runs import assert_same, checkpoint, clean, command, folder_of, rows, start
 from tools.shared_blocks import ROOT, named, scripts
 
 KILLS = int(os.environ.get("FAULTS", 0))  # of every script
 SCRIPTS = ["qam", "meam", "fmer", "baselines/rlpd", "baselines/ppo", "baselines/sac"]
-pytestmark = pytest.mark.usefixtures("quick_compile", "find_modules")
+pytestmark = pytest.mark.usefixtures("quick_compile", "find_modules", "heeded")
 
 
 def pytest_generate_tests(metafunc):
@@ -62,21 +60,6 @@ def reference(script, module, args, tmp_path_factory):
 
 
 # --- signals -------------------------------------------------------------------------------------
-
-
-SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-
-
-@pytest.fixture(autouse=True)
-def heeded():
-    """Signals as in a terminal: a shell that runs the tests in the background has them ignored."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 # Per start of the run: after so many calls of a function a signal comes (then the run is repeated).
@@ -178,60 +161,6 @@ def test_ctrl_c_after_imports():
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     end_of_imports()
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-
-
-def test_two_runs_in_one_process(here, monkeypatch):
-    """One after the other, and one within the other: neither knows of the other, and handlers of
-    signals are in the end what they were. Two runs in one folder are refused."""
-    mine = lambda *_: None
-    signal.signal(signal.SIGTERM, mine)
-    args = tiny_online(fmer, name="first")
-    inner = dataclasses.replace(args, name="second")
-    original, seen = fmer.evaluate, []
-
-    def evaluate(*arguments):
-        if not seen:
-            seen.append(signal.getsignal(signal.SIGTERM))
-            with pytest.raises(UserError, match="in use by another process"):
-                fmer.main(args)
-            fmer.main(inner)
-            assert signal.getsignal(signal.SIGTERM) == seen[0] != mine
-        return original(*arguments)
-
-    monkeypatch.setattr(fmer, "evaluate", evaluate)
-    fmer.main(args)
-    assert signal.getsignal(signal.SIGTERM) == mine
-    fmer.main(dataclasses.replace(args, name="third"))
-    for other in ("second", "third"):
-        other = dataclasses.replace(args, name=other)
-        assert_same(folder_of("fmer", args), folder_of("fmer", other))
-
-
-def test_main_again_after_an_error(here, monkeypatch):
-    """In a notebook, which keeps the last errors with all that they refer to: an interrupted run
-    and a refused one hold neither the folder nor the signals."""
-    args = tiny_online(fmer)
-    original, calls = fmer.train_chunk, []
-
-    def interrupt(*arguments):
-        calls.append(0)
-        if len(calls) == 20:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fmer, "train_chunk", interrupt)
-        with pytest.raises(KeyboardInterrupt) as first:
-            fmer.main(args)
-    assert checkpoint(folder_of("fmer", args))["step"] == 24
-    with pytest.raises(UserError, match="critic_lr") as second:
-        fmer.main(dataclasses.replace(args, critic_lr=0.5))
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert len(fmer.main(args)) == 3 * 2
-    assert first.tb and second.tb
-    whole = dataclasses.replace(args, name="whole")
-    fmer.main(whole)
-    assert_same(folder_of("fmer", args), folder_of("fmer", whole))
 
 
 STUCK = """

@@ -78,3 +78,8 @@ def same(first, second):
     for name in first:
         for x, y in zip(np.ravel(first[name]), np.ravel(second[name]), strict=True):
             assert np.array_equal(x, y, equal_nan=name == "success"), name  # NaN: none is reported
+
+
+def column(*seeds):
+    """Seeds of agents with a slot each."""
+    return np.array(seeds, np.uint32)[:, None]

@@ -128,3 +128,11 @@ def logged(run, table_name="train.csv"):
         if step == 20:
             save(first, step)
     return first.folder, contents
+
+
+def left_at_20(run):
+    """The folder of a run that is no more, with a checkpoint of step 20."""
+    first = run()
+    restore(first)
+    go(first, [20])
+    return first.folder

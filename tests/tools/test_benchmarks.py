@@ -26,6 +26,7 @@ from baselines import sac
 from benchmarks import (
     against,
     ant,
+    calls,
     checkpoints,
     cost,
     coverage,
@@ -500,6 +501,22 @@ def test_seconds_until_a_run_has_stopped(tmp_path, monkeypatch):
         assert 0 <= stop["after"] <= 0.1 and 0 < stop["seconds"] < 60
     monkeypatch.setattr(stops_benchmark, "command_of", lambda *x: [*command_of(*x), "--nope"])
     stops("the run ended with exit code", call=lambda: stops_benchmark.main(options))
+
+
+def test_what_calls_cost(quick_compile, tmp_path, monkeypatch):
+    """By hand, of calls that took long enough, without the first one; and of a short run."""
+    times = np.array([[0, 9], [9.5, 10.5], [10.6, 12.6], [12.7, 12.8], [13, 14]])
+    found = calls.summarise(times, 0.05)
+    assert found.pop("share") == pytest.approx(0.15 / 1.6, abs=1e-5)
+    assert found == dict(calls=2, call_s=1.5, empty_call_ms=50.0, between_calls_ms=100.0)
+    stops("no call took 0.5 s", call=lambda: calls.summarise(times[:2], 0.05))
+    stops("no offline phase", call=lambda: calls.main(calls.Options(script="fmer")))
+    monkeypatch.setattr(calls, "SHORTEST", 0)
+    out = tmp_path / "calls.json"
+    options = calls.Options(updates=40, transitions=2000, out=str(out))
+    result = calls.main(options)
+    assert json.loads(out.read_text()) == result
+    assert result["calls"] > 3 and 0 < result["share"] < 1
 
 
 def test_where_the_time_of_an_update_goes(tmp_path):
