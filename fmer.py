@@ -82,8 +82,8 @@ class Args:
     lambda_init: PositiveFloat = 0.5  # Initial multiplier lambda of the entropy.
     # Step size of log lambda: an update adds this times (target - entropy) per action dimension.
     lambda_rate: NonNegativeFloat = 1e-2
-    # Steps of log lambda and log eta: plain with their step sizes, or Adam's with the policy's
-    # initial learning rate.
+    # Optimiser of log lambda and log eta: plain steps of --lambda-rate and --eta-rate, or Adam with
+    # the policy's initial learning rate.
     dual_optimizer: Literal["plain", "adam"] = "plain"
     target_entropy_start: float = 0.0  # Initial target entropy per action dimension.
     target_entropy_end: float = -1.0  # Final target entropy per action dimension.
@@ -129,17 +129,17 @@ class Args:
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
-    workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
+    workers: NonNegativeInt = 0  # Environment processes (0: automatic, at most one per core).
     # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
     # hidden layers have that precision, too.
     precision: Precision = "default"
-    compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
+    compile_cache: str = ""  # Folder of compiled programs, or none (default: <run_dir>/.compiled).
     # --- logging ---
     # Run name, of runs/<script>/<env>/<name> (default: the changed flags that affect learning).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
     log_interval: PositiveInt = 1_000  # Steps per row of train.csv, averaged over the updates.
-    # Mirror the run in wandb (Weights & Biases, also if no name follows) or tensorboard.
+    # Also log to tensorboard or wandb (Weights & Biases; --track alone means wandb).
     track: Tracking = ""
     wandb_project: str = ""  # W&B project (default: WANDB_PROJECT, else flow-policies).
     wandb_entity: str = ""  # W&B user or team (default: WANDB_ENTITY, else your own).
@@ -193,7 +193,7 @@ def planned_updates(args: Args) -> int:
 
 
 def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
-    """Makes one Adam per network; the policy's rate decays from 25 to 75 % of the updates."""
+    """Returns an Adam per network; the policy's rate decays between 25 and 75 % of the updates."""
     start = int(0.25 * planned_updates(args))
     end = int(0.75 * planned_updates(args))
     rate = optax.linear_schedule(
@@ -300,13 +300,13 @@ def squash(args: Args, z: Array) -> Array:
 
 
 def best(q: Array, actions: Array) -> Array:
-    """Picks the action of the highest value: (M, B), (M, B, d) -> (B, d)."""
+    """Picks the action with the highest value: (M, B), (M, B, d) -> (B, d)."""
     index = q.argmax(0)[None, :, None]
     return jnp.take_along_axis(actions, index, 0)[0]
 
 
 def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
-    """Draws actions and returns the one of the highest value per state: (B, S) -> (B, d).
+    """Draws actions and returns the one with the highest value per state: (B, S) -> (B, d).
 
     `mode` says how many are drawn: "best" (evaluations) M, "single" (logged alongside) one, and
     "explore" (training) --act-candidates.
@@ -361,8 +361,8 @@ def weigh(args: Args, q: Array, eta: Array) -> tuple[Array, Array]:
 def divergence(
     args: Args, flow: dict, observations: Array, z: Array, t: Array, key: Array
 ) -> tuple[Array, Array]:
-    """Computes the velocity (M, B, d), and the divergence of the velocity of the *actions* (M, B),
-    at z (M, B, d) and t (M, B)."""
+    """Computes the latent velocity (M, B, d), and the divergence (M, B) of the velocity in *action*
+    space, at z (M, B, d) and t (M, B)."""
     field = partial(velocity, args, flow, observations, t=t)
     if args.divergence == "hutchinson":
         probe = jax.random.rademacher(key, z.shape, z.dtype)
@@ -405,7 +405,7 @@ def policy_loss(
     active = state.step < args.entropy_until
     multiplier = jnp.where(active, jnp.exp(state.log_lambda), 0.0)
     loss = matching - multiplier * div.mean()  # Eq. (8), (18)
-    # Per dimension, tanh(z_0) has the entropy 0.669804 (by quadrature), z_0 log(2 pi e) / 2.
+    # Entropy per dimension: 0.669804 for tanh(z_0) (by quadrature), log(2 pi e) / 2 for z_0.
     initial_entropy = 0.669804 if args.squash == "tanh" else 1.418939
     entropy = initial_entropy * args.action_size + div.mean()  # Eq. (16), (70)
     return loss, dict(matching_loss=matching, entropy=entropy / args.action_size)
@@ -542,7 +542,7 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
     - terminals (B,), 1 where the episode ended in either way.
     """
     key, rows_key = jax.random.split(state.key)
-    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts on in a full replay
+    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts overwritten rows, too
     rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
     columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
     batch = replay.replace(**columns)
@@ -604,7 +604,7 @@ def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
     After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
-    means of `metrics` to train.csv, and returns zeros to add to. Every --eval-interval steps,
+    means of `metrics` to train.csv, and returns zeroed sums. Every --eval-interval steps,
     and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
     from its last checkpoint. Returns the rows of eval.csv.
     """
@@ -636,7 +636,7 @@ def main(args: Args) -> list[dict]:
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:  # play the episodes again that were running
+        if step > 0:  # play the interrupted episodes again
             actions = saved["replay"]["actions"]  # (agents, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         else:

@@ -7,13 +7,13 @@
     python plot.py benchmarks/results/methods.csv --out methods.png
     python plot.py --committed                                  docs/images again
 
-Without --out and --table each run folder gets figures of its own run; scripts do that when they
-end. With them all runs are compared: folders of one script and the same flags are one method,
-whatever their names, seeds and tasks. A panel, or a column of a table, is about the tasks that all
-of its methods have. CSV files of benchmarks/results are read as well.
+Without --out and --table, the figures of each run are drawn into its own folder, as scripts do when
+they finish. With either flag, all runs are compared: folders with the same script and flags are one
+method, whatever their names, seeds and tasks. A panel, or a table column, covers the tasks that all
+of its methods have. CSV files from benchmarks/results can be given as well.
 
-A number is the mean (--iqm: the interquartile mean) over seeds and tasks, with its 95 % percentile
-bootstrap interval, which is stratified: each task's seeds are drawn again from that task's own.
+A number is the mean (--iqm: the interquartile mean) over seeds and tasks, with a 95 % percentile
+bootstrap interval, stratified by task: seeds are resampled within each task.
 """
 
 import json
@@ -52,13 +52,13 @@ class Options:
     table: tuple[str, ...] = ()
     """Write tables of all runs to these .md and .csv files."""
     metric: str = ""
-    """Show this column of eval.csv. The default is success, or return if all runs are online."""
+    """Column of eval.csv to show (default: success if logged, else normalized_score or return)."""
     by: Literal["domain", "task", "all"] = "domain"
     """Make a panel or column for each of these."""
     iqm: bool = False
     """Use the interquartile mean instead of the mean."""
     published: tuple[str, ...] | None = None
-    """Overlay published results: without a value for the plotted methods, or 'all', or names."""
+    """Overlay published results: of the plotted methods (no value), of 'all', or of those named."""
     only: tuple[str, ...] = ()
     """Show only these methods, in this order."""
     step: int = 0

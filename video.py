@@ -4,10 +4,10 @@
     python video.py runs/meam/antmaze-large/default --task 3 --seed 1 --episodes 3 --size 480
     python video.py runs/meam/antmaze-large/default --out film.mp4
 
-The agent of the last checkpoint plays from the seeds of its evaluation, and the film goes to
-video-task3-seed1.gif in the run's folder. An MP4, which is smaller and has all colours, needs
-`pip install imageio-ffmpeg`. MuJoCo draws with OpenGL: with EGL, or with what the
-environment variable MUJOCO_GL names.
+The agent of the last checkpoint plays episodes with the seeds of its evaluation, and the video is
+written to video-task<task>-seed<seed>.gif in the run's folder. An MP4, which is smaller and has all
+colours, needs `pip install imageio-ffmpeg`. MuJoCo renders with OpenGL: EGL, or the backend that
+the environment variable MUJOCO_GL names.
 """
 
 import importlib
@@ -56,9 +56,9 @@ class Options:
     episodes: int = 1
     """Number of the evaluation's episodes to film, from the first one on."""
     every: int = 4
-    """Environment steps from one picture to the next."""
+    """Environment steps per frame."""
     fps: int = 20
-    """Pictures per second of the film."""
+    """Frames per second of the video."""
     size: int = 320
     """Height and width in pixels."""
     out: str = ""

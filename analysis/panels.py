@@ -33,8 +33,8 @@ def panels(found: Found, by: str, metric: str) -> dict[str, list[Pair]]:
 def with_shared_pairs(found: Found, titles: dict[str, list[Pair]]) -> dict[str, list[Pair]]:
     """Restricts each panel to the pairs that all of its methods have, and reports it.
 
-    A method without any pair of a panel is none of its methods. A panel whose methods have no pair
-    in common stays as it is, and one that becomes equal to another panel is dropped.
+    A method with none of a panel's pairs does not count for that panel. A panel whose methods have
+    no pair in common stays as it is, and one that becomes equal to another panel is dropped.
     """
     restricted = {}
     for title, pairs in titles.items():

@@ -1,7 +1,7 @@
 """Means over seeds and tasks, with 95 % bootstrap intervals.
 
 A number is the mean or the interquartile mean (IQM) over seeds and tasks. Its interval is the
-percentile bootstrap, stratified: the seeds of each task are drawn again from that task's own.
+percentile bootstrap, stratified by task: seeds are resampled within each task.
 """
 
 from typing import NamedTuple

@@ -82,13 +82,13 @@ class Args:
 
     # --- shared: run arguments ---
     # --- environment and data ---
-    # OGBench's short name (puzzle-4x4), dataset or full name, or gymnasium's id of any environment.
+    # OGBench environment (short, dataset or full name) or, with --dataset, any gymnasium id.
     env: str = "pointmaze-medium"
     env_kwargs: str = ""  # Arguments of the environment as JSON, such as '{"frame_skip": 2}'.
     max_episode_steps: NonNegativeInt = 0  # Time limit of episodes (0: the environment's own).
     # Tasks 1 to 5, trained at once on one copy of the data (default: the one that OGBench plays).
     tasks: tuple[TaskNumber, ...] = (1,)
-    # Own data instead of OGBench's: FILE.npz, FILE.hdf5 or minari:ID (docs/guides/data.md).
+    # Your own data instead of OGBench's: FILE.npz, FILE.hdf5 or minari:ID (docs/guides/data.md).
     dataset: str = ""
     # Folder with OGBench's file or its 100M shards (default: OGBench's cache, then data/).
     dataset_dir: str = ""
@@ -98,8 +98,8 @@ class Args:
     discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
     # Reward -1 until the task is solved, instead of minus the number of unmet sub-goals.
     sparse: bool = False
-    reward_scale: NonNegativeFloat = 1.0  # Factor of the rewards, of data and environments.
-    reward_shift: float = 0.0  # Added to the rewards after that.
+    reward_scale: NonNegativeFloat = 1.0  # Factor on all rewards, of data and environments.
+    reward_shift: float = 0.0  # Added to all rewards after scaling.
     # Shift and scale observations by the data's mean and standard deviation.
     normalize_observations: bool = False
     action_size: tyro.conf.Suppress[int] = 0  # Size d of an action; not a flag, read from the data.
@@ -116,17 +116,17 @@ class Args:
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
-    workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
+    workers: NonNegativeInt = 0  # Environment processes (0: automatic, at most one per core).
     # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
     # hidden layers have that precision, too.
     precision: Precision = "default"
-    compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
+    compile_cache: str = ""  # Folder of compiled programs, or none (default: <run_dir>/.compiled).
     # --- logging ---
     # Run name, of runs/<script>/<env>/<name> (default: the changed flags that affect learning).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
     log_interval: PositiveInt = 5_000  # Steps per row of train.csv, averaged over the updates.
-    # Mirror the run in wandb (Weights & Biases, also if no name follows) or tensorboard.
+    # Also log to tensorboard or wandb (Weights & Biases; --track alone means wandb).
     track: Tracking = ""
     wandb_project: str = ""  # W&B project (default: WANDB_PROJECT, else flow-policies).
     wandb_entity: str = ""  # W&B user or team (default: WANDB_ENTITY, else your own).
@@ -237,15 +237,15 @@ def sample_actions(args: Args, state: State, observations: Array, key: Array) ->
     return integrate(args, state.params[name], observations, z)
 
 
-# A loss differentiates `params` only; `state` and `batch` are constants. It returns its value and
-# its metrics, whose names differ from those of all other losses.
+# Losses are differentiated with respect to `params` only; `state` and `batch` are constants. Each
+# returns its value and its metrics, whose names no other loss may use.
 
 
 def critic_loss(
     args: Args, params: dict, state: State, batch: Batch, key: Array
 ) -> tuple[Array, dict]:
     """Computes the squared TD error of every critic against one pessimistic target."""
-    # ref: a' comes from the current policy, not its average; the standard deviation divides by K.
+    # ref: a' comes from the current policy, not its average; std divides by K, not by K - 1.
     next_actions = sample_actions(args, state, batch.next_observations, key)
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
     next_value = next_q.mean(0) - args.pessimism * next_q.std(0)  # Eq. (26)
@@ -325,7 +325,7 @@ def control_loss(
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
-    """Takes one gradient step on the sum of all losses, which see the parameters from before it."""
+    """Takes one gradient step on the sum of all losses, all evaluated at the old parameters."""
     key, *keys = jax.random.split(state.key, 4)
     losses = [critic_loss, behavior_loss, control_loss]
 
@@ -421,8 +421,8 @@ def train_chunk(
 
         return jax.lax.fori_loop(0, updates, body, (state, metrics))
 
-    # Offline, a CPU trains one agent after the other, because its caches hold one agent's networks.
-    offline = replay.rewards.size == 0  # `main` makes a replay without room for that phase
+    # Offline, a CPU trains one agent at a time, so that its caches hold just that agent's networks.
+    offline = replay.rewards.size == 0  # in that phase, `main` passes a replay of capacity 0
     all_agents = over_agents(one_agent, agent_by_agent=offline)
     return all_agents(state, metrics, replay, task_rows)
 
@@ -458,7 +458,7 @@ def main(args: Args) -> list[dict]:
     """Trains all agents, first on the dataset, then in their environments.
 
     In every iteration `run.log_and_save` does what is due. Every --log-interval steps it appends
-    the means of `metrics` to train.csv, and returns zeros to add to. Every --eval-interval steps,
+    the means of `metrics` to train.csv, and returns zeroed sums. Every --eval-interval steps,
     and where a phase ends, it saves a checkpoint and marks an evaluation as due. A stopped run
     continues from its last checkpoint. Returns the rows of eval.csv.
     """
@@ -490,7 +490,7 @@ def main(args: Args) -> list[dict]:
 
         # Offline phase: as many updates per call as there are until something is due.
         while step < args.offline_steps:
-            data = dataset.at(step)  # of a 100M dataset, the current shard
+            data = dataset.at(step)  # the current shard of a 100M dataset, else all data
             updates = min(run.updates_until_due(step), dataset.updates_until_swap(step))
             state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, updates)
             step = step + updates
@@ -502,7 +502,7 @@ def main(args: Args) -> list[dict]:
         # update on the dataset and its replay.
         replay = Replay.create(len(agents), args.online_steps, *sizes)
         replay = replay.refill(saved["replay"])
-        if step > args.offline_steps:  # play the episodes again that were running
+        if step > args.offline_steps:  # play the interrupted episodes again
             actions = saved["replay"]["actions"]  # (N, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         elif args.online_steps:

@@ -1,9 +1,9 @@
 """DIPO: Diffusion Policy for model-free online RL (Yang et al. 2023, arXiv:2305.13122).
 
-Online, off-policy. The policy is a denoising diffusion over actions, fitted to actions alone, as in
-imitation: a second buffer holds the replay's states with actions of its own, which gradient steps
-move uphill on Q whenever they are drawn, and the policy learns to reproduce where they are. No
-gradient passes through the chain.
+Online, off-policy. The policy is a denoising diffusion over actions, trained by imitation alone: a
+second buffer pairs the replay's states with actions of its own. Whenever a pair is drawn, gradient
+steps move its action uphill on Q, and the policy is fitted to the result. No gradient passes
+through the denoising chain.
 
     a <- clip(a + Adam step on grad_a sum_B min_j Q_j(s, a)),  M times                Eq. (DIPO2)
     x_i = sqrt(abar_i) a + sqrt(1 - abar_i) eps,  eps ~ N(0, I)                       Eq. (DDPM1)
@@ -17,8 +17,8 @@ from the public code.
     python baselines/dipo.py --env halfcheetah --num-seeds 5   five agents in one program
 
 Shapes: B batch, S observation, d action, T diffusion steps, M gradient steps of actions, C rows of
-the replay; agents (seeds) trained at once are the leading axis of all that `act` and `train_chunk`
-see.
+the replay; arrays passed to `act` and `train_chunk` have a leading axis of agents (seeds) trained
+at once.
 """
 
 import dataclasses
@@ -109,17 +109,17 @@ class Args:
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
-    workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
+    workers: NonNegativeInt = 0  # Environment processes (0: automatic, at most one per core).
     # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
     # hidden layers have that precision, too.
     precision: Precision = "default"
-    compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
+    compile_cache: str = ""  # Folder of compiled programs, or none (default: <run_dir>/.compiled).
     # --- logging ---
     # Run name, of runs/<script>/<env>/<name> (default: the changed flags that affect learning).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
     log_interval: PositiveInt = 1_000  # Steps per row of train.csv, averaged over the updates.
-    # Mirror the run in wandb (Weights & Biases, also if no name follows) or tensorboard.
+    # Also log to tensorboard or wandb (Weights & Biases; --track alone means wandb).
     track: Tracking = ""
     wandb_project: str = ""  # W&B project (default: WANDB_PROJECT, else flow-policies).
     wandb_entity: str = ""  # W&B user or team (default: WANDB_ENTITY, else your own).
@@ -258,8 +258,8 @@ def denoise(
 
 
 def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
-    """Chooses actions by one chain: (B, S) -> (B, d) in [-1, 1]. "explore" (in training) takes it
-    as it is, "greedy" without noise in its steps (but not in its start)."""
+    """Chooses actions by one chain: (B, S) -> (B, d) in [-1, 1]. "greedy" (in evaluations) scales
+    the noise of its steps by --eval-noise; "explore" (in training) does not."""
     noise = 1.0 if mode == "explore" else args.eval_noise
     return denoise(args, state.params["policy"], observations, key, 1, noise)[0]
 
@@ -279,9 +279,9 @@ def critic_loss(
 
 
 def move(args: Args, params: dict, observations: Array, actions: Array) -> Array:
-    """Moves actions by M steps uphill on the critics `params`, by an Adam that is new for each
-    batch: (B, d) -> same. Equal pairs (s, a) move alike, so it does not matter which of them is
-    written last."""
+    """Moves actions by M Adam steps uphill on the critics `params`; Adam's state is new for each
+    batch: (B, d) -> (B, d). Equal pairs (s, a) move alike, so it does not matter which one is
+    written back last."""
     clip = optax.clip_by_global_norm(args.move_clip)
     climber = optax.chain(clip, optax.adam(args.move_lr))
 
@@ -300,9 +300,9 @@ def move(args: Args, params: dict, observations: Array, actions: Array) -> Array
 
 
 def draw(args: Args, state: State, replay: Replay, key: Array) -> tuple[Array, Array, Array]:
-    """Draws B rows of the second buffer. Returns their numbers in the replay, those of their
-    transitions (from 0, in order of arrival), and their actions (B, d): the replay's where none was
-    moved since."""
+    """Draws B rows of the second buffer. Returns the row indices, the numbers of the transitions
+    (from 0, in order of arrival), and the actions (B, d): the moved ones or, where a transition was
+    not drawn before, the replay's."""
     C = len(replay.rewards)
     filled = jnp.minimum(replay.size, C)
     rows = jax.random.randint(key, (args.batch_size,), 0, filled)
@@ -354,9 +354,9 @@ def descend(
 
 
 def update(args: Args, state: State, batch: Replay, replay: Replay) -> tuple[State, dict]:
-    """Makes one step of the critics; then actions of the second buffer (one for each row of
-    `replay`, one agent's) are moved by the new critics, and the policy makes a step towards them;
-    then come the averages, that of the policy at every target_policy_delay-th update."""
+    """Updates the critics, moves actions of the second buffer uphill on the new critics, fits the
+    policy to them, and updates the averages (the policy's at every target_policy_delay-th update).
+    `replay` is one agent's; the second buffer has an action for each of its rows."""
     key, next_key, draw_key, loss_key = jax.random.split(state.key, 4)
 
     # Update the critics.
@@ -437,7 +437,7 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
     - terminals (B,), 1 where the episode ended in either way.
     """
     key, rows_key = jax.random.split(state.key)
-    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts on in a full replay
+    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts overwritten rows, too
     rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
     columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
     batch = replay.replace(**columns)
@@ -499,7 +499,7 @@ def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
     After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
-    means of `metrics` to train.csv, and returns zeros to add to. Every --eval-interval steps,
+    means of `metrics` to train.csv, and returns zeroed sums. Every --eval-interval steps,
     and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
     from its last checkpoint. Returns the rows of eval.csv.
     """
@@ -531,7 +531,7 @@ def main(args: Args) -> list[dict]:
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:  # play the episodes again that were running
+        if step > 0:  # play the interrupted episodes again
             actions = saved["replay"]["actions"]  # (agents, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         else:

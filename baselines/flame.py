@@ -21,7 +21,7 @@ that code.
     python baselines/flame.py --env halfcheetah --num-seeds 5
 
 Shapes: B batch, S observation, d action, M candidates per state, K proposals per point, n jumps;
-agents (seeds) trained at once are the leading axis of all that `act` and `train_chunk` see.
+arrays passed to `act` and `train_chunk` have a leading axis of agents (seeds) trained at once.
 """
 
 import dataclasses
@@ -77,12 +77,12 @@ class Args:
     time_max: PositiveFloat = 0.999  # Latest time in the policy's loss; times are uniform.
     alpha_init: PositiveFloat = 1.0  # Initial temperature alpha.
     alpha_lr: PositiveFloat = 5e-3  # Adam's learning rate of log alpha.
-    alpha_steps: PositiveInt = 2_000  # At least so many steps of alpha, evenly over the run.
+    alpha_steps: PositiveInt = 2_000  # Minimum number of alpha updates, spread over the run.
     # Target entropy H*/d per action dimension; alpha falls while the entropy is above it.
     target_entropy: float = -3.0
     entropy_steps: PositiveInt = 2  # Number n of jumps along which the entropy is measured.
     trace_clip: PositiveFloat = 10.0  # Largest trace of one of these jumps, per action dimension.
-    noise_scale: PositiveFloat = 1.0  # Standard deviation of the training noise at alpha = 1.
+    noise_scale: PositiveFloat = 1.0  # Noise on training and target actions: std at alpha = 1.
     policy_delay: PositiveInt = 2  # Critic updates per update of the policy and averages.
     # Weight of -Q(one-step action) in the policy's loss (variant "2" of the code: 1).
     q_gradient: NonNegativeFloat = 1.0
@@ -118,17 +118,17 @@ class Args:
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
-    workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
+    workers: NonNegativeInt = 0  # Environment processes (0: automatic, at most one per core).
     # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
     # hidden layers have that precision, too.
     precision: Precision = "default"
-    compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
+    compile_cache: str = ""  # Folder of compiled programs, or none (default: <run_dir>/.compiled).
     # --- logging ---
     # Run name, of runs/<script>/<env>/<name> (default: the changed flags that affect learning).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
     log_interval: PositiveInt = 1_000  # Steps per row of train.csv, averaged over the updates.
-    # Mirror the run in wandb (Weights & Biases, also if no name follows) or tensorboard.
+    # Also log to tensorboard or wandb (Weights & Biases; --track alone means wandb).
     track: Tracking = ""
     wandb_project: str = ""  # W&B project (default: WANDB_PROJECT, else flow-policies).
     wandb_entity: str = ""  # W&B user or team (default: WANDB_ENTITY, else your own).
@@ -183,8 +183,8 @@ def planned_updates(args: Args) -> int:
 
 
 def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
-    """Makes one Adam for each network and for log alpha; the policy's rate decays from 25 to 75 %
-    of its own updates."""
+    """Returns one Adam per network and one for log alpha; the policy's learning rate decays between
+    25 % and 75 % of its own updates."""
     steps = planned_updates(args) / args.policy_delay
     start = int(0.25 * steps)
     end = int(0.75 * steps)
@@ -243,14 +243,14 @@ def average_velocity(
 
 def candidates(args: Args, flow: dict, observations: Array, key: Array, count: int) -> Array:
     """Draws `count` actions per state, in one jump each: (B, S) -> (count, B, d) in [-1, 1]."""
-    # ref: that code draws 0.5 N(0, I) here, but trains with N(0, I)
+    # ref: the public code draws 0.5 N(0, I) here, but trains with N(0, I)
     noise = jax.random.normal(key, (count, len(observations), args.action_size))
     u = average_velocity(args, flow, observations, noise, 0.0, 1.0)
     return jnp.clip(noise - u, -1, 1)  # Eq. (FLAME2)
 
 
 def best(q: Array, actions: Array) -> Array:
-    """Picks the action of the highest value: (M, B), (M, B, d) -> (B, d)."""
+    """Picks the action with the highest value: (M, B), (M, B, d) -> (B, d)."""
     index = q.argmax(0)[None, :, None]
     return jnp.take_along_axis(actions, index, 0)[0]
 
@@ -292,7 +292,7 @@ def entropy(args: Args, flow: dict, observations: Array, key: Array) -> Array:
     keys = jax.random.split(key, args.entropy_steps + 1)
     x = jax.random.normal(keys[0], (B, d))
     result = jnp.full(B, 0.5 * d * jnp.log(2 * jnp.pi * jnp.e))
-    # ref: that code clips to +-10 in all, less than what a policy of 17 dimensions must reach
+    # ref: the public code clips the trace to +-10 in all, too tight for 17 action dimensions
     limit = args.trace_clip * d
 
     def jump(carry, inputs):
@@ -320,7 +320,7 @@ def critic_loss(
     """Computes the squared TD error of both critics against one soft target: next_actions (B, d),
     next_entropy (B,)."""
     next_q = critic(args, state.targets["critic"], batch.next_observations, next_actions)
-    # ref: that code subtracts the entropy, and asks itself which sign is right
+    # ref: the public code subtracts the entropy; a comment there asks which sign is right
     value = next_q.min(0) + jnp.exp(state.log_alpha) * next_entropy
     rewards = args.reward_scale * batch.rewards
     target = rewards + args.discount * batch.masks * value  # Eq. (FLAME7)
@@ -342,7 +342,7 @@ def reweighted_velocity(
     """Computes the velocity at x (B, d) and t (B,) of the path to the policy proportional to
     exp(Q / alpha) on the box, and the effective number of proposals: -> (B, d), ()."""
     t = t[:, None]
-    low = (x - (1 - t)) / t  # Eq. (FLAME3): between low and high x_k is in the box
+    low = (x - (1 - t)) / t  # Eq. (FLAME3): for noise in [low, high], x_k is in the box
     high = (x + (1 - t)) / t
     noise = jax.random.truncated_normal(key, low, high, (args.num_proposals, *x.shape))
     actions = jnp.clip((x - t * noise) / (1 - t), -1, 1)  # clips rounding errors alone
@@ -363,7 +363,7 @@ def meanflow_target(
     def u(x, t):
         return average_velocity(args, flow, observations, x, r, t)
 
-    # ref: that code makes one such pass for each of the K proposals
+    # ref: the public code makes one such pass for each of the K proposals
     _, jvp = jax.jvp(u, (x, t), (v, jnp.ones_like(t)))
     return v - (t - r)[:, None] * jvp
 
@@ -426,8 +426,8 @@ def improve(args: Args, state: State, batch: Replay, key: Array) -> tuple[State,
 
 
 def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
-    """Makes one step of the critics; where they are due, one of the policy and of the averages,
-    given the new critics, and one of alpha."""
+    """Updates the critics and, when they are due, the policy (with the new critics), the averages,
+    and alpha."""
     key, next_key, entropy_key, policy_key = jax.random.split(state.key, 4)
 
     # Update the critics.
@@ -441,9 +441,9 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     step = state.step + 1
     state = state.replace(step=step, key=key)
 
-    # Update the policy and the averages. This is a loop of 0 or 1 rounds: unlike a condition, it
-    # spares many agents the work, too. That the key depends on the round keeps the compiler from
-    # doing the work before the loop.
+    # Update the policy and the averages, in a loop of 0 or 1 rounds: under vmap, lax.cond would
+    # compute both branches, while a loop of 0 rounds costs nothing. The round is folded into the
+    # key so that the compiler cannot hoist the work out of the loop.
     def turn(i, carry):
         state, _ = carry
         return improve(args, state, batch, jax.random.fold_in(policy_key, i))
@@ -452,7 +452,7 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     zeros = jax.tree.map(jnp.zeros_like, shapes)
     rounds = jnp.where(step % args.policy_delay == 0, 1, 0)
     state, more = jax.lax.fori_loop(0, rounds, turn, (state, zeros))
-    # The means over updates are those over the policy's steps.
+    # Scaled, because means over all updates should be means over the policy's updates.
     metrics |= {name: args.policy_delay * x for name, x in more.items()}
 
     # Update alpha.
@@ -511,7 +511,7 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
     - terminals (B,), 1 where the episode ended in either way.
     """
     key, rows_key = jax.random.split(state.key)
-    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts on in a full replay
+    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts overwritten rows, too
     rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
     columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
     batch = replay.replace(**columns)
@@ -573,7 +573,7 @@ def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
     After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
-    means of `metrics` to train.csv, and returns zeros to add to. Every --eval-interval steps,
+    means of `metrics` to train.csv, and returns zeroed sums. Every --eval-interval steps,
     and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
     from its last checkpoint. Returns the rows of eval.csv.
     """
@@ -605,7 +605,7 @@ def main(args: Args) -> list[dict]:
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:  # play the episodes again that were running
+        if step > 0:  # play the interrupted episodes again
             actions = saved["replay"]["actions"]  # (agents, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         else:

@@ -18,7 +18,7 @@ not state are those of CleanRL: docs/methods/ppo.md; `# ref:` marks what differs
     python baselines/ppo.py --env halfcheetah --num-seeds 5
 
 Shapes: B batch, S observation, d action, E environments of an agent, T steps of each in a rollout;
-agents (seeds) trained at once are the leading axis of all that `act` and `train_chunk` see.
+arrays passed to `act` and `train_chunk` have a leading axis of agents (seeds) trained at once.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ class Args:
     seed: NonNegativeInt = 0  # First seed. Results do not depend on the other agents in the run.
     num_seeds: PositiveInt = 1  # Agents trained at once: seed, seed + 1, ...
     total_steps: PositiveInt = 1_000_000  # Environment steps of every agent.
-    # Steps between two phases of learning; only whole rollouts are made.
+    # Environment steps per agent in a rollout; a run ends after the last whole rollout.
     rollout_steps: PositiveInt = 2048
     num_envs: PositiveInt = 1  # Environments per agent that share a rollout's steps.
     eval_interval: PositiveInt = 10_000  # Steps between evaluations and checkpoints.
@@ -97,17 +97,17 @@ class Args:
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
-    workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
+    workers: NonNegativeInt = 0  # Environment processes (0: automatic, at most one per core).
     # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
     # hidden layers have that precision, too.
     precision: Precision = "default"
-    compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
+    compile_cache: str = ""  # Folder of compiled programs, or none (default: <run_dir>/.compiled).
     # --- logging ---
     # Run name, of runs/<script>/<env>/<name> (default: the changed flags that affect learning).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
     log_interval: PositiveInt = 1_000  # Steps per row of train.csv, averaged over the updates.
-    # Mirror the run in wandb (Weights & Biases, also if no name follows) or tensorboard.
+    # Also log to tensorboard or wandb (Weights & Biases; --track alone means wandb).
     track: Tracking = ""
     wandb_project: str = ""  # W&B project (default: WANDB_PROJECT, else flow-policies).
     wandb_entity: str = ""  # W&B user or team (default: WANDB_ENTITY, else your own).
@@ -211,7 +211,7 @@ def network(args: Args, out: int, gain: float) -> MLP:
 
 
 def policy(args: Args, params: dict, observations: Array) -> tuple[Array, Array]:
-    """Computes the Gaussian pi(.|s): (..., S), normalised -> mean (..., d), log-deviation (d,)."""
+    """Computes the Gaussian pi(.|s): (..., S), normalised -> mean (..., d), log std (d,)."""
     mean = network(args, args.action_size, 0.01).apply(params["mean"], observations)
     return mean, params["log_std"]
 
@@ -247,8 +247,8 @@ def merge(old: tuple[Array, Array, Array], x: Array) -> tuple[Array, Array, Arra
 
 
 def sample_actions(args: Args, state: State, observations: Array, key: Array, mode: str) -> Array:
-    """Chooses actions: (B, S) -> (B, d). They are the mean, clipped to [-1, 1], or in training
-    ("explore") a sample. That is not clipped here, because its density is the Gaussian's."""
+    """Chooses actions: (B, S) -> (B, d). In evaluations they are the mean, clipped to [-1, 1]; in
+    training ("explore") a sample, not clipped, so that its density is the Gaussian's."""
     observations = normalise(args, state.statistics, observations)
     mean, log_std = policy(args, state.params["policy"], observations)
     if mode == "explore":
@@ -282,8 +282,8 @@ def advantages(
 ) -> Array:
     """Computes GAE: (E, T) each -> (E, T).
 
-    next_values are those of the observations that the steps led to. After a time-out V goes on
-    there, but no advantage comes from the next episode.
+    `next_values` are V at the next observations. A time-out bootstraps from them like any other
+    step, but no advantage carries over from the next episode.
     """
     # ref: CleanRL takes V = 0 after a time-out, as after a termination
     delta = rewards + args.discount * masks * next_values - values  # Eq. (PPO1)
@@ -299,8 +299,8 @@ def advantages(
 
 
 def prepare(args: Args, state: State, rollout: dict) -> tuple[State, Batch]:
-    """Includes the rollout, (E, T, ...) each, in the agent's statistics, and makes one batch of all
-    its steps. ref: CleanRL moves the statistics at every step, also while it plays."""
+    """Updates the agent's statistics with a rollout, arrays (E, T, ...), and makes one batch of all
+    its steps. ref: CleanRL updates the statistics at every step, also while acting."""
     observations = rollout["observations"]
     terminals = rollout["terminals"]
     old = state.statistics
@@ -320,7 +320,7 @@ def prepare(args: Args, state: State, rollout: dict) -> tuple[State, Batch]:
     next_values = value(args, state.params["value"], next_normal)
     gae = advantages(args, rewards, rollout["masks"], terminals, values, next_values)
 
-    # The policy that has played saw the old statistics.
+    # The acting policy saw observations normalised by the old statistics.
     seen = normalise(args, old, observations)
     mean, log_std = policy(args, state.params["policy"], seen)
     batch = Batch(
@@ -336,7 +336,7 @@ def prepare(args: Args, state: State, rollout: dict) -> tuple[State, Batch]:
 
 
 def policy_loss(args: Args, params: dict, batch: Batch) -> tuple[Array, dict]:
-    """Computes the clipped objective, with advantages of mean 0 and deviation 1 over the batch."""
+    """Computes the clipped objective, with advantages of mean 0 and std 1 over the batch."""
     mean, log_std = policy(args, params, batch.observations)
     log_ratio = log_density(mean, log_std, batch.actions) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -391,8 +391,8 @@ MODES = ("mean",)  # Ways to choose actions in evaluations.
 def create_agents(args: Args, agents: list, observation_size: int) -> State:
     """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
-    # One agent after the other: on a CPU with few cores the orthogonal matrices of several agents
-    # wait for one another forever (jaxlib 0.10: blocked threads of one pool).
+    # One agent at a time: on a CPU with few cores, the orthogonal initialisers of several agents
+    # deadlock (jaxlib 0.10: they block each other's threads in one pool).
     create_all = jax.jit(partial(jax.lax.map, partial(create, args, observation_size)))
     return create_all(jnp.stack(keys))
 
@@ -430,7 +430,7 @@ def train_step(args: Args, state: State, rollout: dict) -> tuple[State, dict]:
         return update(args, state, jax.tree.map(lambda x: x[rows], steps))
 
     state, metrics = jax.lax.scan(update_on, state.replace(key=key), minibatches)
-    # The advantages are what is left of the returns without the values.
+    # The advantages are returns minus values: the part of the returns that V does not explain.
     unexplained = steps.advantages.var() / (steps.returns.var() + 1e-8)
     means = jax.tree.map(jnp.mean, metrics)
     return state, means | dict(explained=1 - unexplained, updates=jnp.ones(()))
@@ -497,7 +497,7 @@ def episode_seeds(args: Args, agents: list, step: int) -> np.ndarray:
 def collect_rollout(
     args: Args, state: State, envs: EnvPool, agents: list, step: int
 ) -> tuple[dict, np.ndarray]:
-    """Plays a rollout with the current policies, which begins after `step`.
+    """Plays a rollout that begins after `step`, with the current policies.
 
     Returns arrays (agents, num_envs, T, ...) by name, with actions as they were sampled, and the
     actions that were played, which are clipped.
@@ -524,7 +524,7 @@ def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
     After every rollout `run.log_and_save` does what is due. Every --log-interval steps it appends
-    the means of `metrics` to train.csv, and returns zeros to add to. Every --eval-interval
+    the means of `metrics` to train.csv, and returns zeroed sums. Every --eval-interval
     steps, and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run
     continues from its last checkpoint. Returns the rows of eval.csv.
     """
@@ -557,7 +557,7 @@ def main(args: Args) -> list[dict]:
         if args.eval_only:
             return run.finish()
         played = saved["played"]
-        if step > 0:  # play the episodes again that were running
+        if step > 0:  # play the interrupted episodes again
             envs.load(saved["envs"], played)
         else:
             envs.reset(episode_seeds(args, agents, 0))

@@ -81,13 +81,13 @@ class Args:
 
     # --- forked: run arguments (no offline phase) ---
     # --- environment and data ---
-    # OGBench's short name (puzzle-4x4), dataset or full name, or gymnasium's id of any environment.
+    # OGBench environment (short, dataset or full name) or, with --dataset, any gymnasium id.
     env: str = "pointmaze-medium"
     env_kwargs: str = ""  # Arguments of the environment as JSON, such as '{"frame_skip": 2}'.
     max_episode_steps: NonNegativeInt = 0  # Time limit of episodes (0: the environment's own).
     # Tasks 1 to 5, trained at once on one copy of the data (default: the one that OGBench plays).
     tasks: tuple[TaskNumber, ...] = (1,)
-    # Own data instead of OGBench's: FILE.npz, FILE.hdf5 or minari:ID (docs/guides/data.md).
+    # Your own data instead of OGBench's: FILE.npz, FILE.hdf5 or minari:ID (docs/guides/data.md).
     dataset: str = ""
     # Folder with OGBench's file or its 100M shards (default: OGBench's cache, then data/).
     dataset_dir: str = ""
@@ -97,8 +97,8 @@ class Args:
     discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
     # Reward -1 until the task is solved, instead of minus the number of unmet sub-goals.
     sparse: bool = False
-    reward_scale: NonNegativeFloat = 1.0  # Factor of the rewards, of data and environments.
-    reward_shift: float = 0.0  # Added to the rewards after that.
+    reward_scale: NonNegativeFloat = 1.0  # Factor on all rewards, of data and environments.
+    reward_shift: float = 0.0  # Added to all rewards after scaling.
     # Shift and scale observations by the data's mean and standard deviation.
     normalize_observations: bool = False
     action_size: tyro.conf.Suppress[int] = 0  # Size d of an action; not a flag, read from the data.
@@ -107,23 +107,23 @@ class Args:
     num_seeds: PositiveInt = 1  # Seeds per task: seed, seed + 1, ...
     online_steps: NonNegativeInt = 500_000  # Environment steps, each followed by an update.
     start_training: OnlineStep = 5_000  # First environment step that is followed by an update.
-    # Steps (updates offline, environment steps online) between evaluations and checkpoints.
+    # Environment steps between evaluations and checkpoints.
     eval_interval: PositiveInt = 50_000
     eval_episodes: NonNegativeInt = 50  # Episodes per evaluation and agent (0: no evaluations).
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
-    workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
+    workers: NonNegativeInt = 0  # Environment processes (0: automatic, at most one per core).
     # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
     # hidden layers have that precision, too.
     precision: Precision = "default"
-    compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
+    compile_cache: str = ""  # Folder of compiled programs, or none (default: <run_dir>/.compiled).
     # --- logging ---
     # Run name, of runs/<script>/<env>/<name> (default: the changed flags that affect learning).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
     log_interval: PositiveInt = 5_000  # Steps per row of train.csv, averaged over the updates.
-    # Mirror the run in wandb (Weights & Biases, also if no name follows) or tensorboard.
+    # Also log to tensorboard or wandb (Weights & Biases; --track alone means wandb).
     track: Tracking = ""
     wandb_project: str = ""  # W&B project (default: WANDB_PROJECT, else flow-policies).
     wandb_entity: str = ""  # W&B user or team (default: WANDB_ENTITY, else your own).
@@ -210,7 +210,7 @@ def critic(args: Args, params: dict, observations: Array, actions: Array) -> Arr
 
 
 def actor(args: Args, params: dict, observations: Array) -> tuple[Array, Array]:
-    """Evaluates pi(.|s), a Gaussian before tanh: (B, S) -> mean, log-deviation (B, A) each."""
+    """Evaluates pi(.|s), a Gaussian before tanh: (B, S) -> mean, log std (B, A) each."""
     network = TanhGaussian(args.hidden_dims, args.chunk_length * args.action_size)
     return network.apply(params, observations)
 
@@ -231,17 +231,17 @@ def sample_actions(args: Args, state: State, observations: Array, key: Array) ->
 
 
 def pessimistic(args: Args, q: Array) -> Array:
-    """Computes the pessimistic value of K critics, the mean minus deviations: (K, B) -> (B,).
+    """Computes the pessimistic value of K critics, mean - pessimism * std: (K, B) -> (B,).
 
-    Unlike q.std(0), whose root has no derivative at 0, this deviation has a gradient of 0 where all
-    critics agree, as two often do to the last bit.
+    Where all critics agree exactly (two often do), this std has gradient 0, whereas the square root
+    in q.std(0) has no derivative.
     """
     deviation = optax.safe_norm(q - q.mean(0), 0.0, axis=0) / len(q) ** 0.5
     return q.mean(0) - args.pessimism * deviation  # Eq. (26)
 
 
-# A loss differentiates `params` only; `state` and `batch` are constants. It returns its value and
-# its metrics, whose names differ from those of all other losses.
+# Losses are differentiated with respect to `params` only; `state` and `batch` are constants. Each
+# returns its value and its metrics, whose names no other loss may use.
 
 
 def critic_loss(
@@ -304,7 +304,7 @@ def cloning_loss(
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
-    """Takes one gradient step on the sum of all losses, which see the parameters from before it."""
+    """Takes one gradient step on the sum of all losses, all evaluated at the old parameters."""
     key, *keys = jax.random.split(state.key, 4)
     losses = [critic_loss, actor_loss, cloning_loss]
 
@@ -356,7 +356,7 @@ def act(args: Args, state: State, observations: Array, seeds: Array, ages: Array
 
 
 def take(replay: Replay, rows: slice, size: Array) -> Replay:
-    """Returns some transitions of one agent as a replay of so many."""
+    """Returns the given rows of one agent's replay, as a replay of `size` transitions."""
     columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
     return Replay(**columns, size=size)
 
@@ -450,7 +450,7 @@ def main(args: Args) -> list[dict]:
     """Trains all agents in their environments, with the dataset next to the replay.
 
     After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
-    means of `metrics` to train.csv, and returns zeros to add to. Every --eval-interval steps,
+    means of `metrics` to train.csv, and returns zeroed sums. Every --eval-interval steps,
     and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
     from its last checkpoint. Returns the rows of eval.csv.
     """
@@ -478,7 +478,7 @@ def main(args: Args) -> list[dict]:
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:  # play the episodes again that were running
+        if step > 0:  # play the interrupted episodes again
             actions = saved["replay"]["actions"]  # (N, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         else:

@@ -19,8 +19,8 @@ code.
     python baselines/sac_flow.py                     the plane with four goals, small networks
     python baselines/sac_flow.py --env halfcheetah --num-seeds 5
 
-Shapes: B batch, S observation, d action, T steps of the flow; agents (seeds) trained at once are
-the leading axis of all that `act` and `train_chunk` see.
+Shapes: B batch, S observation, d action, T steps of the flow; arrays passed to `act` and
+`train_chunk` have a leading axis of agents (seeds) trained at once.
 """
 
 import dataclasses
@@ -109,17 +109,17 @@ class Args:
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
-    workers: NonNegativeInt = 0  # Processes that step environments (0: one per core).
+    workers: NonNegativeInt = 0  # Environment processes (0: automatic, at most one per core).
     # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
     # hidden layers have that precision, too.
     precision: Precision = "default"
-    compile_cache: str = ""  # Folder of compiled programs, or none (default: run_dir/.compiled).
+    compile_cache: str = ""  # Folder of compiled programs, or none (default: <run_dir>/.compiled).
     # --- logging ---
     # Run name, of runs/<script>/<env>/<name> (default: the changed flags that affect learning).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
     log_interval: PositiveInt = 1_000  # Steps per row of train.csv, averaged over the updates.
-    # Mirror the run in wandb (Weights & Biases, also if no name follows) or tensorboard.
+    # Also log to tensorboard or wandb (Weights & Biases; --track alone means wandb).
     track: Tracking = ""
     wandb_project: str = ""  # W&B project (default: WANDB_PROJECT, else flow-policies).
     wandb_entity: str = ""  # W&B user or team (default: WANDB_ENTITY, else your own).
@@ -233,7 +233,7 @@ def optimizers(args: Args) -> dict[str, optax.GradientTransformation]:
 
 def networks(args: Args) -> dict[str, nn.Module]:
     """Makes the critics, whose inputs are one array, and the policy's velocity and
-    log-deviation."""
+    log std."""
     Twins = nn.vmap(
         Normalised,
         variable_axes=dict(params=0, statistics=0),
@@ -495,7 +495,7 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
     - terminals (B,), 1 where the episode ended in either way.
     """
     key, rows_key = jax.random.split(state.key)
-    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts on in a full replay
+    filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts overwritten rows, too
     rows = jax.random.randint(rows_key, (args.batch_size,), 0, filled)
     columns = {name: x[rows] for name, x in vars(replay).items() if name != "size"}
     batch = replay.replace(**columns)
@@ -557,7 +557,7 @@ def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
     After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
-    means of `metrics` to train.csv, and returns zeros to add to. Every --eval-interval steps,
+    means of `metrics` to train.csv, and returns zeroed sums. Every --eval-interval steps,
     and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
     from its last checkpoint. Returns the rows of eval.csv.
     """
@@ -589,7 +589,7 @@ def main(args: Args) -> list[dict]:
         if args.eval_only:
             return run.finish()
         replay = replay.refill(saved["replay"])
-        if step > 0:  # play the episodes again that were running
+        if step > 0:  # play the interrupted episodes again
             actions = saved["replay"]["actions"]  # (agents, steps, d), without the axis of slots
             envs.load(saved["envs"], actions[:, None])
         else:

@@ -43,7 +43,7 @@ def train(script: ModuleType, **flags: Any) -> Path:
     try:
         args = parse(script.Args, script.ENV_DEFAULTS, as_command_line(flags))
     except SystemExit:
-        raise UserError(f"{script.__name__} has no such flags, see above: {flags}") from None
+        raise UserError(f"{script.__name__} cannot take these flags, see above: {flags}") from None
     script.main(args)
     return run_folder(script.__file__, args)
 

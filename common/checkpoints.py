@@ -88,7 +88,7 @@ class Checkpoints:
     def save(self, content: dict, replay: Replay | None = None) -> None:
         """Writes a checkpoint and keeps the one before it.
 
-        Only what is new in the replay is written, to another part, to which both refer.
+        Only the replay's new transitions are written, as a new part; the older parts are reused.
         """
         before = self.parts
         parts = list(before)
@@ -143,7 +143,7 @@ class Checkpoints:
 
         `like` is a content of the same structure; arrays of its `state` and `metrics` have to
         match. Returns the content with the joined replay, or None if there is no checkpoint.
-        Without the replay it serves evaluations, which need no metrics: those of `like` stay.
+        With `with_replay=False`, for evaluations, the replay is empty and the metrics are `like`'s.
         """
         errors = []
         for path in (self.folder / CHECKPOINT, self.folder / PREVIOUS):

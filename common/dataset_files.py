@@ -16,12 +16,12 @@ from common.environments import Source, make_env, without_warnings
 from common.errors import UserError, in_a_line
 from common.sampling import Dataset
 
-CACHE = Path(os.path.expanduser(ogbench.utils.DEFAULT_DATASET_DIR))  # also without a home
+CACHE = Path(os.path.expanduser(ogbench.utils.DEFAULT_DATASET_DIR))  # Path's fails without a home
 LARGEST_RATIO = 100  # of unpacked to packed bytes; no simulator's data reach it
 KEYS = ("observations", "actions", "qpos", "button_states")  # the last one only with buttons
 VECTORS = ("terminals", "timeouts", "rewards")  # the others have two axes
 LIMITS = dict.fromkeys(("terminals", "timeouts", "button_states"), (0, 1))
-LARGEST = 1e30  # number that is taken for one
+LARGEST = 1e30  # numbers beyond this are refused
 # Keys that OGBench's files do not have: they say that rewards and ends are the file's own.
 OWN_KEYS = {"rewards", "timeouts", "truncations", "terminations", "next_observations"}
 labelling_env = cache(make_env)  # making one takes as long as labelling a million states

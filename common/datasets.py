@@ -31,9 +31,9 @@ def has_room(data: Dataset) -> bool:
 class OfflineDataset:
     """The dataset of a run on its devices: one file, or shards of a 100M set that take turns.
 
-    The next shard (cyclic) takes over before every 1000th update of a phase is drawn, as in the
-    official code. A thread loads it meanwhile. A device with enough room keeps the shards, so that
-    each is read once, until an online phase follows, whose replay needs the room.
+    As in the official code, the next shard (cyclically) takes over just before the batch of every
+    1000th update of a phase is drawn. A thread loads it in advance. A device with enough memory
+    keeps the shards, so that each is read only once, until an online phase needs the room.
     """
 
     def __init__(self, args: Any, num_agents: int):
@@ -47,7 +47,7 @@ class OfflineDataset:
         else:
             self._source = resolve(args.env)
             played = env_name(args, args.tasks[0])
-            if "?" in played:  # it has arguments, which may be wrong: see before the training
+            if "?" in played:  # it has arguments: check them before training starts
                 make_env(played)
             self._paths = locate(self._source, args.dataset_dir, args.collect)
             self.identity = identify(self._paths)

@@ -109,7 +109,9 @@ def over_agents(one_agent: Callable, agent_by_agent: bool = False) -> Callable:
 
 
 def zero_metrics(update: Callable, *inputs: Any) -> dict[str, jax.Array]:
-    """Returns sums of metrics that start at zero, like the second result of `update` of one agent
-    on `inputs` of all agents."""
+    """Returns zeros for the metrics of `update` (its second result), with a leading axis of agents.
+
+    `update` takes the inputs of one agent; `inputs` are those of all agents.
+    """
     _, metrics = jax.eval_shape(jax.vmap(update), *inputs)
     return shard_over_agents({name: jnp.zeros(x.shape) for name, x in metrics.items()})

@@ -17,8 +17,8 @@ from common.workers import Slots, Workers, cores
 MOST_SLOTS = 100  # of all agents together, because some environments take 170 MiB
 # These are stepped in this process, because a step costs less than a message to a worker.
 IN_PROCESS = ("multigoal",)
-# Up to so many of gymnasium's own environments, too, whose steps take 0.1 to 0.3 ms. For more of
-# them, several workers are faster.
+# At most this many of gymnasium's own environments are stepped in this process, too (0.1 to 0.3 ms
+# a step). With more of them, several workers are faster.
 MOST_IN_PROCESS = 8
 Normalization = dict[str, ndarray]  # mean and std (S,) of observations, or nothing
 RESULTS = ("next_observations", "rewards", "masks", "terminals", "success")

@@ -52,10 +52,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
-    """Opens a new file that takes the place of `path` at the end.
+    """Opens a temporary file that replaces `path` at the end, atomically.
 
-    At any moment either the old or the new one is there, whole. At the end the new one is on the
-    disk, and so is its name. The old one is moved to `keep`, if given.
+    Afterwards the file and its directory entry are on the disk. The old file is moved to `keep`, if
+    given; then there is no file at `path` for a moment.
     """
     new = path.with_name(f"{path.name}.tmp")
     new.unlink(missing_ok=True)  # a link there is not followed

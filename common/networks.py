@@ -107,7 +107,7 @@ class Critic(nn.Module):
 class Field(nn.Module):
     """Velocity field f(s, x, t), without LayerNorm: (B, S), (..., B, A), times -> (..., B, A).
 
-    Observations and times broadcast to (..., B). A time enters as the number that it is.
+    Observations and times broadcast to (..., B). Times are inputs as they are, not embedded.
     """
 
     hidden: Sequence[int]
@@ -122,7 +122,7 @@ class Field(nn.Module):
 
 
 class TanhGaussian(nn.Module):
-    """Mean and log-deviation, (B, out) each, of u in a policy tanh(u): inputs (B, n_i)."""
+    """Mean and log std, (B, out) each, of u in a policy tanh(u): inputs (B, n_i)."""
 
     hidden: Sequence[int]
     out: int

@@ -136,8 +136,8 @@ def to_dataset(arrays: Arrays) -> Dataset:
     """Returns the transitions, with the final state of every trajectory after its other states.
 
     A trajectory ends at `terminals`, at `timeouts`, and where `next_observations` are not what the
-    next row observes. Without `next_observations` the last row before a time-out is the final
-    state, and its action is not used, because nobody knows where it led.
+    next row observes. Without `next_observations`, a row with a time-out only gives the final
+    state; its action is not used, because it is unknown where it led.
     """
     observations = np.float32(arrays["observations"])
     terminals = arrays["terminals"].astype(bool)
@@ -172,8 +172,8 @@ def to_dataset(arrays: Arrays) -> Dataset:
 def action_range(args: Any, arrays: Arrays) -> Box | None:
     """Returns the range of actions in the environment of --env.
 
-    None if it cannot be made or has other sizes, which the screen says, and which is an error where
-    episodes are to be played.
+    If the environment cannot be made or its sizes differ, raises UserError when episodes are to be
+    played; otherwise prints the reason and returns None.
     """
     named = dataclasses.replace(args, eval_episodes=1)  # 0 would mean: no environment
     widths = [arrays[key].shape[1] for key in KEYS[:2]]

@@ -92,8 +92,8 @@ def run_folder(script: str, args: Any) -> Path:
     """Returns runs/<script>/<env>/<name>. Raises UserError if the flags have no name."""
     if not args.name:
         raise UserError(
-            f"these flags lack what belongs to {args.env}: Args(...) alone has the defaults of the "
-            "class. Use `train` of common.agents or `parse` of common.flags."
+            f"Args(...) alone lacks the defaults of {args.env}. Use `train` of common.agents or "
+            "`parse` of common.flags."
         )
     env = args.env.replace("/", "-")  # of ids with a namespace
     return Path(args.run_dir).expanduser() / Path(script).stem / env / args.name
@@ -183,8 +183,8 @@ class Run:
     def _configure(self, script: Path, flags: dict) -> dict:
         """Returns what config.json will have; refuses to continue a run with other flags.
 
-        The script's source is kept next to it. A note says if another one was there. Both files are
-        written when it is known that the run can go on.
+        The script's source is saved next to it; a note is printed if it has changed. A continued
+        run writes both files only in `restore`, once its checkpoint is read.
         """
         with file_errors(script):
             source = script.read_bytes()
@@ -334,8 +334,8 @@ class Run:
     def log_evaluation(self, step: int, results: dict[str, np.ndarray]) -> None:
         """Logs the means of results (agents, episodes), and keeps the scores for `finish`.
 
-        Those of the end of a run also leave the visited states, in rollouts.npz. The first
-        evaluation decides whether the environment reports success; where it does, an episode
+        At the end of a run and with --eval-only, also saves the visited states in rollouts.npz. The
+        first evaluation decides whether the environment reports success; where it does, an episode
         without a report is a failure.
         """
         table = "eval_only.csv" if self.args.eval_only else "eval.csv"

@@ -54,7 +54,7 @@ def named_numbers(
 
 
 class WandbMirror:
-    """A run in Weights & Biases. The environment's WANDB_* count where no flag is given."""
+    """A run in Weights & Biases. WANDB_* environment variables apply where no flag is given."""
 
     def __init__(self, args: Any, name: str, config: dict, run_id: str):
         self.wandb = importlib.import_module("wandb")

@@ -385,6 +385,6 @@ def test_what_cannot_be_trained(started, capsys):
     stops("--lr must be greater than 0", call=lambda: train(qam, lr=-1.0))
     stops("--tasks needs at least one value", call=lambda: train(qam, tasks=[]))
     for wrong in (dict(lr="fast"), dict(learning_rate=0.1)):
-        stops("qam has no such flags", wrong, call=lambda wrong=wrong: train(qam, **wrong))
+        stops("qam cannot take these flags", wrong, call=lambda wrong=wrong: train(qam, **wrong))
     assert "--learning-rate" in capsys.readouterr().err
     assert not started

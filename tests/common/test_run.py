@@ -68,9 +68,7 @@ def test_the_argument_script_is_a_path(tmp_path):
 
 def test_flags_that_lack_the_environments_protocol(run, tmp_path):
     """Args(env=...) alone, in a program that calls `main` without `parse`, starts nothing."""
-    stops(
-        "these flags lack what belongs to cube-triple", call=lambda: run(env="cube-triple", name="")
-    )
+    stops("Args(...) alone lacks", "cube-triple", call=lambda: run(env="cube-triple", name=""))
     assert not list(tmp_path.iterdir())
 
 
