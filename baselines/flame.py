@@ -82,7 +82,7 @@ class Args:
     target_entropy: float = -3.0
     entropy_steps: PositiveInt = 2  # Number n of jumps along which the entropy is measured.
     trace_clip: PositiveFloat = 10.0  # Largest trace of one of these jumps, per action dimension.
-    noise_scale: PositiveFloat = 1.0  # Noise on training and target actions: std at alpha = 1.
+    noise_scale: PositiveFloat = 1.0  # Standard deviation of the training noise at alpha = 1.
     policy_delay: PositiveInt = 2  # Critic updates per update of the policy and averages.
     # Weight of -Q(one-step action) in the policy's loss (variant "2" of the code: 1).
     q_gradient: NonNegativeFloat = 1.0

@@ -107,7 +107,7 @@ class Args:
     num_seeds: PositiveInt = 1  # Seeds per task: seed, seed + 1, ...
     online_steps: NonNegativeInt = 500_000  # Environment steps, each followed by an update.
     start_training: OnlineStep = 5_000  # First environment step that is followed by an update.
-    # Environment steps between evaluations and checkpoints.
+    # Steps (updates offline, environment steps online) between evaluations and checkpoints.
     eval_interval: PositiveInt = 50_000
     eval_episodes: NonNegativeInt = 50  # Episodes per evaluation and agent (0: no evaluations).
     eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
