@@ -325,6 +325,8 @@ def test_training(monkeypatch, name, slots):
     shapes = dict(key=(2, 2, 2), batch_key=(2, 2, 2), replay=(2,), task=(2,), one=(2,))
     before = {word: jnp.zeros(shape) for word, shape in shapes.items()}
     before["updates"] = jnp.array([10.0, 20.0])  # of earlier calls, since the last row
+    # Without jit, which would not take a word for the data.
+    monkeypatch.setattr(script, "train_step", script.train_step.__wrapped__)
     train_chunk = script.train_chunk.__wrapped__
     new, sums = train_chunk(args, state, before, "data", replay, task, 3)
     assert sums["updates"].tolist() == [13, 23]
