@@ -134,7 +134,7 @@ class Args:
 
 
 # The ten domains have temperatures and edit scales of the official launch script. The values of the
-# point maze, which is not in the paper, were tuned here (benchmarks/pilots.md).
+# point maze, which is not in the paper, were chosen here (benchmarks/offline.md).
 ENV_DEFAULTS = {
     "antmaze-large": dict(inv_temp=1.0, edit_scale=0.1),
     "antmaze-giant": dict(inv_temp=10.0, edit_scale=0.1),

@@ -171,4 +171,4 @@ def save_film(path: Path, frames: list[np.ndarray], fps: int) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, Options, __doc__)
+    run_program(main, Options, __doc__, renders=True)

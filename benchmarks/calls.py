@@ -3,11 +3,12 @@
     python -m benchmarks.calls                              QAM, small networks
     python -m benchmarks.calls --script meam --updates 100000
 
-A run makes its updates in calls of `train_chunk` that take about a second, so that the bar and the
-signals are true. Two costs arise once per call instead of once per update, and are measured: what a
-call takes that makes no update, and what the host does between two calls. The second comes from a
-real run, one agent on the point maze; its first calls, whose length has not adapted yet, are left
-out. Writes benchmarks/results/calls.json: the medians, and their share of the time.
+A run makes its updates in calls of `train_chunk` that take about a second, so that the progress bar
+is true and signals are answered in time. Two costs arise once per call instead of once per update,
+and are measured: what a call takes that makes no update, and what the host does between two calls.
+The second comes from a real run, one agent on the point maze; its first calls, whose length has not
+adapted yet, are left out. Writes benchmarks/results/calls.json: the medians, and the share of both
+costs in the time.
 """
 
 import dataclasses
@@ -48,7 +49,9 @@ class Options:
 def clock_calls(script: ModuleType, options: Options, folder: Path) -> np.ndarray:
     """Trains, and returns when each call of `train_chunk` began and ended: (calls, 2), seconds."""
     collect(f"{ENV}-navigate", options.transitions, folder, workers=1)
-    flags = dict(OFFLINE_SIZES["small"].flags)
+    small = OFFLINE_SIZES["small"].flags
+    known = script.Args.__dataclass_fields__.keys()
+    flags = {name: small[name] for name in small.keys() & known}
     del flags["chunk_length"]  # the environment has its own
     flags |= dict(dataset_dir=str(folder), run_dir=str(folder), eval_episodes=0)
     flags |= dict(offline_steps=options.updates, online_steps=0)
@@ -71,14 +74,14 @@ def clock_calls(script: ModuleType, options: Options, folder: Path) -> np.ndarra
 
 
 def summarise(times: np.ndarray, empty: float) -> dict:
-    """Returns the medians of the calls whose length has adapted, and their share of the time.
+    """Returns the medians of the calls whose length has adapted, and the share of both costs.
 
     `times` are those of `clock_calls`, `empty` the seconds of a call without updates.
     """
     seconds = times[:, 1] - times[:, 0]
     between = times[1:, 0] - times[:-1, 1]
     adapted = seconds[:-1] >= SHORTEST
-    adapted[0] = False  # compiled
+    adapted[:1] = False  # compiled
     if not adapted.any():
         raise UserError(f"no call took {SHORTEST} s: set --updates higher")
     call = float(np.median(seconds[:-1][adapted]))

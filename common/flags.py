@@ -261,6 +261,7 @@ def launch(main: Callable, Args: type, env_defaults: dict) -> None:
     """Runs a script from the command line; a mistake of the user ends in one line."""
     end_of_imports()
     sys.stdout.reconfigure(line_buffering=True)  # also where it is a file
+    os.environ["MUJOCO_GL"] = "disable"  # nothing is drawn, so no driver is needed
     try:
         main(parse(Args, env_defaults))
     except UserError as error:

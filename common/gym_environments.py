@@ -21,14 +21,14 @@ ERRORS = (gymnasium.error.Error, ImportError, TypeError, AssertionError, OSError
 def ignore_missing_driver() -> None:
     """Lets MuJoCo do without the driver for drawing that MUJOCO_GL names, if that is missing."""
     try:
-        import mujoco  # noqa: F401
+        import dm_control.mujoco  # noqa: F401 (stricter than mujoco: it looks for a display)
     except Exception:  # its type depends on the driver
         os.environ["MUJOCO_GL"] = "disable"
 
 
 def create(name: str, id: str, arguments: dict) -> gymnasium.Env:
     """Calls gymnasium.make; raises UserError where there is no such environment. `name` is ours."""
-    if "MUJOCO_GL" in os.environ and "render_mode" not in arguments:
+    if os.environ.get("MUJOCO_GL", "disable") != "disable" and "render_mode" not in arguments:
         ignore_missing_driver()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # gymnasium_robotics' deprecations

@@ -340,7 +340,8 @@ def program(code, tmp_path, **environment):
     return done.stdout
 
 
-def test_a_renderer_that_is_not_there(tmp_path):
+@pytest.mark.parametrize("driver", ["nonsense", "glx", "osmesa"])
+def test_a_renderer_that_is_not_there(tmp_path, driver):
     """Does not matter where nothing is drawn: in workers, in programs, and in a notebook."""
     code = """
 import numpy as np
@@ -349,7 +350,7 @@ pool = EnvPool(["cube-single-singletask-task1-v0"], 1, 1)
 pool.reset(np.array([[0]], np.uint32))
 print(pool.observations.shape)
 """
-    assert program(code, tmp_path, MUJOCO_GL="nonsense") == "(1, 1, 28)\n"
+    assert program(code, tmp_path, MUJOCO_GL=driver) == "(1, 1, 28)\n"
     code = """
 import sys
 import qam
@@ -360,7 +361,7 @@ def main(args):
     print(make_env("cube-single-singletask-task1-v0").reset(seed=0)[0].shape)
 launch(main, qam.Args, qam.ENV_DEFAULTS)
 """
-    assert program(code, tmp_path, MUJOCO_GL="nonsense").endswith("(28,)\n")
+    assert program(code, tmp_path, MUJOCO_GL=driver).endswith("(28,)\n")
     code = """
 import dataclasses
 import sys
@@ -370,13 +371,13 @@ Options = dataclasses.make_dataclass("Options", [("flag", int, 0)])
 sys.argv = ["program"]
 run_program(lambda _: print(make_env("Hopper-v5").reset(seed=0)[0].shape), Options, "A program.")
 """
-    assert program(code, tmp_path, MUJOCO_GL="nonsense") == "(11,)\n"
+    assert program(code, tmp_path, MUJOCO_GL=driver) == "(11,)\n"
     code = """
 from common.environments import make_env
 for name in ("Hopper-v5", "cube-single-singletask-task1-v0"):
     print(make_env(name).reset(seed=0)[0].shape)
 """
-    assert program(code, tmp_path, MUJOCO_GL="nonsense") == "(11,)\n(28,)\n"
+    assert program(code, tmp_path, MUJOCO_GL=driver) == "(11,)\n(28,)\n"
 
 
 def test_a_missing_renderer_is_said_where_something_is_drawn(tmp_path):
