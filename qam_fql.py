@@ -361,7 +361,7 @@ def one_step_loss(
     z = jax.random.normal(key, batch.actions.shape)
     teacher = integrate(args, state.params["policy"], batch.observations, z)
     actions = one_step(args, params["one_step"], batch.observations, z)
-    # ref: the mean over coordinates of what is not clipped; the papers write the squared norm.
+    # ref: a mean over coordinates, of unclipped actions; the papers write the squared norm.
     distillation = ((actions - teacher) ** 2).mean()
     clipped = jnp.clip(actions, -1, 1)
     q = critic(args, state.params["critic"], batch.observations, clipped).mean()

@@ -65,7 +65,7 @@ class Args:
     """The flags of the script; their comments are the help texts."""
 
     # --- method ---
-    # Weight tau of Q: the optimum is exp(tau Q / T); 0 is behaviour cloning.
+    # Weight tau of Q: the optimum is pi_beta exp(tau Q / T); 0 is behaviour cloning.
     inv_temp: NonNegativeFloat = 1.0
     # Targets are the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
@@ -135,7 +135,7 @@ class Args:
 
     def __post_init__(self) -> None:
         if self.flow_steps < 2:
-            raise UserError("--flow-steps is less than 2, and the last step is the base flow's")
+            raise UserError("--flow-steps must be at least 2: the last step is the base flow's")
 
 
 # The ten domains have the inverse temperatures of the official launch script. The values of the

@@ -366,9 +366,9 @@ def policy_loss(
 
 
 def alpha_gradient(args: Args, state: State) -> Array:
-    """Computes d/d log alpha of log alpha (H - H*), with the entropy H of the noise added in
-    training. It is linear in log alpha and depends on nothing else, so alpha takes the same path in
-    every run."""
+    """Computes d/d log alpha of log alpha (H - H*), where H, the entropy of the noise added in
+    training, is held constant. It is linear in log alpha and depends on nothing else, so alpha
+    takes the same path in every run."""
     log_std = jnp.log(args.noise_scale) + state.log_alpha
     entropy = log_std + 0.5 * float(np.log(2 * np.pi * np.e))  # per dimension
     return args.action_size * (entropy - args.noise_entropy)  # Eq. (DPMD4)
@@ -390,7 +390,7 @@ def descend(
 
 
 def repeat_step(args: Args, before: State, state: State, *inputs: Any) -> State:
-    """Takes another Adam step of the critics with the gradient at `before`, as the first one."""
+    """Takes a second Adam step of the critics with the gradient of the first one, at `before`."""
     gradient = jax.grad(partial(critic_loss, args), has_aux=True)
     grads, _ = gradient(before.params["critic"], before, *inputs)
     updates, opt_state = optimizers(args)["critic"].update(grads, state.opt_state["critic"])
@@ -403,8 +403,8 @@ def repeat_step(args: Args, before: State, state: State, *inputs: Any) -> State:
 
 def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
     """Steps the critics. Every policy_delay-th update also steps the policy, on the actions of the
-    TD target, weighted by the critics' new values, and the averages. alpha_steps updates, evenly
-    spread over the run, step alpha."""
+    TD target with weights from the critics' new values, and then the averages. At least alpha_steps
+    updates, evenly spread over the run, also step alpha."""
     key, next_key, loss_key = jax.random.split(state.key, 3)
 
     # Update the critics.

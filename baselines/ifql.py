@@ -5,7 +5,7 @@ arXiv:2601.14234).
 Values are learned as in implicit Q-learning (Kostrikov et al., ICLR 2022): V is an upper expectile
 of Q over the data's actions, and Q's target is V, so that no value is learned from an action that
 is not in the data. The policy is a flow f that imitates the data. To act, it draws M candidate
-actions and takes the one with the highest value, which is the lowest of the K critics'.
+actions and takes the one whose value, the lowest of the K critics', is highest.
 
     L(phi) = E (Q(s, a) - R - gamma^H m V(s'))^2                                          Eq. (85)
     L(xi) = E |kappa - 1[D < 0]| D^2,  D = Q(s, a) - V(s)                                 Eq. (86)

@@ -1,10 +1,10 @@
 """QVPO: Q-weighted Variational Policy Optimization (Ding et al. 2024, arXiv:2405.16173).
 
 Online, off-policy. The policy is a denoising diffusion over actions. It improves by a weighted
-regression: of M own actions per state the best is noised and denoised again, with its advantage
-over the mean of the M as weight; no gradient passes through the chain. Uniform random actions with
-small weights are fitted alongside and keep the policy wide. Acting, too, takes the best of several
-actions.
+regression: of M actions that it samples per state, the best is noised and denoised again, weighted
+by its advantage over the mean of the M; no gradient passes through the chain. Uniform random
+actions with small weights are fitted alongside and keep the policy wide. Acting, too, takes the
+best of several actions.
 
     x_i = sqrt(abar_i) a + sqrt(1 - abar_i) eps,  eps ~ N(0, I)                       Eq. (DDPM1)
     L(theta) = E w |e_theta(s, x_i, i) - eps|^2 / d                                   Eq. (DDPM2)

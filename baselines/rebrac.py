@@ -68,7 +68,7 @@ class Args:
     # --- method ---
     # Weight alpha of behaviour cloning; the normalised value has weight 1.
     rebrac_alpha: NonNegativeFloat = 0.01
-    # Standard deviation sigma of the noise on all actions, also in evaluations.
+    # Standard deviation sigma of the noise on target and executed actions, also in evaluations.
     actor_noise: NonNegativeFloat = 0.0
     noise_clip: NonNegativeFloat = 0.5  # Largest noise c.
     target_delay: PositiveInt = 2  # Updates between two moves of the target networks.

@@ -293,9 +293,9 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
         state, _ = descend(args, state, "log_alpha", alpha_loss, more["entropy"])
         return state, jax.tree.map(jnp.add, sums, more)
 
-    # This is a loop that may be empty, because under vmap a condition costs as much as both
-    # branches. It adds the metrics of policy_delay steps at every policy_delay-th update, so that
-    # their sum over the updates, divided by the updates, is their mean.
+    # A loop that may have no rounds, because under vmap `lax.cond` would always run both branches.
+    # It sums the metrics of policy_delay steps, so that their mean over all updates is that over
+    # the policy's steps.
     due = (state.step + 1) % args.policy_delay == 0
     rounds = jnp.where(due, args.policy_delay, 0)
     names = ("policy_loss", "entropy", "alpha", "policy_grad_norm")

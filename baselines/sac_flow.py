@@ -76,7 +76,7 @@ class Args:
     # Target entropy H*/d of the path, per action dimension; alpha falls while the entropy is above.
     target_entropy: float = 0.0
     flow_steps: PositiveInt = 4  # Steps T of the solver from noise to action.
-    # Number of first updates, in which batches are normalised by their own moments alone.
+    # Updates before the correction by running moments begins; until then, plain batch norm.
     renorm_after: NonNegativeInt = 100_000
 
     # --- networks and optimiser ---
@@ -151,8 +151,9 @@ ENV_DEFAULTS = {
 class Renorm(nn.Module):
     """Renormalises batches x (B, n), after Ioffe (2017).
 
-    `corrected` None: by the running moments. False: by the batch's own ones, as in training. True:
-    by those, then brought near what the running ones would give, by constants r and b.
+    `corrected` None: by the running moments, which do not change. False: by the batch's moments, as
+    in batch normalisation. True: by the batch's, then corrected towards the running ones by r and
+    b, through which no gradient passes. With False and True, the running moments are updated.
     """
 
     @nn.compact
@@ -326,9 +327,9 @@ def rollout(
     corrected: Array | None = None,
     noisy: bool = True,
 ) -> tuple[Array, Array, dict]:
-    """Draws actions, and computes log-densities of their paths and the statistics after them:
-    (B, S) -> (B, d), (B,), dict. All steps share the statistics, and in training each of them moves
-    them."""
+    """Draws actions, and computes the log-densities of their paths and the updated statistics:
+    (B, S) -> (B, d), (B,), dict. All steps share the statistics; unless `corrected` is None, each
+    step updates them."""
     T = args.flow_steps
     start_key, noise_key = jax.random.split(key)
     x0 = jax.random.normal(start_key, (len(observations), args.action_size))
@@ -442,8 +443,9 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
         state, _ = descend(args, state, "log_alpha", alpha_loss, more["entropy"])
         return state, jax.tree.map(lambda x: args.policy_delay * x, more)
 
-    # This is a loop that may be empty, because under vmap a condition costs as much as both
-    # branches. The means of the policy's metrics over updates are those over the policy's steps.
+    # A loop that may have no rounds, because under vmap `lax.cond` would always run both branches.
+    # The metrics are scaled by policy_delay, so that their mean over all updates is that over
+    # the policy's steps.
     due = (state.step + 1) % args.policy_delay == 0
     names = ("policy_loss", "entropy", "alpha", "policy_grad_norm")
     zeros = dict.fromkeys(names, jnp.zeros(()))

@@ -2,9 +2,9 @@
 arXiv:1802.09477).
 
 Online, off-policy. The policy is a function that ascends the first of two critics; noise is added
-to its actions in training alone. Three measures keep the critics from overrating actions: the lower
-of both values makes the target, the target's action is smoothed by clipped noise, and the policy
-and all moving averages wait for every second update.
+to its actions in training alone. Three measures keep the critics from overestimating values: the
+target uses the lower of both critics, its action is smoothed by clipped noise, and the policy and
+all moving averages are updated only at every second update.
 
     a' = clip(mubar(s') + clip(sigma' xi, -k, k), -1, 1),  xi ~ N(0, I)                 Eq. (TD3.1)
     y = c r + gamma m min_j Qbar_j(s', a')                                              Eq. (TD3.2)
@@ -222,7 +222,7 @@ def critic_loss(
 
 
 def policy_loss(args: Args, params: dict, state: State, observations: Array) -> tuple[Array, dict]:
-    """Computes the first critic's value of the action; the gradient passes through the action."""
+    """Computes minus the first critic's value of the action, through which the gradient passes."""
     actions = policy(args, params, observations)
     q = critic(args, state.params["critic"], observations, actions)[0]
     loss = -q.mean()  # Eq. (TD3.4)
@@ -257,8 +257,9 @@ def update(args: Args, state: State, batch: Replay) -> tuple[State, dict]:
         state = state.replace(targets=targets)  # Eq. (TD3.5)
         return state, jax.tree.map(lambda x: args.policy_delay * x, more)
 
-    # This is a loop that may be empty, because under vmap a condition costs as much as both
-    # branches. The means of the policy's metrics over updates are those over the policy's steps.
+    # A loop that may have no rounds, because under vmap `lax.cond` would always run both branches.
+    # The metrics are scaled by policy_delay, so that their mean over all updates is that over
+    # the policy's steps.
     due = (state.step + 1) % args.policy_delay == 0
     names = ("policy_loss", "abs_action", "policy_grad_norm")
     zeros = dict.fromkeys(names, jnp.zeros(()))

@@ -40,10 +40,10 @@ def put_row(path: Path, new: dict, key: Iterable[str], columns: Iterable[str]) -
 
 
 def run_python(words: list[str], **more) -> None:
-    """Runs Python with these words, and with `more` of subprocess.Popen, until it ends.
+    """Runs Python with these arguments, and options `more` of subprocess.Popen, and waits for it.
 
-    Ctrl-C reaches that process, too, and it may need seconds to save: it is waited for. Raises
-    UserError if it ends with an error, about which it has said more.
+    Ctrl-C reaches that process, too; this still waits, because saving may take seconds. Raises
+    UserError if the process fails, after it has printed its own error message.
     """
     process = subprocess.Popen([sys.executable, *words], **more)
     interrupted = False
@@ -56,17 +56,17 @@ def run_python(words: list[str], **more) -> None:
         raise KeyboardInterrupt
     if process.returncode:
         command = " ".join(words)
-        raise UserError(f"this ended with code {process.returncode} (see above): {command}")
+        raise UserError(f"command ended with code {process.returncode} (see above): {command}")
 
 
 def refuse_committed(out: str, flag: str) -> None:
-    """Raises UserError if the results of a trial would take the place of committed ones."""
+    """Raises UserError if the results of a trial would overwrite the committed ones."""
     if Path(out).resolve() == RESULTS:
         raise UserError(f"{flag} changes what is measured: choose another folder with --out")
 
 
 def as_table(rows: list[dict], columns: Iterable[str] = ()) -> str:
-    """Returns the same in Markdown."""
+    """Returns rows as a Markdown table."""
     names = list(columns or names_of(rows))
     lines = [names]
     for row in rows:

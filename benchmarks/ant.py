@@ -43,10 +43,10 @@ def keep(folder: Path, path: Path) -> None:
     """Writes the policy's layers, the last one without its half for the deviation."""
     env = read_flags(folder)["env"]
     if env != "online-ant-xy":
-        raise UserError(f"{folder} is a run on {env}: the expert learns on online-ant-xy")
+        raise UserError(f"{folder} is a run on {env}; the expert must be trained on online-ant-xy")
     agent = load_agent(folder)
     if agent.name != "sac":
-        raise UserError(f"{folder} is a run of {agent.name}.py: the expert is one of SAC")
+        raise UserError(f"{folder} is a run of {agent.name}.py; the expert must be a SAC policy")
     layers = agent.state.params["policy"]["params"]
     arrays = {}
     for i in range(len(layers)):

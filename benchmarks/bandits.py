@@ -147,10 +147,10 @@ def settings(script, bandit, **flags):
 def train(script, bandit, seeds=(0,), updates=3000, late=10, samples=4096, **flags):
     """Trains an agent per seed -> actions (C, N, n), not clipped, at `late` checkpoints.
 
-    Checkpoints are in the last 40 % of the updates. The learning rate falls to .3 and .1 of it in
-    the last two fifths. Samples are the moving average's, where there is one, else the policy's.
-    All checkpoints, of which early ones are not returned, have the same distance; updates beyond a
-    multiple of it are left out (none of 3000).
+    The returned checkpoints are in the last 40 % of the updates. There the learning rate falls to
+    0.3 and then 0.1 of its initial value. Samples come from the policy's moving average if there is
+    one, else from the policy. Checkpoints are equally spaced, and early ones are not returned;
+    updates after the last multiple of the spacing are left out (none of 3000).
     """
     args = settings(script, bandit, **flags)
     every = max(1, int(0.4 * updates) // late)

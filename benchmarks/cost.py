@@ -4,10 +4,10 @@
     python -m benchmarks.cost --scripts qam meam --sizes small paper --rounds 30
     python -m benchmarks.cost --scripts qam --sizes small paper --loop --out benchmarks/results/loop
 
-In every round each script makes its updates once, one after the other, so that a slower or busier
-machine slows all of them; reported are the medians over the rounds of the seconds and of the ratio
+In every round the scripts make their updates one after the other, so that a slower or busier
+machine slows all of them. Reports medians over the rounds: milliseconds per update, and the ratio
 to the first script in the same round. Random data, one agent. Writes
-benchmarks/results/cost-<device>.json. With --loop there is one more: the first script's update in
+benchmarks/results/cost-<device>.json. --loop adds one more program: the first script's update in
 the loop that most codebases have, a batch from NumPy and a dispatch per update.
 """
 
@@ -27,13 +27,13 @@ from common.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    scripts: tuple[str, ...] = ("qam", "meam")  # the first is the yardstick
-    sizes: tuple[Size, ...] = ("paper",)  # see benchmarks/throughput.py
-    rounds: int = 15  # measurements of each script, interleaved
-    seconds: float = 0.3  # of updates in a measurement, about
-    loop: bool = False  # the first script's plain loop, too
-    transitions: int = 50_000  # in the random dataset
-    out: str = str(RESULTS)  # folder of the JSON file
+    scripts: tuple[str, ...] = ("qam", "meam")  # Scripts; ratios are relative to the first one.
+    sizes: tuple[Size, ...] = ("paper",)  # Sizes as in benchmarks/throughput.py.
+    rounds: int = 15  # Interleaved measurements of each script.
+    seconds: float = 0.3  # Approximate duration of a measurement.
+    loop: bool = False  # Also measure the first script's update in a plain loop.
+    transitions: int = 50_000  # Transitions in the random dataset.
+    out: str = str(RESULTS)  # Folder of the JSON file.
 
 
 def main(options: Options) -> dict:

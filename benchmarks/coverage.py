@@ -3,7 +3,8 @@
     python -m benchmarks.coverage data/pointmaze-medium-navigate-v0.npz
 
 For every task: states of the dataset within half a cell of its start, states within the goal's
-radius, and the least number of cells between them. Writes benchmarks/results/coverage.json.
+radius, and the length of the shortest path between them in cells. Writes
+benchmarks/results/coverage.json.
 """
 
 import json
@@ -51,7 +52,7 @@ def main(options: Options) -> None:
     """Prints and writes a row per task."""
     path = options.dataset
     if not (path.name.startswith("pointmaze-medium-") and path.is_file()):
-        raise UserError(f"{path} is no file pointmaze-medium-*.npz: that maze's tasks are counted")
+        raise UserError(f"expected an existing file pointmaze-medium-*.npz, not {path}")
     states = read(path, resolve("pointmaze-medium"), (1,)).observations
     env = make_env("pointmaze-medium-singletask-task1-v0").unwrapped
     maze = np.array(env.maze_map)

@@ -71,7 +71,7 @@ def measure(env: str) -> dict:
 def main(options: Options) -> None:
     """Measures each environment, prints and writes the rows."""
     for env in options.envs:
-        resolve(env)  # exits here where it is unknown: in a process of a pool that would wait
+        resolve(env)  # An unknown name must fail here: in a worker, the pool would wait for ever.
     packages = ("mujoco", "gymnasium", "ogbench", "gymnasium-robotics")
     made_with = [f"{x} {importlib.metadata.version(x)}" for x in packages]
     made_with = ", ".join([f"{os.cpu_count()} CPU cores, {platform.machine()}", *made_with])

@@ -75,7 +75,7 @@ def main(options: Options) -> None:
     for folder in options.folders:
         env = resolve(read_flags(folder)["env"]).env
         if not env.startswith("pointmaze") or not (folder / "rollouts.npz").exists():
-            raise UserError(f"{folder} is no complete run of a point maze")
+            raise UserError(f"{folder} is not a complete point-maze run")
         env = make_env(f"{env}-singletask-task1-v0").unwrapped
         rows += rows_of(folder, env.xy_to_ij)
     write_rows(options.out, rows)

@@ -223,7 +223,7 @@ def refuse_unknown(variants: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def changed(variant: str):
-    """Traces what is traced meanwhile as this variant."""
+    """While the context lasts, programs are traced as this variant."""
     scan = jax.lax.scan
     norm = nn.LayerNorm
     adam = optax.adam
@@ -244,11 +244,11 @@ def changed(variant: str):
 
 
 def prepare(name: str, size: Size, agents: int, variant: str) -> Trained:
-    """Returns agents whose program is traced anew. Call it and its program inside `changed`."""
+    """Returns agents with an untraced program. Call this and the program inside `changed`."""
     trained = Trained(name, size, agents)
     train = trained.script.train_chunk.__wrapped__
 
-    def own(*inputs):  # No trace of another variant is known of this function.
+    def own(*inputs):  # A new function: jax cannot reuse the trace of another variant.
         return train(*inputs)
 
     flags = FLAGS.get(variant)
@@ -257,9 +257,9 @@ def prepare(name: str, size: Size, agents: int, variant: str) -> Trained:
 
 
 def shapes(trained: Trained, agents: int, device) -> list:
-    """Returns what `train_chunk` is called with for so many agents, from the same for one agent.
+    """Returns the shapes of the arguments of `train_chunk` for `agents` agents on a device.
 
-    The device need not exist.
+    They are derived from those of `trained`, which has one agent. The device need not exist.
     """
     place = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
 
@@ -310,8 +310,8 @@ def measure(name: str, agents: int, variant: str, options: Options) -> dict:
 
 
 def estimates(rows: list[dict]) -> str:
-    """Returns Markdown with what an update of 40 agents would take of the scripts that were not
-    run, in proportion to its bytes, by QAM's time; hours of a method in the QAM paper's Table 1."""
+    """Returns Markdown with estimated times of the scripts that were compiled with 40 agents but
+    not run: QAM's time, scaled by the bytes moved, and the hours for the QAM paper's Table 1."""
     own = [row for row in rows if (row["agents"], row["variant"]) == ("40", VARIANTS[0])]
     run = [row for row in own if row["ms_update"]]
     gigabytes = {row["script"]: float(row["gb"]) for row in own if not row["ms_update"]}

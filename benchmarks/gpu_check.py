@@ -142,7 +142,7 @@ def main(options: Options) -> None:
         say(f"{minutes:4.1f} min  {name}")
         try:
             measure()
-        except Exception as error:  # Of memory, of a compiler: the next part may do.
+        except Exception as error:  # Out of memory, a compiler's error: the next part may work.
             say(f"failed: {name}: {in_a_line(error)}")
     rows = [
         [row[name] for name in gpu.COLUMNS] for row in read_rows(Path(options.out, "gpu-check.csv"))

@@ -102,7 +102,7 @@ def blas_peak(size: int = 2048) -> float:
 def measure(name: str, size: Size, options: Options) -> Iterator[dict]:
     """Yields a row for each kind of kernel, and one for the whole update."""
     if jax.default_backend() != "cpu":
-        raise UserError("this measures CPUs; for a GPU there is benchmarks/gpu.py")
+        raise UserError("this measures CPUs only; on a GPU, use benchmarks/gpu.py")
     trained = Trained(name, size, transitions=options.transitions)
     trained.seconds(2)
     whole = timed(lambda: trained.seconds(1), 2.0)

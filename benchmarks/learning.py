@@ -67,9 +67,9 @@ CUBE = """--env cube-single-play-singletask-v0 --hidden-dims 256 256 --num-criti
     --batch-size 128 --lr 5e-4 --log-interval 1000 --eval-interval 16000 --eval-slots 1"""
 OFFLINE = " --offline-steps 16000"
 FLOW = " --flow-steps 5"
-# These are in addition to QAM and ME-AM of cube-task-1, with the QAM paper's values for cube-double
-# or, where these make it QAM, for cube-triple. ReBRAC has no flow, RLPD neither that nor an offline
-# phase.
+# These complement QAM and ME-AM in cube-task-1. Values are the QAM paper's for cube-double or,
+# where those reduce the method to plain QAM, for cube-triple. ReBRAC has no flow; RLPD has neither
+# a flow nor an offline phase.
 CUBE_METHODS = {
     "behaviour cloning": "qam --inv-temp 0",
     "qam_edit": "qam_edit --edit-scale 0.1",
@@ -186,7 +186,7 @@ def in_both_precisions(commands: dict[str, str]) -> dict[str, str]:
 
 
 def cube_methods() -> dict[str, str]:
-    """Returns CUBE_METHODS with the flags of their lengths, which not all of them have."""
+    """Returns CUBE_METHODS with the flags OFFLINE and FLOW, where the method has them."""
     commands = {}
     for label, command in CUBE_METHODS.items():
         if label != "rlpd":

@@ -6,8 +6,9 @@
 Measures of docs/methods/fmer.md, each with its mean over seeds and 95 % bootstrap interval:
 (a) coverage: entropy of the reached goals over 400 episodes, in units of log 4, and the share of
     episodes that reach one; actions are selected as in evaluations;
-(b) agreement: share of a grid of 21 x 21 positions whose selected action points within 30 degrees
-    to the nearest goal (positions within 1 of a goal or nearly as far from two are left out);
+(b) agreement: share of a grid of 21 x 21 positions whose selected action deviates by less than 30
+    degrees from the direction of the nearest goal (positions within 1 of a goal or about equally
+    far from two goals are left out);
 (c) directions: 400 unselected samples at the origin, share within 45 degrees of each goal.
 
 Writes benchmarks/results/multigoal.json and, with all methods, docs/images/multigoal.png; also

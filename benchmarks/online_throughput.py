@@ -10,9 +10,9 @@
 The loop of the scripts' `main` (act, update, environment step alongside, replay) is timed in blocks
 of `--steps`, alternating with the same loop without environments (their last answer again), with as
 many updates in one program, and with a reference: the loop of CleanRL's scripts (a NumPy replay,
-and act, step, store, one jitted update, one after the other) around the script's own functions. The
-share of the second that is missing in the first is the time spent waiting for environments. Medians
-of five blocks each, after compilation. The row of a configuration replaces an older one in
+and act, step, store, one jitted update, one after the other) around the script's own functions.
+`waiting` is the share of the loop's time that the loop without environments saves. Medians of five
+blocks each, after compilation. The row of a configuration replaces an older one in
 benchmarks/results/online-throughput.csv.
 
 PPO has no replay: its blocks are whole rollouts, an environment step of its loop takes its share of

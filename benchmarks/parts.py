@@ -73,7 +73,7 @@ def measure(name: str, size: Size, options: Options) -> Iterator[dict]:
     """Yields the rows of a script."""
     trained = Trained(name, size, transitions=options.transitions)
     if not trained.offline:
-        raise UserError(f"{name} is no offline method: its updates have other parts")
+        raise UserError(f"{name} is not an offline method; only those are split into these parts")
     name = trained.script.__name__  # of fql and of baselines.fql
     for part, (function, arguments) in parts(trained).items():
         compiled = jax.jit(function).lower(*arguments).compile()

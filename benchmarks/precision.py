@@ -44,7 +44,7 @@ class Options:
 
 @contextlib.contextmanager
 def rounded(bits: int):
-    """Makes programs that are traced within round the operands of all their products."""
+    """Inside the context, traced programs round the operands of all their matrix products."""
     product = jax.lax.dot_general_p
     bind = product.bind
 

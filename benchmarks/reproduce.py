@@ -9,9 +9,9 @@
 A run is an environment with all its tasks and seeds, in one process. With --slurm its seeds are
 divided: each job of the array trains a few of them, in a run folder of its own, and plot.py joins
 the folders (docs/guides/scale.md). Commands continue a run that was interrupted; one that is
-complete is not listed again, except with --all. The runs of qam-online begin with those of
-qam-table1. Domains of 100M transitions (puzzle-4x4, cube-quadruple) take their shards from
---shards, or else the ordinary dataset.
+complete is not listed again, except with --all. The offline phases of qam-online repeat the runs
+of qam-table1. Domains with 100M transitions (puzzle-4x4, cube-quadruple) use the shards in
+--shards if it is given, otherwise the ordinary dataset.
 """
 
 import dataclasses

@@ -208,7 +208,7 @@ def reading(path, source, unit, tasks) -> dict:
 
 
 def memory(training, load, unit, options) -> dict:
-    """Returns for a single file and for shards the peak of resident memory above that before.
+    """Returns how far resident memory rises during training, on a single file and on shards.
 
     The unit is a shard.
     """

@@ -30,7 +30,7 @@ def shares(folder: Path) -> dict[str, float]:
     train = read_csv(folder / "train.csv")
     evaluation = read_csv(folder / "eval.csv")
     if not (train and evaluation):
-        raise UserError(f"{folder} holds no train.csv and eval.csv with rows")
+        raise UserError(f"{folder} needs rows in both train.csv and eval.csv")
     trained = dict(zip(train["step"], train["seconds"], strict=True))
     ended = dict(zip(evaluation["step"], evaluation["seconds"], strict=True))
     spent = sum(end - trained[step] for step, end in ended.items() if step in trained)

@@ -43,7 +43,7 @@ class Options:
     latest: float = 40.0
     """Seconds of training before a signal, at most."""
     seed: int = 0
-    """Of the random moments."""
+    """Seed of the random moments."""
     out: str = str(RESULTS / "stops.json")
     """File of the results."""
 
@@ -86,7 +86,7 @@ def stop_once(command: list[str], folder: Path, moment: float) -> dict:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()  # it writes to a folder that is about to be removed
-        raise UserError(f"the run has not answered SIGINT for {LONGEST} s") from None
+        raise UserError(f"the run did not stop within {LONGEST} s of SIGINT") from None
     seconds = time.monotonic() - began
     size = (folder / CHECKPOINT).stat().st_size / 2**20
     found = dict(after=round(moment, 1), seconds=round(seconds, 2), checkpoint_mib=round(size))

@@ -86,7 +86,7 @@ class Options:
     loop: bool = True
     """Measure the plain loop as well."""
     peak: float = 0.0
-    """TFLOP/s of a device at its default precision. 0 takes the number that is known here."""
+    """Peak TFLOP/s of a device at its default precision (0: looked up in PEAKS)."""
     table: bool = False
     """Measure nothing, and print what is committed."""
     out: str = str(OUT)
@@ -304,7 +304,7 @@ def _inner_jaxprs(equation) -> list[Jaxpr]:
 def timed(step: Callable, seconds: float) -> float:
     """Returns the median time of a call of `step`, which must wait for its result.
 
-    There are at least five calls, and so many that they take `seconds`.
+    Makes at least five calls, and goes on until they have taken `seconds`.
     """
     times = []
     while len(times) < 5 or sum(times) < seconds:
@@ -319,8 +319,9 @@ def measure_in_turns(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns milliseconds per update of each program, and the ratios to the first one's time.
 
-    In every round each makes its updates once, of about `seconds` in the first program, and the
-    ratios are taken there; both are medians over the rounds. Programs must be compiled already.
+    In every round each program makes the same number of updates, which takes the first one about
+    `seconds`. Ratios are computed within a round; both results are medians over the rounds.
+    Programs must be compiled already.
     """
     updates = max(1, round(seconds / programs[0].seconds(1)))
     times = []

@@ -75,7 +75,7 @@ def check(options: Options) -> None:
     """Raises UserError if the run is not one of a point maze with this task."""
     flags = read_flags(Path(options.folder))
     if not flags["env"].startswith("pointmaze"):
-        raise UserError(f"{options.folder} is a run on {flags['env']}, which is no point maze")
+        raise UserError(f"{options.folder} is a run on {flags['env']}, which is not a point maze")
     if flags.get("dataset"):
         raise UserError(f"{options.folder} is a run on own data, {flags['dataset']}")
     if options.task not in flags["tasks"]:

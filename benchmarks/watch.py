@@ -27,7 +27,7 @@ from common.errors import UserError
 @dataclass(frozen=True)
 class Options:
     pid: Annotated[int, tyro.conf.Positional] = 0
-    """Number of the process to watch."""
+    """PID of the process to watch."""
     out: str = "watch.csv"
     """File of the rows."""
     interval: float = 60
@@ -72,7 +72,7 @@ def main(options: Options) -> None:
             print(f"{name}: {slope:+.2f} per hour")
         return
     if Path(options.out).exists():
-        raise UserError(f"{options.out} is there already: choose another --out")
+        raise UserError(f"{options.out} already exists; choose another --out")
     try:
         process = psutil.Process(options.pid)
     except psutil.NoSuchProcess:

@@ -61,8 +61,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """Tests of a file, and there of a script, run in one process, which makes what they share once.
-    (Groups by the mark `xdist_group` are without effect in pytest 9.2 with pytest-xdist 3.8.)"""
+    """Runs tests of the same file and script in one process, which makes what they share once.
+    (The mark `xdist_group` has no effect in pytest 9.2 with pytest-xdist 3.8.)"""
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):
@@ -93,8 +93,8 @@ def dataset_dir(tmp_path_factory):
     return folder
 
 
-# XLA's older code generator for fused loops. With other optimisations off it compiles three times
-# faster, with them on more slowly.
+# Turning this option off selects XLA's older code generator for fused loops. It compiles three
+# times faster if other optimisations are off, too, and more slowly if they are on.
 OLD_LOOPS = "xla_cpu_use_fusion_emitters"
 
 
@@ -136,7 +136,7 @@ def quick_compile():
 
 @pytest.fixture
 def optimised(quick_compile):
-    """In a module that compiles fast: for a program that runs long, or whose bits count."""
+    """Undoes `quick_compile` for a test whose program runs long or is compared bit for bit."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", False)

@@ -35,8 +35,8 @@ def scripts() -> list[Path]:
 
 
 def family(source: str) -> str:
-    """Offline or online, by a script's text: the length of an online method's run is a number of
-    environment steps alone."""
+    """Returns "online" if a script's text has the flag total_steps, which only online methods have,
+    else "offline"."""
     return "online" if re.search(r"^    total_steps: \w", source, re.M) else "offline"
 
 

@@ -412,7 +412,7 @@ def read(path: Path) -> Source:
 
 
 def checked_files() -> list[Path]:
-    """Returns the files that keep all rules: all Python files except tests and benchmarks."""
+    """Returns the files that all rules apply to: all Python files except tests and benchmarks."""
     found = [*scripts(), ROOT / "plot.py", ROOT / "video.py"]
     for folder in ("common", "analysis", "tools"):
         found.extend(sorted((ROOT / folder).rglob("*.py")))

@@ -2,7 +2,7 @@
 
     python -m common.collect pointmaze-medium-navigate --transitions 200000 --workers 2
 
-AntMaze is walked by an expert of our own (ant.py), because OGBench's is not published. Each episode
+AntMaze uses an expert of our own (ant.py), because OGBench's is a separate download. Each episode
 has a seed of its own, so neither the number of workers nor an interruption changes the files.
 
     dataset.py   `collect`: makes a whole dataset, or continues one

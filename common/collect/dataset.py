@@ -71,8 +71,9 @@ def _check_least(flag: str, value: int | None, least: int) -> None:
 def _check_settings(plan: Plan) -> None:
     """Writes the settings; raises CollectError if files with other settings are there.
 
-    A damaged settings file is named and made again. Parts next to it are removed, because nobody
-    knows their settings. Finished files stay if they begin as the present settings say.
+    A damaged settings file is reported and written again. Parts next to it are removed, because
+    their settings are unknown. Finished files are kept if their first episode is the one that the
+    present settings produce.
     """
     has_finished_files = plan.train.exists() or plan.val.exists()
     found = _read_settings(plan.settings_file)
@@ -109,7 +110,7 @@ def _compare_settings(plan: Plan, found: dict) -> None:
             differences.append(f"{key}: {found.get(key, 'unknown')}, now {value}")
     if differences:
         raise CollectError(
-            f"{plan.base} has other settings ({'; '.join(differences)}): repeat those settings, "
+            f"{plan.base} was made with other settings ({'; '.join(differences)}): use those, "
             f"choose another --dataset-dir, or move {plan.base}* away"
         )
 
@@ -125,7 +126,7 @@ def _check_first_episode(plan: Plan) -> None:
             if all(np.array_equal(file[key][: plan.rows], expected[key]) for key in expected):
                 return
     raise CollectError(
-        f"{plan.base} has other settings, or is of another version: repeat its settings, choose "
+        f"{plan.base} was made with other settings or package versions: use those, choose "
         f"another --dataset-dir, or move {plan.base}* away"
     )
 

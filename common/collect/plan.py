@@ -60,7 +60,7 @@ OFFICIAL = _official_sizes()
 def check_name(dataset: str) -> None:
     """Raises CollectError if a dataset cannot be made here."""
     if "explore" in dataset or dataset.startswith(("antsoccer", "humanoidmaze")):
-        raise CollectError(f"{dataset} cannot be made here, it must be downloaded")
+        raise CollectError(f"{dataset} cannot be collected here; it must be downloaded")
     if dataset not in OFFICIAL:
         nearest = ", ".join(difflib.get_close_matches(dataset, OFFICIAL, cutoff=0))
         raise CollectError(f"unknown dataset {dataset!r}; nearest names: {nearest}")

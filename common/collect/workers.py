@@ -60,13 +60,16 @@ class Worker:
             self.connection.send(message)
 
     def receive(self) -> range:
-        """Returns the block that was collected. Raises CollectError if the worker failed."""
+        """Returns the block that was collected.
+
+        Raises CollectError if the worker died, and the worker's own error if it failed.
+        """
         try:
             answer = self.connection.recv()
         except (EOFError, OSError):
             code = self.process.wait()
             raise CollectError(
-                f"a worker process died with exit code {code} (-9 means: not enough memory?); "
+                f"a worker process died with exit code {code} (-9 often means out of memory); "
                 "run the same command again to continue, with fewer --workers if it recurs"
             ) from None
         if isinstance(answer, BaseException):

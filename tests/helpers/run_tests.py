@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def reference(script, module, args, tmp_path_factory):
-    """Folder that an uninterrupted run was started in, and the numbers of compiled programs."""
+    """The run folder of an uninterrupted run, and the numbers of compiled programs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("reference"))
         module.train_chunk.clear_cache()

@@ -456,7 +456,7 @@ def test_share_of_evaluation(tmp_path):
     (tmp_path / "train.csv").write_text(head + "1,0,5,20,0\n1,0,10,45,0\n1,0,20,85,0\n")
     (tmp_path / "eval.csv").write_text(head + "1,0,10,50,0\n1,0,20,100,0\n")
     assert shares(tmp_path) == dict(seconds=100, evaluation=20, share=0.2)
-    with pytest.raises(UserError, match="holds no train.csv and eval.csv"):
+    with pytest.raises(UserError, match="needs rows in both"):
         shares(tmp_path / "nothing")
 
 
@@ -472,7 +472,7 @@ def test_names_of_scripts(tmp_path):
         ("there is no script 'nope'", lambda: online(script="nope")),
         ("fql is not an online method", lambda: online(script="fql")),
         ("rlpd is not an online method", lambda: online(script="rlpd")),
-        ("sac is no offline method", lambda: parts.main(parts.Options(("sac",), out=out))),
+        ("sac is not an offline method", lambda: parts.main(parts.Options(("sac",), out=out))),
         ("--agents must be at least 1", lambda: speed(agents=(0,))),
         ("--agents must be at least 1", lambda: online(agents=0)),
         ("--agents must be at least 1", lambda: gpu.main(gpu.Options(agents=(0,), out=out))),
@@ -673,12 +673,15 @@ def test_what_the_mazes_data_cover(tmp_path):
     before, other = out.read_bytes(), data.rename(tmp_path / "pointmaze-large-navigate-v0.npz")
     for path in (data, other):
         call = lambda path=path: coverage.main(coverage.Options(path, str(out)))
-        stops("is no file pointmaze-medium-*.npz", call=call)
+        stops("expected an existing file pointmaze-medium-*.npz", call=call)
     assert out.read_bytes() == before
 
 
 def test_values_of_a_task_that_is_there(tmp_path):
-    for env, words in (("cube-single", "is no point maze"), ("pointmaze-medium", "it has [1, 2]")):
+    for env, words in (
+        ("cube-single", "is not a point maze"),
+        ("pointmaze-medium", "it has [1, 2]"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps(dict(flags=dict(env=env, tasks=[1, 2]))))
         stops(words, call=lambda: values.measure(values.Options(str(tmp_path), task=4)))
 
@@ -754,7 +757,7 @@ def test_where_failed_episodes_go(tmp_path):
         folder.mkdir()
         (folder / "config.json").write_text(f'{{"flags": {{"env": "{env}"}}}}')
         call = lambda folder=folder: failures.main(failures.Options((folder,), out=str(out)))
-        stops(f"{name} is no complete run of a point maze", call=call)
+        stops(f"{name} is not a complete point-maze run", call=call)
     assert out.read_bytes() == before
 
 

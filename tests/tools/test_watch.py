@@ -62,7 +62,7 @@ def test_until_the_process_ends(tmp_path):
     rows = read_csv(tmp_path / "rows.csv")
     assert [*rows] == ["seconds", "memory", "workers_memory", "files", "processes"]
     assert len(rows["seconds"]) >= 2 and (rows["processes"] == 1).all()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         main(options)
 
 
