@@ -180,6 +180,14 @@ def heeded():
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def run(tmp_path):
+    """A function that begins or continues the small run: run(flag=value, ...) -> Run."""
+    from tests.helpers.small_run import begin
+
+    return functools.partial(begin, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def script(request):
     """Path of a script without .py, by which a module's tests are parametrized."""

@@ -1,6 +1,5 @@
 """Tests of runs: what they say and write, what is due when, evaluations, pictures, tables."""
 
-import functools
 import json
 import sys
 
@@ -26,13 +25,6 @@ from tests.helpers.small_run import (
     table,
 )
 from tools.shared_blocks import ROOT
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A function that begins or continues the run: run(flag=value, ...) -> Run."""
-    return functools.partial(begin, tmp_path)
-
 
 # --- the folder ----------------------------------------------------------------------------------
 

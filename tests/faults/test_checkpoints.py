@@ -17,7 +17,7 @@ import pytest
 from common.checkpoints import Checkpoints, check_same_arrays, join_parts, read_checkpoint
 from common.sampling import Replay
 from tests.helpers.messages import stops
-from tests.helpers.small_run import begin, content, go, metrics, restore, same_bits, save, table
+from tests.helpers.small_run import content, go, metrics, restore, same_bits, save, table
 
 # --- a state -------------------------------------------------------------------------------------
 
@@ -50,12 +50,6 @@ def saved(seed):
         flags=np.arange(3) > 1,
     )
     return dict(state=State(params, opt_state, keys), envs=envs, metrics=sums, step=seed)
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A function that begins or continues a run: run(flag=value, ...) -> Run."""
-    return functools.partial(begin, tmp_path)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import functools
 import os
 import shutil
 import subprocess
@@ -23,15 +22,8 @@ from common.flags import parse
 from common.run import run_folder
 from tests.helpers.damage import rot
 from tests.helpers.messages import stops
-from tests.helpers.small_run import EVALUATION, begin, go, metrics, restore, save, table
+from tests.helpers.small_run import EVALUATION, go, metrics, restore, save, table
 from tools.shared_blocks import ROOT
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A function that begins or continues the run: run(flag=value, ...) -> Run."""
-    return functools.partial(begin, tmp_path)
-
 
 # --- what reaches the disk, and when -------------------------------------------------------------
 

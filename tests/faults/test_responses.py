@@ -1,7 +1,6 @@
 """A run comes back from the device about once a second, and then answers signals: everything is
 saved, the run continues, and signals are as before."""
 
-import functools
 import os
 import signal
 import subprocess
@@ -13,15 +12,8 @@ import numpy as np
 import pytest
 
 from common.signals import SIGNALS
-from tests.helpers.small_run import EVALUATION, begin, content, go, restore, sums
+from tests.helpers.small_run import EVALUATION, content, go, restore, sums
 from tools.shared_blocks import ROOT
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A function that begins or continues the run: run(flag=value, ...) -> Run."""
-    return functools.partial(begin, tmp_path)
-
 
 # --- the length of a call ------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 it, and what is said of folders that are damaged or of something else."""
 
 import dataclasses
-import functools
 import gc
 import json
 import os
@@ -32,13 +31,6 @@ from tests.helpers.small_run import (
     sums,
 )
 from tools.shared_blocks import ROOT
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A function that begins or continues the run: run(flag=value, ...) -> Run."""
-    return functools.partial(begin, tmp_path)
-
 
 # --- names ---------------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """Tables after stops and damage: no row is lost, doubled or torn, and what is damaged is named."""
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 from tests.helpers.messages import stops
 from tests.helpers.small_run import (
     EVALUATION,
-    begin,
     content,
     left_at_20,
     logged,
@@ -19,12 +17,6 @@ from tests.helpers.small_run import (
     sums,
     table,
 )
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A function that begins or continues the run: run(flag=value, ...) -> Run."""
-    return functools.partial(begin, tmp_path)
 
 
 def test_another_column(run):
