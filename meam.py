@@ -689,9 +689,11 @@ def main(args: Args) -> list[dict]:
             ended = transitions["terminals"] > 0  # solved or timed out; `masks` tell which
             if ended.any():
                 envs.reset(seeds_of(agents, env_step, TRAINING), where=ended)
-            if env_step >= args.start_training:
-                data = dataset.at(step)
-                state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, 1)
+            # Before any update is due, the first call still compiles the program: nothing is
+            # unsaved then, so that a signal can end the run at once.
+            updates = 1 if env_step >= args.start_training else 0
+            data = dataset.at(step)
+            state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, updates)
             step = step + 1
             content = dict(state=state, envs=envs.save())
             metrics = run.log_and_save(step, metrics, content, replay)

@@ -499,9 +499,11 @@ def main(args: Args) -> list[dict]:
             ended = transitions["terminals"] > 0  # solved or timed out; `masks` tell which
             if ended.any():
                 envs.reset(seeds_of(agents, env_step, TRAINING), where=ended)
-            if training:
-                data = dataset.at(step)
-                state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, 1)
+            # Before any update is due, the first call still compiles the program: nothing is
+            # unsaved then, so that a signal can end the run at once.
+            updates = 1 if training else 0
+            data = dataset.at(step)
+            state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, updates)
             step = env_step
             content = dict(state=state, envs=envs.save())  # saved with metrics and replay
             metrics = run.log_and_save(step, metrics, content, replay)

@@ -460,10 +460,12 @@ def main(args: Args) -> list[dict]:
                 actions = act(args, state, *inputs, "explore")
             step = step + 1
             learning_steps = step - args.warmup_steps
-            if learning_steps > 0 and learning_steps % args.env_steps_per_update == 0:
-                # The update is dispatched before the environments step, so the two overlap; it
-                # does not see this step's transition.
-                state, metrics = train_chunk(args, state, metrics, replay, 1)
+            update_due = learning_steps > 0 and learning_steps % args.env_steps_per_update == 0
+            updates = 1 if update_due else 0
+            # The update is dispatched before the environments step, so the two overlap; it does
+            # not see this step's transition. Before any is due, the first call still compiles the
+            # program: nothing is unsaved then, so that a signal can end the run at once.
+            state, metrics = train_chunk(args, state, metrics, replay, updates)
             envs.set_actions(actions)  # waits for `act`, not for the update
             transitions = envs.step()
             replay = replay.append(transitions)

@@ -27,7 +27,7 @@ from analysis.scripts import script_of
 from benchmarks import RESULTS
 from benchmarks.throughput import OFFLINE_SIZES, Trained, describe, timed
 from common.agents import train
-from common.collect import collect
+from common.collect.dataset import collect
 from common.errors import UserError
 
 ENV = "pointmaze-medium"

@@ -42,7 +42,7 @@ from benchmarks import RESULTS
 from benchmarks.learning import VERSIONS
 from benchmarks.throughput import describe
 from common import datasets
-from common.collect import collect
+from common.collect.dataset import collect
 from common.dataset_files import read
 from common.datasets import OfflineDataset
 from common.devices import zero_metrics

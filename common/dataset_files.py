@@ -66,7 +66,7 @@ def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path
     file = f"{source.dataset}-v0.npz"
     try:
         if collect or source.dataset.startswith("pointmaze"):
-            from common.collect import collect as collect_dataset
+            from common.collect.dataset import collect as collect_dataset
 
             return [collect_dataset(source.dataset, collect or 200_000, folder)]
         if dataset_dir:

@@ -86,7 +86,7 @@ def pytest_runtest_teardown(item, nextitem):
 @pytest.fixture(scope="session")
 def dataset_dir(tmp_path_factory):
     """Folder of 3000 transitions of pointmaze-medium-navigate."""
-    from common.collect import collect
+    from common.collect.dataset import collect
 
     folder = tmp_path_factory.mktemp("data")
     collect("pointmaze-medium-navigate", 3000, folder, workers=1)

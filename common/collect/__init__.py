@@ -12,8 +12,3 @@ has a seed of its own, so neither the number of workers nor an interruption chan
     experts.py   the policies
     storage.py   files that survive kills and power cuts; the lock
 """
-
-from common.collect.dataset import collect
-from common.collect.plan import CollectError
-
-__all__ = ["CollectError", "collect"]

@@ -3,10 +3,16 @@
 import sys
 from collections.abc import Sequence
 
+if __name__ == "__main__":
+    from common.signals import quiet_imports
+
+    quiet_imports()  # Ctrl-C ends the imports below without a traceback
+
 import tyro
 
 from common.collect.dataset import collect
 from common.errors import UserError
+from common.signals import end_of_imports
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -24,4 +30,5 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_of_imports()
     sys.exit(main())

@@ -14,6 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
 
+if __name__ == "__main__":
+    from common.signals import quiet_imports
+
+    quiet_imports()  # Ctrl-C ends the imports below without a traceback
+
 import gymnasium
 import numpy as np
 import tyro
@@ -24,6 +29,7 @@ from common.errors import UserError
 from common.files import read_config
 from common.gym_environments import action_box
 from common.own_data import load_extra
+from common.signals import end_of_imports
 
 
 def read_replay(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -115,7 +121,10 @@ def main(args: Sequence[str] | None = None) -> None:
         tyro.cli(convert, description=__doc__, args=args)
     except (UserError, ValueError) as error:  # Minari's, of ids
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")
 
 
 if __name__ == "__main__":
+    end_of_imports()
     main()

@@ -16,15 +16,15 @@ import ogbench
 import pytest
 import scipy.stats
 
-from common import collect as c
 from common.collect import dataset as dataset_module
 from common.collect import episodes as episodes_module
 from common.collect import experts
 from common.collect.__main__ import main
+from common.collect.dataset import collect
 from common.collect.episodes import collect_episode, make_collection_env
-from common.collect.plan import OFFICIAL
+from common.collect.plan import OFFICIAL, CollectError
 
-ROOT = pathlib.Path(c.__file__).parents[2]
+ROOT = pathlib.Path(dataset_module.__file__).parents[2]
 MAZE = "pointmaze-medium-stitch"
 SIZE = 20_000  # 100 + 10 episodes in two training blocks and a validation block
 
@@ -54,12 +54,12 @@ def check_format(arrays, num_rows, ob_dim, act_dim, num_buttons=0):
 
 @pytest.fixture(scope="module")
 def maze(tmp_path_factory):
-    return c.collect(MAZE, SIZE, tmp_path_factory.mktemp("maze"), seed=3, workers=1)
+    return collect(MAZE, SIZE, tmp_path_factory.mktemp("maze"), seed=3, workers=1)
 
 
 @pytest.fixture(scope="module")
 def cube(tmp_path_factory):
-    return c.collect("cube-single-play", 1, tmp_path_factory.mktemp("cube"), workers=2)
+    return collect("cube-single-play", 1, tmp_path_factory.mktemp("cube"), workers=2)
 
 
 def test_maze_format(maze):
@@ -81,14 +81,14 @@ def test_workers_and_interruption_do_not_change_the_files(maze, tmp_path, monkey
         # the workers are other processes: only the merge
         patch.setattr(dataset_module, "write_arrays", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            c.collect(MAZE, SIZE, tmp_path, seed=3, workers=2)
+            collect(MAZE, SIZE, tmp_path, seed=3, workers=2)
     parts = sorted((tmp_path / f"{MAZE}-v0.parts").iterdir())
     assert len(parts) == 3
     parts[1].unlink()
-    with pytest.raises(c.CollectError, match="seed: 3, now 4"):
-        c.collect(MAZE, SIZE, tmp_path, seed=4)
+    with pytest.raises(CollectError, match="seed: 3, now 4"):
+        collect(MAZE, SIZE, tmp_path, seed=4)
     capsys.readouterr()
-    c.collect(f"{MAZE}-v0", SIZE - 5, tmp_path, seed=3, workers=2)  # still 100 episodes
+    collect(f"{MAZE}-v0", SIZE - 5, tmp_path, seed=3, workers=2)  # still 100 episodes
     assert "110 episodes of 200 steps, 60 done" in capsys.readouterr().out
     for path in maze.parent.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
@@ -108,7 +108,7 @@ def test_two_processes_make_one_dataset(tmp_path):
 
 def test_finished_files_are_never_overwritten(maze, tmp_path, capsys):
     before = maze.stat().st_mtime_ns
-    assert c.collect(MAZE, SIZE, maze.parent, seed=3) == maze
+    assert collect(MAZE, SIZE, maze.parent, seed=3) == maze
     assert "already there" in capsys.readouterr().out
     assert main([MAZE, "--transitions", str(SIZE), "--dataset-dir", str(maze.parent)]) == 2
     message = capsys.readouterr().err
@@ -116,8 +116,8 @@ def test_finished_files_are_never_overwritten(maze, tmp_path, capsys):
     assert maze.stat().st_mtime_ns == before
     downloaded = tmp_path / f"{MAZE}-v0.npz"
     downloaded.write_bytes(b"")
-    with pytest.raises(c.CollectError, match="other settings"):
-        c.collect(MAZE, SIZE, tmp_path)
+    with pytest.raises(CollectError, match="other settings"):
+        collect(MAZE, SIZE, tmp_path)
     assert downloaded.read_bytes() == b""
 
 
@@ -169,7 +169,7 @@ def test_navigate_visits_several_goals():
 
 def test_the_ant_walks(tmp_path):
     """Its stitch episodes are four cells long; a file of another expert is not continued."""
-    path = c.collect("antmaze-medium-stitch", 800, tmp_path, workers=2)
+    path = collect("antmaze-medium-stitch", 800, tmp_path, workers=2)
     arrays = read(path)
     check_format(arrays, 4 * 201, ob_dim=29, act_dim=8)
     assert np.array_equal(arrays["observations"][:, :15], arrays["qpos"])
@@ -183,8 +183,8 @@ def test_the_ant_walks(tmp_path):
     assert train["observations"].shape == (800, *env.observation_space.shape)
     settings = path.with_name("antmaze-medium-stitch-v0.json")
     settings.write_text(settings.read_text().replace('"expert": ', '"expert": 1'))
-    with pytest.raises(c.CollectError, match="expert"):
-        c.collect("antmaze-medium-stitch", 800, tmp_path)
+    with pytest.raises(CollectError, match="expert"):
+        collect("antmaze-medium-stitch", 800, tmp_path)
 
 
 def test_cube_moves_and_loads(cube):
@@ -202,7 +202,7 @@ def test_cube_moves_and_loads(cube):
 
 def test_puzzle_has_button_states_and_loads(tmp_path):
     dataset = "puzzle-3x3-noisy"
-    arrays = read(c.collect(dataset, 1, tmp_path, workers=2))
+    arrays = read(collect(dataset, 1, tmp_path, workers=2))
     check_format(arrays, 1001, ob_dim=55, act_dim=5, num_buttons=9)
     assert np.any(np.diff(arrays["button_states"], axis=0), axis=1).sum() > 3  # presses
     _, train, _ = ogbench.make_env_and_datasets(

@@ -12,7 +12,7 @@ import ogbench
 import ogbench.utils
 import pytest
 
-import common.collect
+import common.collect.dataset
 from common.dataset_files import identify, locate, read
 from common.environments import resolve
 from tests.helpers.dataset_files import MAZE, PUZZLE, write
@@ -24,13 +24,13 @@ from tests.helpers.messages import stops
 @pytest.fixture(scope="module")
 def maze(tmp_path_factory):
     folder = tmp_path_factory.mktemp("maze")
-    return common.collect.collect(MAZE.dataset, 2000, folder, seed=1, workers=1)
+    return common.collect.dataset.collect(MAZE.dataset, 2000, folder, seed=1, workers=1)
 
 
 @pytest.fixture(scope="module")
 def puzzle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("puzzle")
-    return common.collect.collect(PUZZLE.dataset, 1, folder, seed=1, workers=2)
+    return common.collect.dataset.collect(PUZZLE.dataset, 1, folder, seed=1, workers=2)
 
 
 @pytest.mark.parametrize("source, tasks", [(MAZE, (1, 3)), (PUZZLE, (4, 2))])
@@ -256,11 +256,11 @@ def places(tmp_path, monkeypatch):
     def collect(dataset, transitions, folder):
         calls.collected.append((dataset, transitions, str(folder)))
         if transitions == 13:
-            raise common.collect.CollectError("13 is unlucky")
+            raise common.collect.dataset.CollectError("13 is unlucky")
         return Path(folder) / f"{dataset}-v0.npz"
 
     monkeypatch.setattr(ogbench.utils, "download_datasets", download)
-    monkeypatch.setattr(common.collect, "collect", collect)
+    monkeypatch.setattr(common.collect.dataset, "collect", collect)
     return calls
 
 

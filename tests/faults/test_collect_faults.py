@@ -13,7 +13,6 @@ import zipfile
 import numpy as np
 import pytest
 
-from common import collect as c
 from common.collect import dataset as dataset_module
 from common.collect import storage, workers
 from common.collect.__main__ import main
@@ -28,7 +27,7 @@ NUM_ROWS = 2010  # of the training file
 
 
 def collect(folder, **options):
-    return c.collect(MAZE, SIZE, folder, seed=3, workers=1, **options)
+    return dataset_module.collect(MAZE, SIZE, folder, seed=3, workers=1, **options)
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +304,7 @@ def test_a_script_without_main_guard(tmp_path):
     (tmp_path / "common/__init__.py").write_text("raise SystemExit('the wrong common')")
     script = tmp_path / "unguarded_script.py"
     script.write_text(
-        "from common.collect import collect\n"
+        "from common.collect.dataset import collect\n"
         f"print('begins')\nprint('has', collect('{MAZE}', 200, 'data', workers=2))\n"
     )
     process = subprocess.run(

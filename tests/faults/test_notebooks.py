@@ -27,7 +27,7 @@ def test_a_cell_that_is_interrupted_is_run_again(here, monkeypatch):
 
         def interrupt(*inputs):
             calls.append(0)
-            if len(calls) == 20:
+            if len(calls) == 30:
                 signal.raise_signal(signal.SIGINT)
             return train_chunk(*inputs)
 
@@ -123,7 +123,7 @@ def test_main_again_after_an_error(here, monkeypatch):
 
     def interrupt(*arguments):
         calls.append(0)
-        if len(calls) == 20:
+        if len(calls) == 30:
             raise KeyboardInterrupt
         return original(*arguments)
 

@@ -17,6 +17,8 @@ import termios
 import time
 from functools import partial
 
+import jax
+import numpy as np
 import pytest
 
 import fmer
@@ -24,7 +26,7 @@ import qam
 from common.checkpoints import CHECKPOINT
 from common.env_pool import EnvPool
 from common.run import Run
-from common.signals import SIGNALS, end_of_imports, quiet_imports
+from common.signals import SIGNALS, StopRequest, end_of_imports, quiet_imports
 from tests.helpers.flags import tiny_args, tiny_online, tiny_ppo
 from tests.helpers.runs import assert_same, checkpoint, clean, command, folder_of, rows, start
 from tools.shared_blocks import ROOT, named, scripts
@@ -64,7 +66,7 @@ def reference(script, module, args, tmp_path_factory):
 
 # Per start of the run: after so many calls of a function a signal comes (then the run is repeated).
 MOMENTS = [
-    ("chunk", 1),  # offline and of PPO: nothing is there yet that could be saved
+    ("chunk", 1),  # nothing is there yet that could be saved
     ("chunk", 2),
     ("play", 2),
     ("chunk", 2),
@@ -112,15 +114,32 @@ def test_signals(script, module, args, reference, here, monkeypatch):
             break
         assert said.endswith("is saved. Repeat the command to continue.") and "\n" not in said
         left = set(os.listdir(folder_of(script, args)))
-        if CHECKPOINT in left:
-            steps.append(checkpoint(folder_of(script, args))["step"])
+        if i == 0:
+            assert left == {".lock", "config.json", "script.py"}
         else:
-            assert i == 0 and left == {".lock", "config.json", "script.py"}
+            steps.append(checkpoint(folder_of(script, args))["step"])
     assert len(steps) >= 4 and steps == sorted(steps) and 0 < steps[0], steps
     usual = [int(row["step"]) for row in rows(reference, "eval")]  # is saved there in any case
     assert steps[0] not in usual, (steps, usual)
     module.main(args)
     assert_same(folder_of(script, args), reference)
+
+
+def test_compilations_leave_nothing_unsaved(script, module, args, here, monkeypatch):
+    """`train_chunk` is compiled by the first call of a phase, with environment steps that are not
+    saved yet only if they are the first ones: a signal does not wait for the compilation."""
+    train, requests, unsaved = module.train_chunk, [], {}
+
+    def spy(*arguments):
+        shapes = str(jax.tree.map(np.shape, arguments[1:]))
+        unsaved.setdefault(shapes, requests[0].unsaved)
+        return train(*arguments)
+
+    monkeypatch.setattr(module, "train_chunk", spy)
+    monkeypatch.setattr(StopRequest, "install", lambda request: requests.append(request))
+    module.main(args)
+    two_phases = script in ("qam", "meam")
+    assert [*unsaved.values()] == [False] * (2 if two_phases else 1)
 
 
 def test_ignored_signals_stay_ignored(here, dataset_dir):
@@ -141,12 +160,17 @@ raise ImportError("nothing happened")
 """
 
 
-@pytest.mark.parametrize("path", scripts(), ids=lambda path: path.stem)
-def test_ctrl_c_during_imports(path, tmp_path):
+PROGRAMS = {path.stem: [path] for path in [*scripts(), ROOT / "plot.py", ROOT / "video.py"]}
+PROGRAMS |= {name: ["-m", name] for name in ("common.collect", "common.collect.replay")}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_ctrl_c_during_imports(program, tmp_path):
     """It ends the program without a traceback, unless it is ignored, as in a shell's background."""
-    (tmp_path / "flax.py").write_text(CTRL_C)  # what all of them import first
-    line = [sys.executable, path]
-    options = dict(env=os.environ | dict(PYTHONPATH=str(tmp_path)), capture_output=True)
+    for first in ("flax", "gymnasium", "matplotlib", "tyro"):  # what they import first
+        (tmp_path / f"{first}.py").write_text(CTRL_C)
+    line = [sys.executable, *PROGRAMS[program]]
+    options = dict(env=os.environ | dict(PYTHONPATH=str(tmp_path)), capture_output=True, cwd=ROOT)
     ended = subprocess.run(line, **options)
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, b"", b"")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited

@@ -272,8 +272,8 @@ class Pool:
 def loop(request, script, module, args, tmp_path_factory):
     """A run of four agents, whose shards swap every four updates, with all but the loop replaced:
     the k-th update of agent i has the metric 1000 i + k, and does nothing but count. -> arguments,
-    folder, the states before each call of `train_chunk`, the calls, the class of the pools, and the
-    evaluations."""
+    folder, the states before each call of `train_chunk` with updates, these calls, the class of the
+    pools, and the evaluations."""
     states, calls, N = [], [], len(AGENTS)
     count = lambda: sum(call["updates"] for call in calls)
 
@@ -281,6 +281,8 @@ def loop(request, script, module, args, tmp_path_factory):
         return state, dict(number=jnp.zeros(()), updates=jnp.zeros(()))
 
     def train_chunk(args, state, metrics, data, replay, task_rows, updates):
+        if updates == 0:
+            return state, metrics
         numbers = 1000 * np.arange(N)[:, None] + count() + 1 + np.arange(updates)
         states.append(state)
         replay = jax.tree.map(np.array, replay)  # a copy, because the run overwrites it

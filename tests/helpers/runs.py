@@ -158,7 +158,7 @@ def run_until_stop(module, args):
 
 
 def poisoned(train, agent, calls):
-    """`train_chunk` after whose `calls`-th call an agent's numbers are NaN."""
+    """`train_chunk` after whose `calls`-th call with updates an agent's numbers are NaN."""
     count = []
 
     def spoil(x):
@@ -166,9 +166,11 @@ def poisoned(train, agent, calls):
 
     def train_chunk(*arguments):
         state, metrics = train(*arguments)
-        count.append(0)
-        if len(count) == calls:
-            state = jax.tree.map(spoil, state)
+        updates = arguments[-1]
+        if updates > 0:
+            count.append(0)
+            if len(count) == calls:
+                state = jax.tree.map(spoil, state)
         return state, metrics
 
     return train_chunk
