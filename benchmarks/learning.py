@@ -17,6 +17,8 @@
     python -m benchmarks.learning plane-dpmd         DPMD, and DPMD as published
     python -m benchmarks.learning halfcheetah        every online method but PPO, 100,000 steps
     python -m benchmarks.learning halfcheetah-300k   SAC and TD3, 300,000 steps
+    python -m benchmarks.learning halfcheetah-rates  critics at 1e-3 and 3e-4, the other of each
+    python -m benchmarks.learning kitchen-1-300k     FMER, SAC, DPMD, 300,000 steps (also -2)
     python -m benchmarks.learning hopper             FMER, SAC, TD3, 30,000 steps
     python -m benchmarks.learning kitchen            the same on kitchen-7
     python -m benchmarks.learning mujoco-halfcheetah paper size, 1M steps, all nine: for a GPU
@@ -117,6 +119,17 @@ GENERATIVE = {
     "DIPO": f"baselines.dipo {SMALL}",
     "DPMD": f"baselines.dpmd {SMALL}",
     "QVPO": f"baselines.qvpo {SMALL}",
+}
+# Each with the learning rate of the critics that its defaults, which `halfcheetah` has, are not.
+OTHER_RATES = {
+    "FMER, 1e-3": f"fmer {SMALL} --critic-lr 1e-3",
+    "SAC, 3e-4": "baselines.sac --critic-lr 3e-4",
+    "TD3, 1e-3": "baselines.td3 --critic-lr 1e-3",
+}
+FEW_TASKS = {  # the kitchen's with one and two tasks
+    "FMER": f"fmer {SMALL}",
+    "SAC": f"baselines.sac {SMALL}",
+    "DPMD": f"baselines.dpmd {SMALL}",
 }
 # Figures 2, 5 and 6 and Tables 10 to 15 of the FMER paper; of its fixed eta only three guesses.
 FMER_ABLATIONS = {
@@ -236,6 +249,9 @@ SUITES |= {
         FEW.format("halfcheetah", 300_000),
         (),
     ),
+    "halfcheetah-rates": (OTHER_RATES, FEW.format("halfcheetah", 100_000), ()),
+    "kitchen-1-300k": (FEW_TASKS, FEW.format("kitchen-1", 300_000), ()),
+    "kitchen-2-300k": (FEW_TASKS, FEW.format("kitchen-2", 300_000), ()),
     "hopper": (SHORT, FEW.format("hopper", 30_000), ()),
     "kitchen": (SHORT, FEW.format("kitchen-7", 30_000), ()),
 }
