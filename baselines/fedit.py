@@ -338,8 +338,13 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
 def create_agents(args: Args, agents: list, observation_size: int) -> State:
     """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
-    create_all = jax.jit(jax.vmap(partial(create, args, observation_size)))
-    return create_all(jnp.stack(keys))
+    return create_all(args, observation_size, jnp.stack(keys))
+
+
+@partial(jax.jit, static_argnames=("args", "observation_size"))
+def create_all(args: Args, observation_size: int, keys: Array) -> State:
+    """Creates an agent for every key, (N, 2)."""
+    return jax.vmap(partial(create, args, observation_size))(keys)
 
 
 @partial(jax.jit, static_argnames="args")

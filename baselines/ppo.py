@@ -391,10 +391,15 @@ MODES = ("mean",)  # Ways to choose actions in evaluations.
 def create_agents(args: Args, agents: list, observation_size: int) -> State:
     """Creates an agent for every (task, seed); all arrays get a leading agent axis."""
     keys = [jax.random.fold_in(jax.random.PRNGKey(seed), task) for task, seed in agents]
+    return create_all(args, observation_size, jnp.stack(keys))
+
+
+@partial(jax.jit, static_argnames=("args", "observation_size"))
+def create_all(args: Args, observation_size: int, keys: Array) -> State:
+    """Creates an agent for every key, (N, 2)."""
     # One agent at a time: on a CPU with few cores, the orthogonal initialisers of several agents
     # deadlock (jaxlib 0.10: they block each other's threads in one pool).
-    create_all = jax.jit(partial(jax.lax.map, partial(create, args, observation_size)))
-    return create_all(jnp.stack(keys))
+    return jax.lax.map(partial(create, args, observation_size), keys)
 
 
 @partial(jax.jit, static_argnames=("args", "mode"))

@@ -66,9 +66,9 @@ def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path
     file = f"{source.dataset}-v0.npz"
     try:
         if collect or source.dataset.startswith("pointmaze"):
-            from common.collect.dataset import collect as collect_dataset
+            from common.collect import dataset
 
-            return [collect_dataset(source.dataset, collect or 200_000, folder)]
+            return [dataset.collect(source.dataset, collect or 200_000, folder)]
         if dataset_dir:
             found = sorted(path.name for path in Path(folder).expanduser().glob("*.npz"))
             raise FileNotFoundError(f"only {', '.join(found)}" if found else "it is not there")

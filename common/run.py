@@ -4,6 +4,7 @@ The same command continues from the checkpoint there. Rows that were logged afte
 because they will be written again.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -35,10 +36,16 @@ RESULTS = (CHECKPOINT, PREVIOUS, *TABLES)  # files from which a run continues
 SECONDS_PER_CALL = 1.0  # so that the progress bar and signals are answered in time
 
 
+@functools.cache
 def environment_info() -> dict:
     """Returns commit, device and versions that a run is made with."""
-    here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
-    git = subprocess.run("git rev-parse HEAD", shell=True, **here)  # empty without git
+    git = subprocess.run(
+        "git rev-parse HEAD",  # prints nothing without git
+        shell=True,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
     return dict(
         commit=git.stdout.strip(),
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
