@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from baselines import sac
+from common.collect import replay
 from common.collect.replay import convert, episodes_of, main
 from common.flags import configure
 from tests.helpers.messages import stops
@@ -68,3 +69,12 @@ def test_runs_without_a_replay(tmp_path, minari):
     stops(f"{tmp_path} is not a run", call=lambda: convert(str(tmp_path), "a/b-v0"))
     with pytest.raises(SystemExit, match=r"error: .* is not a run"):
         main([str(tmp_path), "a/b-v0"])
+
+
+def test_ctrl_c_ends_it_in_one_line(minari, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(replay, "read_replay", interrupted)
+    with pytest.raises(SystemExit, match="^\ninterrupted$"):
+        main(["runs/sac/Pendulum-v1/x", "a/b-v0"])
