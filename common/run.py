@@ -4,7 +4,6 @@ The same command continues from the checkpoint there. Rows that were logged afte
 because they will be written again.
 """
 
-import functools
 import hashlib
 import importlib.metadata
 import io
@@ -36,7 +35,6 @@ RESULTS = (CHECKPOINT, PREVIOUS, *TABLES)  # files from which a run continues
 SECONDS_PER_CALL = 1.0  # so that the progress bar and signals are answered in time
 
 
-@functools.cache
 def environment_info() -> dict:
     """Returns commit, device and versions that a run is made with."""
     git = subprocess.run(
