@@ -122,14 +122,14 @@ GENERATIVE = {
 }
 # Each with the learning rate of the critics that its defaults, which `halfcheetah` has, are not.
 OTHER_RATES = {
-    "FMER, 1e-3": f"fmer {SMALL} --critic-lr 1e-3",
-    "SAC, 3e-4": "baselines.sac --critic-lr 3e-4",
-    "TD3, 1e-3": "baselines.td3 --critic-lr 1e-3",
+    "FMER, 1e-3": f"{SHORT['FMER']} --critic-lr 1e-3",
+    "SAC, 3e-4": f"{SHORT['SAC']} --critic-lr 3e-4",
+    "TD3, 1e-3": f"{SHORT['TD3']} --critic-lr 1e-3",
 }
 FEW_TASKS = {  # the kitchen's with one and two tasks
-    "FMER": f"fmer {SMALL}",
+    "FMER": SHORT["FMER"],
     "SAC": f"baselines.sac {SMALL}",
-    "DPMD": f"baselines.dpmd {SMALL}",
+    "DPMD": GENERATIVE["DPMD"],
 }
 # Figures 2, 5 and 6 and Tables 10 to 15 of the FMER paper; of its fixed eta only three guesses.
 FMER_ABLATIONS = {

@@ -126,8 +126,8 @@ def test_signals(script, module, args, reference, here, monkeypatch):
 
 
 def test_compilations_leave_nothing_unsaved(script, module, args, here, monkeypatch):
-    """`train_chunk` is compiled by the first call of a phase, with environment steps that are not
-    saved yet only if they are the first ones: a signal does not wait for the compilation."""
+    """The first call of `train_chunk` in a phase compiles it. Nothing is unsaved then, so a signal
+    does not wait for the compilation."""
     train, requests, unsaved = module.train_chunk, [], {}
 
     def spy(*arguments):
