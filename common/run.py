@@ -4,6 +4,7 @@ The same command continues from the checkpoint there. Rows that were logged afte
 because they will be written again.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -35,6 +36,12 @@ RESULTS = (CHECKPOINT, PREVIOUS, *TABLES)  # files from which a run continues
 SECONDS_PER_CALL = 1.0  # so that the progress bar and signals are answered in time
 
 
+@functools.cache
+def installed_packages() -> dict[str, str]:
+    """Returns name -> version of all packages; reading them takes a tenth of a second."""
+    return {package.name: package.version for package in importlib.metadata.distributions()}
+
+
 def environment_info() -> dict:
     """Returns commit, device and versions that a run is made with."""
     git = subprocess.run(
@@ -48,7 +55,7 @@ def environment_info() -> dict:
         commit=git.stdout.strip(),
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         python=sys.version.split()[0],
-        packages={d.name: d.version for d in importlib.metadata.distributions()},
+        packages=installed_packages(),
     )
 
 
@@ -132,8 +139,7 @@ class Run:
         self.agents = agents
         self.ends = ends
         self.reference_scores = data.get("reference_scores")  # returns that are 0 and 100
-        offline = hasattr(args, "tasks")
-        self.unit = "update" if offline else "step"
+        self.unit = "update" if hasattr(args, "tasks") else "step"
         self.folder = run_folder(script, args)
         if args.eval_only and not self.folder.exists():
             raise UserError(f"{self.folder} holds no checkpoint that could be evaluated")
@@ -227,9 +233,9 @@ class Run:
         """
         like = content | dict(step=0, seconds=0.0, evaluation_due=False)
         found = self.checkpoints.restore(like, with_replay=not self.args.eval_only)
-        if found is None and self.args.eval_only:
-            raise UserError(f"{self.folder} holds no checkpoint that could be evaluated")
         if found is None:
+            if self.args.eval_only:
+                raise UserError(f"{self.folder} holds no checkpoint that could be evaluated")
             found = like | dict(replay={})
         self.step = found["step"]
         self._check_phase(found["replay"])
@@ -251,7 +257,7 @@ class Run:
         """Refuses --offline-steps that do not fit the updates that the run has made."""
         if self.args.eval_only or not hasattr(self.args, "offline_steps"):
             return
-        updates = self.step - int(replay.get("size", 0))  # in the offline phase
+        updates = self.step - replay.get("size", 0)  # in the offline phase
         if replay and self.args.offline_steps != updates:
             raise UserError(
                 f"--offline-steps must stay {updates}: the online phase of {self.folder} has "
@@ -306,7 +312,7 @@ class Run:
         `metrics` are sums over the updates since the last row, with their number under "updates".
         Returns the sums to go on with: zeros after a row. Exits after saving if a signal came.
         """
-        if self.call_began is not None:  # the bar must not run ahead of the device
+        if self.call_began:  # the bar must not run ahead of the device
             jax.block_until_ready(metrics)
             self._adapt_call(step - self.step)
         self.evaluation_due = step in self.ends or self._passes(self.args.eval_interval, step)
@@ -380,7 +386,7 @@ class Run:
         if self._pictures_are_old():
             draw_pictures(self.folder)
         self.tracker.log_pictures(self.step)
-        if self.last_scores is not None:
+        if self.last_scores:
             print(describe_scores(*self.last_scores))
         total = max(self.ends[-1], self.step)  # --eval-only may ask for fewer steps
         state = "complete" if self.step == total else "not complete"

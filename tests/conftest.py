@@ -144,6 +144,20 @@ def optimised(quick_compile):
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture(scope="module")
+def one_process():
+    """Lets runs with `--workers 1` step their environments here, with the same results: a process
+    takes longer to start than the few steps of a test."""
+    from common.workers import Slots, Workers
+
+    def slots_or_workers(names, count):
+        return Slots(names) if count == 1 else Workers(names, count)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.env_pool.Workers", slots_or_workers)
+        yield
+
+
 @pytest.fixture
 def find_modules(monkeypatch):
     """`python -m baselines.x` works in any folder."""

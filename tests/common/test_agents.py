@@ -26,7 +26,7 @@ from tests.helpers.messages import stops
 from tests.helpers.runs import folder_of, quick
 from tools.shared_blocks import ROOT
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "one_process")
 TASK = 2
 SIZE = 2  # of the point maze's observations
 

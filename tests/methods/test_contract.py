@@ -17,6 +17,7 @@ import scipy.stats
 
 from common.environments import ONLINE, resolve
 from common.networks import Critic, Field, TanhGaussian
+from tests.helpers.runs import clean
 from tools import diffs, pages, shared_blocks
 
 ROOT, SCRIPTS = shared_blocks.ROOT, shared_blocks.scripts()
@@ -220,6 +221,25 @@ def test_importing_does_nothing(path):
             own = {name.split(".")[-1] for name in NAMES} | {"baselines"}
             assert node.module.split(".")[0] not in own
     assert ast.unparse(body[-1]).startswith("if __name__ == '__main__':")
+
+
+def test_imports_in_a_fresh_interpreter(tmp_path):
+    """Importing one script after the other prints and writes nothing, starts no device and no
+    process."""
+    check = f"""
+import importlib, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+for name in {NAMES}:
+    importlib.import_module(name)
+    from jax._src import xla_bridge
+    assert not xla_bridge.backends_are_initialized(), name
+    assert not {{"wandb", "matplotlib"}} & set(sys.modules), name
+    assert not open(f"/proc/self/task/{{os.getpid()}}/children").read(), name
+"""
+    line = [sys.executable, "-c", check]
+    answer = subprocess.run(line, cwd=tmp_path, env=clean(tmp_path), capture_output=True, text=True)
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
+    assert not list(tmp_path.rglob("*"))
 
 
 @each_script

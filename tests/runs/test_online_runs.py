@@ -37,7 +37,6 @@ from tests.helpers.run_tests import (  # noqa: F401 (tests that run here, too)
     test_eval_only_needs_a_checkpoint,
     test_finished_run_stays,
     test_help,
-    test_import_does_nothing,
     test_killed_and_continued,
     test_pictures,
     test_repeats_bit_by_bit,
@@ -65,7 +64,7 @@ FULLY = ["fmer"]  # paths without .py
 APART = ["baselines/ppo"]  # on-policy, with a loop of its own, tested in its own file
 EVERY = FULLY + [name for name in shared_blocks.named("online") if name not in FULLY + APART]
 FORKED = [name for name in EVERY if any(path == f"{name}.py" for path, _ in shared_blocks.FORKS)]
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "one_process")
 every_script = pytest.mark.every_script
 
 

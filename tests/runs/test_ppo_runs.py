@@ -27,7 +27,6 @@ from tests.helpers.run_tests import (  # noqa: F401 (tests that run here, too)
     test_eval_only_needs_a_checkpoint,
     test_finished_run_stays,
     test_help,
-    test_import_does_nothing,
     test_killed_and_continued,
     test_pictures,
     test_repeats_bit_by_bit,
@@ -48,7 +47,7 @@ from tests.helpers.runs import (
     stop_at,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "one_process")
 
 
 @pytest.fixture(scope="module")

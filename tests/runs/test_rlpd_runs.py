@@ -35,7 +35,6 @@ from tests.helpers.run_tests import (  # noqa: F401 (tests that run here, too)
     test_files,
     test_finished_run_stays,
     test_help,
-    test_import_does_nothing,
     test_killed_and_continued,
     test_other_flags_are_refused,
     test_pictures,
@@ -55,7 +54,7 @@ from tests.helpers.runs import (
     stop_at,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "one_process")
 FIRST = 10  # step with the first update
 
 

@@ -5,7 +5,7 @@ per script, whose evaluations and checkpoints are at steps 8 and 10 (offline), 1
 and 24.
 
 What depends on a script's own state and acting is tested for all of them (`every_script`), what
-only the shared blocks decide for two.
+only the shared blocks decide for one.
 """
 
 import dataclasses
@@ -35,7 +35,6 @@ from tests.helpers.run_tests import (  # noqa: F401 (tests that run here, too)
     test_files,
     test_finished_run_stays,
     test_help,
-    test_import_does_nothing,
     test_killed_and_continued,
     test_other_flags_are_refused,
     test_pictures,
@@ -61,10 +60,10 @@ from tests.helpers.runs import (
 )
 from tools.shared_blocks import named
 
-FULLY = ["meam", "qam"]  # paths without .py
+FULLY = ["qam"]  # paths without .py
 APART = ["baselines/rlpd"]  # with shared blocks of its own, tested in its own file
 EVERY = FULLY + [name for name in named("offline") if name not in FULLY + APART]
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "one_process")
 
 
 @pytest.fixture(scope="module")
