@@ -66,7 +66,7 @@ class Args:
     edit_scale: NonNegativeFloat = 0.1
     # Inverse temperature tau of exp(tau Q); with 0 the flow is cloned.
     inv_temp: NonNegativeFloat = 1.0
-    # Targets are the critics' mean minus this many standard deviations.
+    # TD targets use the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
     flow_steps: PositiveInt = 10  # Euler steps T from noise to action.
 
@@ -81,11 +81,11 @@ class Args:
 
     # --- shared: run arguments ---
     # --- environment and data ---
-    # OGBench environment (short, dataset or full name) or, with --dataset, any gymnasium id.
+    # OGBench environment (short, dataset or full name) or, with --dataset, any Gymnasium id.
     env: str = "pointmaze-medium"
     env_kwargs: str = ""  # Arguments of the environment as JSON, such as '{"frame_skip": 2}'.
     max_episode_steps: NonNegativeInt = 0  # Time limit of episodes (0: the environment's own).
-    # Tasks 1 to 5, trained at once on one copy of the data (default: the one that OGBench plays).
+    # Tasks 1 to 5, trained at once on one copy of the data (default: OGBench's own choice).
     tasks: tuple[TaskNumber, ...] = (1,)
     # Your own data instead of OGBench's: FILE.npz, FILE.hdf5 or minari:ID (docs/guides/data.md).
     dataset: str = ""
@@ -103,28 +103,35 @@ class Args:
     normalize_observations: bool = False
     action_size: tyro.conf.Suppress[int] = 0  # Size d of an action; not a flag, read from the data.
     # --- run ---
-    seed: NonNegativeInt = 0  # First seed. Results do not depend on the other agents in the run.
+    # First seed: of weights, batches, noise and episodes. An agent's results do not depend on which
+    # others are trained with it.
+    seed: NonNegativeInt = 0
     num_seeds: PositiveInt = 1  # Seeds per task: seed, seed + 1, ...
     offline_steps: NonNegativeInt = 1_000_000  # Gradient updates on the dataset.
     # Environment steps after the offline phase (paper: 500,000).
     online_steps: NonNegativeInt = 0
     start_training: OnlineStep = 5_000  # First environment step that is followed by an update.
-    # Steps (updates offline, environment steps online) between evaluations and checkpoints.
+    # Interval of evaluations and checkpoints, in steps (offline: updates, online: environment
+    # steps).
     eval_interval: PositiveInt = 50_000
     eval_episodes: NonNegativeInt = 50  # Episodes per evaluation and agent (0: no evaluations).
-    eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
+    # Parallel evaluation environments per agent (fewer if all agents together would exceed 100).
+    eval_slots: PositiveInt = 10
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
     workers: NonNegativeInt = 0  # Environment processes (0: automatic, at most one per core).
     # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
-    # hidden layers have that precision, too.
+    # hidden layers are computed in bfloat16, too.
     precision: Precision = "default"
-    compile_cache: str = ""  # Folder of compiled programs, or none (default: <run_dir>/.compiled).
+    # Folder of compiled programs; "none" keeps none (default: JAX's own setting, else
+    # <run_dir>/.compiled).
+    compile_cache: str = ""
     # --- logging ---
-    # Run name, of runs/<script>/<env>/<name> (default: the changed flags that affect learning).
+    # Run name, as in <run_dir>/<script>/<env>/<name> (default: the changed flags that affect
+    # learning).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
-    log_interval: PositiveInt = 5_000  # Steps per row of train.csv, averaged over the updates.
+    log_interval: PositiveInt = 5_000  # Steps between rows of train.csv (means over the updates).
     # Also log to tensorboard or wandb (Weights & Biases; --track alone means wandb).
     track: Tracking = ""
     wandb_project: str = ""  # W&B project (default: WANDB_PROJECT, else flow-policies).
@@ -174,12 +181,12 @@ class State:
     params: dict  # critic (phi), behavior (beta), policy (theta), edit (omega), log_alpha
     targets: dict  # moving averages of critic and behavior
     opt_state: optax.OptState
-    key: Array  # (2,) uint32
+    key: Array  # (2,) uint32: for the random numbers of the updates
 
 
 def optimizer(args: Args) -> optax.GradientTransformation:
     """Returns Adam with a clipped gradient."""
-    # ref: QAM's text clips elementwise; its code and its table clip the joint norm.
+    # ref: QAM's text clips elementwise; its code and its table clip the global norm.
     clip = optax.clip_by_global_norm(args.grad_clip)
     return optax.chain(clip, optax.adam(args.lr))
 
@@ -310,7 +317,7 @@ def adjoint_matching_loss(
     T = args.flow_steps
     dt = 1 / T
     times = jnp.arange(T) / T
-    sigmas = jnp.sqrt(2 * (1 - times + dt) / (times + dt))  # ref: not 2 (1 - t) / t, infinite at 0
+    sigmas = jnp.sqrt(2 * (1 - times + dt) / (times + dt))  # ref: 2 (1 - t) / t is infinite at 0
     reference = partial(field, args, state.targets["behavior"], s)
 
     def forward(x, step):
@@ -329,7 +336,7 @@ def adjoint_matching_loss(
     # ref: the last step is an Euler step of the reference flow.
     end = x + dt * reference(x, times[-1])
 
-    def value(actions):  # ref: target critics, their mean; no gradient outside the box
+    def value(actions):  # ref: mean of the target critics; no gradient outside the box
         clipped = jnp.clip(actions, -1, 1)
         return critic(args, state.targets["critic"], s, clipped).mean(0).sum()
 
@@ -388,7 +395,7 @@ def edit_loss(
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
-    """Takes one gradient step on the sum of all losses, all evaluated at the old parameters."""
+    """Takes one gradient step on the sum of the losses, and moves the target networks."""
     key, *keys = jax.random.split(state.key, 4)
     losses = [critic_loss, behavior_loss, adjoint_matching_loss]
     if args.edit_scale > 0:
@@ -417,7 +424,8 @@ def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
 # --- shared: many agents -------------------------------------------------------------------------
 
 # The shared blocks are the same in all offline scripts; a tool keeps them in sync. They need
-# `State`, `create`, `update` and `sample_actions` from above. In a copy, edit them freely.
+# `Args`, `State`, `create`, `update`, `sample_actions` and `ENV_DEFAULTS`. In a copy, edit them
+# freely.
 
 
 def create_agents(args: Args, agents: list, observation_size: int) -> State:
@@ -428,7 +436,7 @@ def create_agents(args: Args, agents: list, observation_size: int) -> State:
 
 @partial(jax.jit, static_argnames=("args", "observation_size"))
 def create_all(args: Args, observation_size: int, keys: Array) -> State:
-    """Creates an agent for every key, (N, 2)."""
+    """Creates an agent for each of the keys, (N, 2)."""
     return jax.vmap(partial(create, args, observation_size))(keys)
 
 
@@ -445,6 +453,7 @@ def act(args: Args, state: State, observations: Array, seeds: Array, ages: Array
         return actions.reshape(args.chunk_length, args.action_size)
 
     act_in_slots = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
+    # `over_agents` is `jax.vmap`, with the agents spread over the devices.
     return over_agents(act_in_slots)(state, observations, seeds, ages)
 
 
@@ -458,12 +467,13 @@ def train_step(
     `sample` returns a Batch with
     - observations (B, S), next_observations (B, S) H steps later, and actions (B, A),
     - rewards (B,), discounted and summed over the H steps,
-    - masks (B,), 0 if the task was solved on the way, else 1,
+    - masks (B,), 0 if the task is solved within the H steps, else 1,
     - valid (B,), 0 if the trajectory ends before the H steps do, else 1.
     """
     key, batch_key = jax.random.split(state.key)
-    sizes = args.batch_size, args.chunk_length, args.discount
-    batch = sample(batch_key, data, replay, task_row, *sizes)
+    batch = sample(
+        batch_key, data, replay, task_row, args.batch_size, args.chunk_length, args.discount
+    )
     state, metrics = update(args, state.replace(key=key), batch)
     return state, metrics | dict(updates=jnp.ones(()))  # the divisor of the means in train.csv
 
@@ -512,14 +522,14 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
     seeds = [seeds_of(agents, step, i) for i in range(args.eval_episodes)]
     episodes = Episodes(envs, np.concatenate(seeds, axis=1))
     while episodes.running:
-        if envs.need_actions():  # Only slots that have played their chunk take a new one.
+        if envs.need_actions():  # only slots whose chunk is used up take a new one
             envs.set_actions(act(args, state, envs.observations, envs.seeds, envs.ages))
         episodes.step()
     return episodes.results
 
 
 def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
-    """Evaluates the agents, if `run.log_and_save` or `run.restore` set `run.evaluation_due`."""
+    """Evaluates the agents if `run.log_and_save` or `run.restore` has set `run.evaluation_due`."""
     if run.evaluation_due and args.eval_episodes:
         results = evaluate(args, state, envs, run.agents, step)
         run.log_evaluation(step, results)
@@ -529,11 +539,12 @@ def main(args: Args) -> list[dict]:
     """Trains all agents, first on the dataset, then in their environments.
 
     In every iteration `run.log_and_save` does what is due. Every --log-interval steps it appends
-    the means of `metrics` to train.csv, and returns zeroed sums. Every --eval-interval steps,
-    and where a phase ends, it saves a checkpoint and marks an evaluation as due. A stopped run
-    continues from its last checkpoint. Returns the rows of eval.csv.
+    the means of `metrics` to train.csv and returns zeroed sums in their place. Every
+    --eval-interval steps, and at the end of each phase, it saves a checkpoint and marks an
+    evaluation as due. After a signal, such as Ctrl-C, it saves a checkpoint and exits. A stopped
+    run continues from its last checkpoint. Returns the rows of eval.csv.
     """
-    # An agent is a task and a seed. All arrays have a leading axis of agents.
+    # An agent is a (task, seed) pair. All arrays but the data have a leading axis of agents.
     agents = [(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)]
     dataset = OfflineDataset(args, len(agents))
     sizes = dataset.observation_size, dataset.action_size
@@ -551,7 +562,8 @@ def main(args: Args) -> list[dict]:
         envs = EnvPool(env_names, 1, args.workers, dataset.normalization)
 
         # Continue from the last checkpoint. `saved` is its content: state, metrics, envs, and the
-        # replay's transitions so far. Without one, it is what is passed here and an empty replay.
+        # replay's transitions so far. Without a checkpoint, it is what is passed here and an empty
+        # replay.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         # Due with --eval-only, or if the run stopped between a checkpoint and its evaluation.
@@ -559,7 +571,7 @@ def main(args: Args) -> list[dict]:
         if args.eval_only:
             return run.finish()
 
-        # Offline phase: as many updates per call as there are until something is due.
+        # Offline phase: a call makes updates for about a second, or until something is due.
         while step < args.offline_steps:
             data = dataset.at(step)  # the current shard of a 100M dataset, else all data
             updates = min(run.updates_until_due(step), dataset.updates_until_swap(step))
@@ -569,8 +581,8 @@ def main(args: Args) -> list[dict]:
             metrics = run.log_and_save(step, metrics, content, replay)
             evaluate_if_due(args, run, state, eval_envs, step)
 
-        # Online phase: every agent makes one environment step and, from --start-training on, one
-        # update on the dataset and its replay.
+        # Online phase: in each iteration every agent makes one environment step and, from
+        # --start-training on, one update on the dataset and its replay.
         replay = Replay.create(len(agents), args.online_steps, *sizes)
         replay = replay.refill(saved["replay"])
         if step > args.offline_steps:  # play the interrupted episodes again
@@ -581,14 +593,14 @@ def main(args: Args) -> list[dict]:
         while step < total_steps:
             if envs.need_actions():  # a chunk, played open loop, is used up or its episode ended
                 envs.set_actions(act(args, state, envs.observations, envs.seeds, envs.ages))
-            transitions = dataset.relabel(envs.step())
+            transitions = dataset.relabel(envs.step())  # rewards as those of the dataset
             replay = replay.append(transitions)
             env_step = step - args.offline_steps + 1
             ended = transitions["terminals"] > 0  # solved or timed out; `masks` tell which
             if ended.any():
                 envs.reset(seeds_of(agents, env_step, TRAINING), where=ended)
-            # Before any update is due, the first call still compiles the program: nothing is
-            # unsaved then, so that a signal can end the run at once.
+            # `updates` is 0 at first. The program is still compiled in the first of these steps,
+            # when nothing is unsaved yet and a signal can end the run at once.
             updates = 1 if env_step >= args.start_training else 0
             data = dataset.at(step)
             state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, updates)

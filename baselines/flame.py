@@ -70,7 +70,7 @@ class Args:
     """The flags of the script; their comments are the help texts."""
 
     # --- method ---
-    reward_scale: NonNegativeFloat = 0.2  # Factor c of the rewards in the TD target.
+    reward_scale: NonNegativeFloat = 0.2  # Factor c on the rewards in the TD target.
     num_candidates: PositiveInt = 32  # Candidate actions M per state; the best one is used.
     num_proposals: PositiveInt = 100  # Noise draws K per point, weighted by their actions' values.
     time_min: PositiveFloat = 0.0054  # Earliest time in the policy's loss.
@@ -90,44 +90,50 @@ class Args:
     # --- networks and optimiser ---
     hidden_dims: tuple[PositiveInt, ...] = (256, 256, 256)  # Hidden-layer widths of all networks.
     batch_size: PositiveInt = 256  # Batch size B, in transitions.
-    actor_lr: PositiveFloat = 3e-4  # Adam's initial learning rate of the policy.
+    actor_lr: PositiveFloat = 3e-4  # Initial learning rate of the policy (Adam).
     # Final policy learning rate. The rate decays linearly between 25 % and 75 % of the updates.
     actor_lr_end: NonNegativeFloat = 3e-5
-    critic_lr: PositiveFloat = 3e-4  # Adam's learning rate of the critics.
+    critic_lr: PositiveFloat = 3e-4  # Learning rate of the critics (Adam).
     target_rate: UnitInterval = 0.005  # Step size of the moving averages of critics and policy.
 
     # --- shared: run arguments ---
     # --- environment ---
     # multigoal, kitchen-1|2|4|7, hopper, halfcheetah, walker2d, humanoid, online-ant-xy, or
-    # gymnasium's id of any environment (Ant-v5, my_package:MyEnv-v0).
+    # the id of any Gymnasium environment (Ant-v5, my_package:MyEnv-v0).
     env: str = "multigoal"
     env_kwargs: str = ""  # Arguments of the environment as JSON, such as '{"frame_skip": 2}'.
     max_episode_steps: NonNegativeInt = 0  # Time limit of episodes (0: the environment's own).
     discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
     action_size: tyro.conf.Suppress[int] = 0  # Size d of an action; not a flag, read from the env.
     # --- run ---
-    seed: NonNegativeInt = 0  # First seed. Results do not depend on the other agents in the run.
+    # First seed: of weights, batches, noise and episodes. An agent's results do not depend on which
+    # others are trained with it.
+    seed: NonNegativeInt = 0
     num_seeds: PositiveInt = 1  # Agents trained at once: seed, seed + 1, ...
     total_steps: PositiveInt = 1_000_000  # Environment steps of every agent.
     # Initial steps with uniformly random actions and no updates.
     warmup_steps: StepOfRun = 10_000
     env_steps_per_update: StepOfRun = 1  # Environment steps per update.
     replay_size: PositiveInt = 1_000_000  # Capacity in transitions; the oldest are overwritten.
-    eval_interval: PositiveInt = 10_000  # Steps between evaluations and checkpoints.
+    eval_interval: PositiveInt = 10_000  # Interval of evaluations and checkpoints, in steps.
     eval_episodes: NonNegativeInt = 10  # Episodes per evaluation and agent (0: no evaluations).
-    eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
+    # Parallel evaluation environments per agent (fewer if all agents together would exceed 100).
+    eval_slots: PositiveInt = 10
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
     workers: NonNegativeInt = 0  # Environment processes (0: automatic, at most one per core).
     # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
-    # hidden layers have that precision, too.
+    # hidden layers are computed in bfloat16, too.
     precision: Precision = "default"
-    compile_cache: str = ""  # Folder of compiled programs, or none (default: <run_dir>/.compiled).
+    # Folder of compiled programs; "none" keeps none (default: JAX's own setting, else
+    # <run_dir>/.compiled).
+    compile_cache: str = ""
     # --- logging ---
-    # Run name, of runs/<script>/<env>/<name> (default: the changed flags that affect learning).
+    # Run name, as in <run_dir>/<script>/<env>/<name> (default: the changed flags that affect
+    # learning).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
-    log_interval: PositiveInt = 1_000  # Steps per row of train.csv, averaged over the updates.
+    log_interval: PositiveInt = 1_000  # Steps between rows of train.csv (means over the updates).
     # Also log to tensorboard or wandb (Weights & Biases; --track alone means wandb).
     track: Tracking = ""
     wandb_project: str = ""  # W&B project (default: WANDB_PROJECT, else flow-policies).
@@ -140,7 +146,7 @@ class Args:
             raise UserError("--time-min and --time-max must be in order, between 0 and 1")
 
 
-# The class holds the paper's values as far as they are known (docs/methods/flame.md). The values
+# `Args` holds the paper's values as far as they are known (docs/methods/flame.md). The values
 # for the plane are tuned here, with small networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
@@ -173,7 +179,7 @@ class State:
     opt_state: dict  # of critic, policy and alpha
     log_alpha: Array  # (): temperature of weights and entropy
     step: Array  # () int32: updates so far
-    key: Array  # (2,) uint32
+    key: Array  # (2,) uint32: for the random numbers of the updates
 
 
 def planned_updates(args: Args) -> int:
@@ -473,7 +479,8 @@ MODES = ("best", "single")  # Ways to choose evaluation actions; the first one i
 # --- shared: many agents -------------------------------------------------------------------------
 
 # The shared blocks are the same in all online scripts; a tool keeps them in sync. They need
-# `State`, `create`, `update`, `sample_actions` and `MODES`. In a copy, edit them freely.
+# `Args`, `State`, `create`, `update`, `sample_actions`, `MODES` and `ENV_DEFAULTS`. In a copy, edit
+# them freely.
 
 
 def create_agents(args: Args, agents: list, observation_size: int) -> State:
@@ -484,7 +491,7 @@ def create_agents(args: Args, agents: list, observation_size: int) -> State:
 
 @partial(jax.jit, static_argnames=("args", "observation_size"))
 def create_all(args: Args, observation_size: int, keys: Array) -> State:
-    """Creates an agent for every key, (N, 2)."""
+    """Creates an agent for each of the keys, (N, 2)."""
     return jax.vmap(partial(create, args, observation_size))(keys)
 
 
@@ -503,6 +510,7 @@ def act(
         return sample_actions(args, state, observation[None], key, mode)
 
     act_in_slots = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
+    # `over_agents` is `jax.vmap`, with the agents spread over the devices.
     return over_agents(act_in_slots)(state, observations, seeds, ages)
 
 
@@ -513,7 +521,7 @@ def train_step(args: Args, state: State, replay: Replay) -> tuple[State, dict]:
     The batch is a Replay of B rows with
     - observations (B, S), next_observations (B, S), actions (B, d), rewards (B,),
     - masks (B,), 0 where the episode terminated, else 1, also at a time limit,
-    - terminals (B,), 1 where the episode ended in either way.
+    - terminals (B,), 1 where the episode ended, by termination or at a time limit.
     """
     key, rows_key = jax.random.split(state.key)
     filled = jnp.minimum(replay.size, len(replay.rewards))  # `size` counts overwritten rows, too
@@ -568,7 +576,7 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 
 
 def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
-    """Evaluates the agents, if `run.log_and_save` or `run.restore` set `run.evaluation_due`."""
+    """Evaluates the agents if `run.log_and_save` or `run.restore` has set `run.evaluation_due`."""
     if run.evaluation_due and args.eval_episodes:
         results = evaluate(args, state, envs, run.agents, step)
         run.log_evaluation(step, results)
@@ -578,12 +586,13 @@ def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
     After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
-    means of `metrics` to train.csv, and returns zeroed sums. Every --eval-interval steps,
-    and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
-    from its last checkpoint. Returns the rows of eval.csv.
+    means of `metrics` to train.csv and returns zeroed sums in their place. Every --eval-interval
+    steps, and at the end, it saves a checkpoint and marks an evaluation as due. After a signal,
+    such as Ctrl-C, it saves a checkpoint and exits. A stopped run continues from its last
+    checkpoint. Returns the rows of eval.csv.
     """
     keep_freed_memory()
-    # An agent is a task and a seed. All arrays have a leading axis of agents.
+    # An agent is a (task, seed) pair. All arrays have a leading axis of agents.
     task = resolve(args.env).task  # 1, or k of kitchen-<k>
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]
     env = env_name(args, task)
@@ -602,7 +611,8 @@ def main(args: Args) -> list[dict]:
         envs = EnvPool(env_names, 1, args.workers)
 
         # Continue from the last checkpoint. `saved` is its content: state, metrics, envs, and the
-        # replay's transitions so far. Without one, it is what is passed here and an empty replay.
+        # replay's transitions so far. Without a checkpoint, it is what is passed here and an empty
+        # replay.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         # Due with --eval-only, or if the run stopped between a checkpoint and its evaluation.
@@ -619,7 +629,7 @@ def main(args: Args) -> list[dict]:
         # An iteration is one environment step of every agent. Updates begin after the warm-up.
         while step < args.total_steps:
             if step < args.warmup_steps:
-                actions = envs.random_actions(action_size)  # by each episode's seed and age
+                actions = envs.random_actions(action_size)  # drawn from each episode's seed and age
             else:
                 inputs = envs.observations, envs.seeds, envs.ages
                 actions = act(args, state, *inputs, "explore")
@@ -628,8 +638,9 @@ def main(args: Args) -> list[dict]:
             update_due = learning_steps > 0 and learning_steps % args.env_steps_per_update == 0
             updates = 1 if update_due else 0
             # The update is dispatched before the environments step, so the two overlap; it does
-            # not see this step's transition. Before any is due, the first call still compiles the
-            # program: nothing is unsaved then, so that a signal can end the run at once.
+            # not see this step's transition. During the warm-up `updates` is 0. The program is
+            # still compiled in the first step, when nothing is unsaved yet and a signal can end the
+            # run at once.
             state, metrics = train_chunk(args, state, metrics, replay, updates)
             envs.set_actions(actions)  # waits for `act`, not for the update
             transitions = envs.step()

@@ -79,34 +79,40 @@ class Args:
     # --- forked: run arguments (rollouts instead of warm-up and replay) ---
     # --- environment ---
     # multigoal, kitchen-1|2|4|7, hopper, halfcheetah, walker2d, humanoid, online-ant-xy, or
-    # gymnasium's id of any environment (Ant-v5, my_package:MyEnv-v0).
+    # the id of any Gymnasium environment (Ant-v5, my_package:MyEnv-v0).
     env: str = "multigoal"
     env_kwargs: str = ""  # Arguments of the environment as JSON, such as '{"frame_skip": 2}'.
     max_episode_steps: NonNegativeInt = 0  # Time limit of episodes (0: the environment's own).
     discount: UnitInterval = 0.99  # Discount factor gamma per environment step.
     action_size: tyro.conf.Suppress[int] = 0  # Size d of an action; not a flag, read from the env.
     # --- run ---
-    seed: NonNegativeInt = 0  # First seed. Results do not depend on the other agents in the run.
+    # First seed: of weights, batches, noise and episodes. An agent's results do not depend on which
+    # others are trained with it.
+    seed: NonNegativeInt = 0
     num_seeds: PositiveInt = 1  # Agents trained at once: seed, seed + 1, ...
     total_steps: PositiveInt = 1_000_000  # Environment steps of every agent.
     # Environment steps per agent in a rollout; a run ends after the last whole rollout.
     rollout_steps: PositiveInt = 2048
     num_envs: PositiveInt = 1  # Environments per agent that share a rollout's steps.
-    eval_interval: PositiveInt = 10_000  # Steps between evaluations and checkpoints.
+    eval_interval: PositiveInt = 10_000  # Interval of evaluations and checkpoints, in steps.
     eval_episodes: NonNegativeInt = 10  # Episodes per evaluation and agent (0: no evaluations).
-    eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
+    # Parallel evaluation environments per agent (fewer if all agents together would exceed 100).
+    eval_slots: PositiveInt = 10
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
     workers: NonNegativeInt = 0  # Environment processes (0: automatic, at most one per core).
     # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
-    # hidden layers have that precision, too.
+    # hidden layers are computed in bfloat16, too.
     precision: Precision = "default"
-    compile_cache: str = ""  # Folder of compiled programs, or none (default: <run_dir>/.compiled).
+    # Folder of compiled programs; "none" keeps none (default: JAX's own setting, else
+    # <run_dir>/.compiled).
+    compile_cache: str = ""
     # --- logging ---
-    # Run name, of runs/<script>/<env>/<name> (default: the changed flags that affect learning).
+    # Run name, as in <run_dir>/<script>/<env>/<name> (default: the changed flags that affect
+    # learning).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
-    log_interval: PositiveInt = 1_000  # Steps per row of train.csv, averaged over the updates.
+    log_interval: PositiveInt = 1_000  # Steps between rows of train.csv (means over the updates).
     # Also log to tensorboard or wandb (Weights & Biases; --track alone means wandb).
     track: Tracking = ""
     wandb_project: str = ""  # W&B project (default: WANDB_PROJECT, else flow-policies).
@@ -122,7 +128,7 @@ class Args:
             raise UserError("--total-steps must be at least --rollout-steps")
 
 
-# The class holds FMER's and CleanRL's values. The values for the plane are tuned here, with
+# `Args` holds FMER's and CleanRL's values. The values for the plane are tuned here, with
 # small networks for a CPU.
 ENV_DEFAULTS = {
     "multigoal": dict(
@@ -148,7 +154,7 @@ class State:
     opt_state: optax.OptState
     statistics: dict  # count, mean, variance so far, of observations and of discounted returns
     returns: Array  # (E,): discounted returns so far of the running episodes
-    key: Array  # (2,) uint32
+    key: Array  # (2,) uint32: for the random numbers of the updates
 
 
 @flax.struct.dataclass
@@ -396,7 +402,7 @@ def create_agents(args: Args, agents: list, observation_size: int) -> State:
 
 @partial(jax.jit, static_argnames=("args", "observation_size"))
 def create_all(args: Args, observation_size: int, keys: Array) -> State:
-    """Creates an agent for every key, (N, 2)."""
+    """Creates an agent for each of the keys, (N, 2)."""
     # One agent at a time: on a CPU with few cores, the orthogonal initialisers of several agents
     # deadlock (jaxlib 0.10: they block each other's threads in one pool).
     return jax.lax.map(partial(create, args, observation_size), keys)
@@ -417,6 +423,7 @@ def act(
         return sample_actions(args, state, observation[None], key, mode)
 
     act_in_slots = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
+    # `over_agents` is `jax.vmap`, with the agents spread over the devices.
     return over_agents(act_in_slots)(state, observations, seeds, ages)
 
 
@@ -478,7 +485,7 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 
 
 def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
-    """Evaluates the agents, if `run.log_and_save` or `run.restore` set `run.evaluation_due`."""
+    """Evaluates the agents if `run.log_and_save` or `run.restore` has set `run.evaluation_due`."""
     if run.evaluation_due and args.eval_episodes:
         results = evaluate(args, state, envs, run.agents, step)
         run.log_evaluation(step, results)
@@ -529,12 +536,13 @@ def main(args: Args) -> list[dict]:
     """Trains all agents in their environments.
 
     After every rollout `run.log_and_save` does what is due. Every --log-interval steps it appends
-    the means of `metrics` to train.csv, and returns zeroed sums. Every --eval-interval
-    steps, and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run
-    continues from its last checkpoint. Returns the rows of eval.csv.
+    the means of `metrics` to train.csv and returns zeroed sums in their place. Every
+    --eval-interval steps, and at the end, it saves a checkpoint and marks an evaluation as due.
+    After a signal, such as Ctrl-C, it saves a checkpoint and exits. A stopped run continues from
+    its last checkpoint. Returns the rows of eval.csv.
     """
     keep_freed_memory()
-    # An agent is a task and a seed. All arrays have a leading axis of agents.
+    # An agent is a (task, seed) pair. All arrays have a leading axis of agents.
     task = resolve(args.env).task
     agents = [(task, args.seed + i) for i in range(args.num_seeds)]
     env = env_name(args, task)

@@ -68,7 +68,7 @@ class Args:
     # --- method ---
     # Weight alpha of behaviour cloning; the original RLPD has none (0).
     rlpd_alpha: NonNegativeFloat = 0.0
-    # Targets are the critics' mean minus this many standard deviations.
+    # TD targets use the critics' mean minus this many standard deviations.
     pessimism: NonNegativeFloat = 0.5
 
     # --- networks and optimiser ---
@@ -81,11 +81,11 @@ class Args:
 
     # --- forked: run arguments (no offline phase) ---
     # --- environment and data ---
-    # OGBench environment (short, dataset or full name) or, with --dataset, any gymnasium id.
+    # OGBench environment (short, dataset or full name) or, with --dataset, any Gymnasium id.
     env: str = "pointmaze-medium"
     env_kwargs: str = ""  # Arguments of the environment as JSON, such as '{"frame_skip": 2}'.
     max_episode_steps: NonNegativeInt = 0  # Time limit of episodes (0: the environment's own).
-    # Tasks 1 to 5, trained at once on one copy of the data (default: the one that OGBench plays).
+    # Tasks 1 to 5, trained at once on one copy of the data (default: OGBench's own choice).
     tasks: tuple[TaskNumber, ...] = (1,)
     # Your own data instead of OGBench's: FILE.npz, FILE.hdf5 or minari:ID (docs/guides/data.md).
     dataset: str = ""
@@ -103,26 +103,33 @@ class Args:
     normalize_observations: bool = False
     action_size: tyro.conf.Suppress[int] = 0  # Size d of an action; not a flag, read from the data.
     # --- run ---
-    seed: NonNegativeInt = 0  # First seed. Results do not depend on the other agents in the run.
+    # First seed: of weights, batches, noise and episodes. An agent's results do not depend on which
+    # others are trained with it.
+    seed: NonNegativeInt = 0
     num_seeds: PositiveInt = 1  # Seeds per task: seed, seed + 1, ...
     online_steps: NonNegativeInt = 500_000  # Environment steps, each followed by an update.
     start_training: OnlineStep = 5_000  # First environment step that is followed by an update.
-    # Steps (updates offline, environment steps online) between evaluations and checkpoints.
+    # Interval of evaluations and checkpoints, in steps (offline: updates, online: environment
+    # steps).
     eval_interval: PositiveInt = 50_000
     eval_episodes: NonNegativeInt = 50  # Episodes per evaluation and agent (0: no evaluations).
-    eval_slots: PositiveInt = 10  # Parallel evaluation environments per agent, at most 100 in all.
+    # Parallel evaluation environments per agent (fewer if all agents together would exceed 100).
+    eval_slots: PositiveInt = 10
     eval_only: bool = False  # Evaluate the run's checkpoint and do nothing else.
     overwrite: bool = False  # Start over; the run's old folder is moved aside, not deleted.
     workers: NonNegativeInt = 0  # Environment processes (0: automatic, at most one per core).
     # Precision of matrix products (default: the device's, TF32 on NVIDIA GPUs). With bfloat16,
-    # hidden layers have that precision, too.
+    # hidden layers are computed in bfloat16, too.
     precision: Precision = "default"
-    compile_cache: str = ""  # Folder of compiled programs, or none (default: <run_dir>/.compiled).
+    # Folder of compiled programs; "none" keeps none (default: JAX's own setting, else
+    # <run_dir>/.compiled).
+    compile_cache: str = ""
     # --- logging ---
-    # Run name, of runs/<script>/<env>/<name> (default: the changed flags that affect learning).
+    # Run name, as in <run_dir>/<script>/<env>/<name> (default: the changed flags that affect
+    # learning).
     name: str = ""
     run_dir: str = "runs"  # Folder of all runs.
-    log_interval: PositiveInt = 5_000  # Steps per row of train.csv, averaged over the updates.
+    log_interval: PositiveInt = 5_000  # Steps between rows of train.csv (means over the updates).
     # Also log to tensorboard or wandb (Weights & Biases; --track alone means wandb).
     track: Tracking = ""
     wandb_project: str = ""  # W&B project (default: WANDB_PROJECT, else flow-policies).
@@ -177,7 +184,7 @@ class State:
     params: dict  # critic (phi), actor (pi), log_alpha (temperature alpha_T)
     targets: dict  # moving average of critic
     opt_state: optax.OptState
-    key: Array  # (2,) uint32
+    key: Array  # (2,) uint32: for the random numbers of the updates
 
 
 def optimizer(args: Args) -> optax.GradientTransformation:
@@ -304,7 +311,7 @@ def cloning_loss(
 
 
 def update(args: Args, state: State, batch: Batch) -> tuple[State, dict]:
-    """Takes one gradient step on the sum of all losses, all evaluated at the old parameters."""
+    """Takes one gradient step on the sum of the losses, and moves the target networks."""
     key, *keys = jax.random.split(state.key, 4)
     losses = [critic_loss, actor_loss, cloning_loss]
 
@@ -340,7 +347,7 @@ def create_agents(args: Args, agents: list, observation_size: int) -> State:
 
 @partial(jax.jit, static_argnames=("args", "observation_size"))
 def create_all(args: Args, observation_size: int, keys: Array) -> State:
-    """Creates an agent for every key, (N, 2)."""
+    """Creates an agent for each of the keys, (N, 2)."""
     return jax.vmap(partial(create, args, observation_size))(keys)
 
 
@@ -357,6 +364,7 @@ def act(args: Args, state: State, observations: Array, seeds: Array, ages: Array
         return actions.reshape(args.chunk_length, args.action_size)
 
     act_in_slots = jax.vmap(act_once, in_axes=(None, 0, 0, 0))
+    # `over_agents` is `jax.vmap`, with the agents spread over the devices.
     return over_agents(act_in_slots)(state, observations, seeds, ages)
 
 
@@ -445,7 +453,7 @@ def evaluate(args: Args, state: State, envs: EnvPool, agents: list, step: int) -
 
 
 def evaluate_if_due(args: Args, run: Run, state: State, envs: EnvPool, step: int) -> None:
-    """Evaluates the agents, if `run.log_and_save` or `run.restore` set `run.evaluation_due`."""
+    """Evaluates the agents if `run.log_and_save` or `run.restore` has set `run.evaluation_due`."""
     if run.evaluation_due and args.eval_episodes:
         results = evaluate(args, state, envs, run.agents, step)
         run.log_evaluation(step, results)
@@ -455,11 +463,12 @@ def main(args: Args) -> list[dict]:
     """Trains all agents in their environments, with the dataset next to the replay.
 
     After every step `run.log_and_save` does what is due. Every --log-interval steps it appends the
-    means of `metrics` to train.csv, and returns zeroed sums. Every --eval-interval steps,
-    and at the end, it saves a checkpoint and marks an evaluation as due. A stopped run continues
-    from its last checkpoint. Returns the rows of eval.csv.
+    means of `metrics` to train.csv and returns zeroed sums in their place. Every --eval-interval
+    steps, and at the end, it saves a checkpoint and marks an evaluation as due. After a signal,
+    such as Ctrl-C, it saves a checkpoint and exits. A stopped run continues from its last
+    checkpoint. Returns the rows of eval.csv.
     """
-    # An agent is a task and a seed. All arrays have a leading axis of agents.
+    # An agent is a (task, seed) pair. All arrays but the data have a leading axis of agents.
     agents = [(task, args.seed + i) for task in args.tasks for i in range(args.num_seeds)]
     dataset = OfflineDataset(args, len(agents))
     sizes = dataset.observation_size, dataset.action_size
@@ -475,7 +484,8 @@ def main(args: Args) -> list[dict]:
         envs = EnvPool(env_names, 1, args.workers, dataset.normalization)
 
         # Continue from the last checkpoint. `saved` is its content: state, metrics, envs, and the
-        # replay's transitions so far. Without one, it is what is passed here and an empty replay.
+        # replay's transitions so far. Without a checkpoint, it is what is passed here and an empty
+        # replay.
         step, saved = run.restore(dict(state=state, metrics=metrics, envs=envs.save()))
         state, metrics = shard_over_agents((saved["state"], saved["metrics"]))
         # Due with --eval-only, or if the run stopped between a checkpoint and its evaluation.
@@ -499,13 +509,13 @@ def main(args: Args) -> list[dict]:
                 else:  # single actions, with the same distribution as uniform chunks
                     plans = envs.random_actions(args.action_size)
                 envs.set_actions(plans)
-            transitions = dataset.relabel(envs.step())
+            transitions = dataset.relabel(envs.step())  # rewards as those of the dataset
             replay = replay.append(transitions)
             ended = transitions["terminals"] > 0  # solved or timed out; `masks` tell which
             if ended.any():
                 envs.reset(seeds_of(agents, env_step, TRAINING), where=ended)
-            # Before any update is due, the first call still compiles the program: nothing is
-            # unsaved then, so that a signal can end the run at once.
+            # `updates` is 0 at first. The program is still compiled in the first of these steps,
+            # when nothing is unsaved yet and a signal can end the run at once.
             updates = 1 if training else 0
             data = dataset.at(step)
             state, metrics = train_chunk(args, state, metrics, data, replay, task_rows, updates)

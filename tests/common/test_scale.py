@@ -13,7 +13,7 @@ from tools.shared_blocks import ROOT
 
 OFFLINE = TINY | dict(env=ENV, num_seeds=2)  # of tasks 1 and 2: four agents
 ONLINE = ONLINE_SIZES | ONLINE_LENGTHS["multigoal"]
-pytestmark = pytest.mark.usefixtures("quick_compile", "one_process")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def flags(script, **more):
