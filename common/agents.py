@@ -170,7 +170,7 @@ def last_checkpoint(folder: Path) -> tuple[Path, dict]:
 
 def load_agents(folder: str | Path, script: ModuleType | None = None) -> TrainedAgents:
     """Loads all agents of a run; `script` is used instead of the run's own source, if given."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     config = read_config(folder)
     flags = config["flags"]
     if not {"script", "agents"} <= config.keys():

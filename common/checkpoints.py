@@ -91,15 +91,15 @@ class Checkpoints:
         Only the replay's new transitions are written, as a new part; the older parts are reused.
         """
         before = self.parts
-        parts = list(before)
-        if replay is not None and replay.rewards.size:
+        parts = before
+        if replay is not None:
             start = max(before, default=0)
             end = int(replay.size[0])
             if end > start:
                 part = dict(run=self.run, rows=replay.since(start))
                 write_file(self.folder / PART.format(end), pack(part))
                 oldest = end - replay.rewards.shape[1]
-                parts = [part for part in before if part > oldest] + [end]
+                parts = [number for number in before if number > oldest] + [end]
         keep = self.folder / PREVIOUS if self._latest_is_good() else None
         content = content | dict(run=self.run, parts=np.array(parts, np.int64))
         write_file(self.folder / CHECKPOINT, pack(content), keep)
@@ -133,7 +133,7 @@ class Checkpoints:
         except FileNotFoundError:
             raise
         except OSError as error:  # the file may be whole
-            raise UserError(f"cannot read {path}: {error}; mend this and rerun") from None
+            raise UserError(f"cannot read {path}: {error}; fix this and rerun") from None
         if content["run"] != self.run:
             raise UserError(f"{path} belongs to another run; move it away")
         return content
@@ -151,10 +151,9 @@ class Checkpoints:
                 continue
             try:
                 content = self._read(path.name)
-                parts = [int(part) for part in content.pop("parts")]
-                del content["run"]
+                parts = content["parts"].tolist()
                 if not with_replay:
-                    content["metrics"] = flax.serialization.to_state_dict(like["metrics"])
+                    content["metrics"] = like["metrics"]
                 for name in ("state", "metrics"):
                     expected = flax.serialization.to_state_dict(like[name])
                     check_same_arrays(expected, content[name])
@@ -171,8 +170,11 @@ class Checkpoints:
             self.parts = parts
             self.damaged = bool(errors)
             if errors:
-                print(f"{errors[0]}: continuing from the one before, step {found['step']:,}")
+                print(f"{errors[0]}: continuing from the previous one, step {found['step']:,}")
             return found
         if errors:
-            raise UserError(f"{' and '.join(errors)}; move it away to start again")
+            raise UserError(
+                f"{' and '.join(errors)}; start over with --overwrite, or start another run with a "
+                "--name"
+            )
         return None

@@ -16,7 +16,7 @@ from common.environments import Source, make_env, without_warnings
 from common.errors import UserError, in_a_line
 from common.sampling import Dataset
 
-CACHE = Path(os.path.expanduser(ogbench.utils.DEFAULT_DATASET_DIR))  # Path's fails without a home
+CACHE = Path(os.path.expanduser(ogbench.utils.DEFAULT_DATASET_DIR))  # Path fails without a home
 LARGEST_RATIO = 100  # of unpacked to packed bytes; no simulator's data reach it
 KEYS = ("observations", "actions", "qpos", "button_states")  # the last one only with buttons
 VECTORS = ("terminals", "timeouts", "rewards")  # the others have two axes
@@ -79,7 +79,7 @@ def locate(source: Source, dataset_dir: str = "", collect: int = 0) -> list[Path
             f"no {file} in {folder} ({error}). Choose one:\n"
             "  pass --dataset-dir FOLDER with OGBench's file or its 100M shards\n"
             f"  put the file into {CACHE}\n"
-            "  omit --dataset-dir to download it (needs internet)\n"
+            "  run without --dataset-dir where there is internet: it is downloaded\n"
             f"  make it: python -m common.collect {source.dataset}, or --collect 1000000"
         ) from None
 
@@ -171,8 +171,8 @@ def read(path: Path, source: Source, tasks: tuple[int, ...], clip: bool = True) 
     """Reads, checks and labels an OGBench file, in NumPy arrays.
 
     Rewards are minus the number of unmet goals. With `clip`, actions are limited to +-(1 - 1e-5),
-    as the official code does except for shards. Raises BadDataset, a line that names file, key and
-    expectation.
+    as the official code does except for shards. Raises BadDataset, whose line names the file, the
+    key and what was expected.
     """
     arrays = read_arrays(path)
     check_arrays(path, arrays)
@@ -186,12 +186,12 @@ def read(path: Path, source: Source, tasks: tuple[int, ...], clip: bool = True) 
         masks.append(arrays["masks"][rows])
     limit = 1 - 1e-5 if clip else np.inf
     return Dataset(
-        observations=np.asarray(arrays["observations"], np.float32),
-        rows=np.asarray(rows, np.int32),
+        observations=np.float32(arrays["observations"]),
+        rows=np.int32(rows),
         actions=np.clip(np.float32(arrays["actions"][rows]), -limit, limit),
-        rewards=np.asarray(rewards, np.float32),
-        masks=np.asarray(masks, np.float32),
-        terminals=np.asarray(last[rows + 1], np.float32),
+        rewards=np.float32(rewards),
+        masks=np.float32(masks),
+        terminals=np.float32(last[rows + 1]),
     )
 
 

@@ -55,7 +55,7 @@ class OfflineDataset:
             if self._one_file and self._source.dataset in LARGE:
                 name = self._paths[0].name
                 print(f"Note: published results use the 100M dataset; this run uses {name}.")
-        self.normalization = {}  # mean and standard deviation (S,), if observations are normalised
+        self.normalization = {}  # mean and standard deviation (S,) of the first file, or nothing
         if args.normalize_observations:
             x = data.observations
             exact = np.float64  # sums of a million float32 are not
@@ -71,7 +71,7 @@ class OfflineDataset:
         self._thread = ThreadPoolExecutor(1)
         self.num_transitions, self.action_size = self._data.actions.shape
         self.observation_size = self._data.observations.shape[1]
-        self.identity = self.identity | dict(observation_size=self.observation_size)
+        self.identity["observation_size"] = self.observation_size
         self._describe(data)
 
     def _describe(self, data: Dataset) -> None:
@@ -79,9 +79,9 @@ class OfflineDataset:
         name = self._paths[0].name
         files = name if self._one_file else f"{len(self._paths)} files like {name}"
         print(f"dataset      {files}, {self.num_transitions:,} transitions")
-        for task, rewards, masks in zip(self._args.tasks, data.rewards, data.masks):
-            varied = self._args.dataset and rewards.min() < rewards.max()
-            if masks.all() and not varied:
+        rewards = self._label(data.rewards)
+        for task, row, masks in zip(self._args.tasks, rewards, data.masks):
+            if masks.all() and row.min() == row.max():
                 print(f"Note: nothing in {name} solves task {task}: its rewards teach nothing.")
         longest = np.diff(np.flatnonzero(data.terminals), prepend=-1).max()
         if self._args.chunk_length > longest:  # no chunk would be valid: nothing would be learned
@@ -132,7 +132,7 @@ class OfflineDataset:
         return self._data
 
     def updates_until_swap(self, step: int) -> int:
-        """Returns for how many offline updates after `step` the data stay."""
+        """Returns how many offline updates after `step` use the same data."""
         if self._one_file:
             return self._offline_steps - step
         return SWAP_INTERVAL - (step + 1) % SWAP_INTERVAL

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 BFLOAT16 = "BF16_BF16_F32"  # jax's own "bfloat16" means TF32 on a GPU
@@ -37,20 +39,19 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, as large as versions before 2.35 accept
+        mallopt(-3, 2**30)
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 @contextlib.contextmanager
 def configured_jax(args: Any) -> Iterator[None]:
     """Applies --precision while the context lasts, and --compile-cache from now on."""
-    folder = args.compile_cache
-    if not folder and not jax.config.jax_compilation_cache_dir:
-        folder = str(Path(args.run_dir, ".compiled"))
-    if folder == "none":
-        jax.config.update("jax_compilation_cache_dir", None)
-    elif folder:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+    own = jax.config.jax_compilation_cache_dir
+    folder = args.compile_cache or own or Path(args.run_dir, ".compiled")
+    folder = None if folder == "none" else os.path.expanduser(folder)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    reset_cache()  # else jax keeps the folder of the first run in this process
     with matmul_precision(args.precision):
         yield
 

@@ -21,17 +21,16 @@ IN_PROCESS = ("multigoal",)
 # a step). With more of them, several workers are faster.
 MOST_IN_PROCESS = 8
 Normalization = dict[str, ndarray]  # mean and std (S,) of observations, or nothing
-RESULTS = ("next_observations", "rewards", "masks", "terminals", "success")
+RESULTS = ("rewards", "masks", "terminals", "success")
 
 
 def normalize(observations: ndarray, mean: ndarray = 0, std: ndarray = 1) -> ndarray:
-    """Returns normalised observations (..., S); the same ones without mean and std."""
+    """Returns normalised observations (..., S), or unchanged ones without mean and std."""
     return (observations - np.float32(mean)) / np.float32(std)
 
 
 def is_gymnasiums(name: str) -> bool:
     """Returns whether an environment comes with gymnasium itself."""
-    name = name.partition("?")[0]
     id, _ = ONLINE.get(name, (name, {}))
     spec = gymnasium.registry.get(id)
     return spec is not None and str(spec.entry_point).startswith("gymnasium.envs.")
@@ -52,7 +51,7 @@ class EnvPool:
         normalization: Normalization | None = None,
         most: int = MOST_SLOTS,
     ):
-        """Prepares environments: one name per agent; `workers` processes (0: one per core).
+        """Prepares environments: one name per agent; at most `workers` processes (0: automatic).
 
         Their observations are normalised if `normalization` says how.
         """
@@ -70,7 +69,8 @@ class EnvPool:
         self._names = [name for name in names for _ in range(slots)]
         self._num_workers = min(workers or cores(), len(self._names))
         few = workers == 0 and len(self._names) <= MOST_IN_PROCESS
-        self._in_process = all(name in IN_PROCESS or few and is_gymnasiums(name) for name in names)
+        ids = [name.partition("?")[0] for name in names]
+        self._in_process = all(id in IN_PROCESS or few and is_gymnasiums(id) for id in ids)
         self._slots = None  # they are made when they are first used
 
     def _call(self, method: str, where: ndarray, *arguments: ndarray) -> list[tuple]:
@@ -85,10 +85,11 @@ class EnvPool:
         return results
 
     def _make_slots(self) -> Slots | Workers:
-        if self._slots is None and self._in_process:
-            self._slots = Slots(self._names)
-        elif self._slots is None:
-            self._slots = Workers(self._names, self._num_workers)
+        if self._slots is None:
+            if self._in_process:
+                self._slots = Slots(self._names)
+            else:
+                self._slots = Workers(self._names, self._num_workers)
         return self._slots
 
     def _observe(self, where: ndarray, observations: list[ndarray]) -> None:
@@ -155,19 +156,17 @@ class EnvPool:
             actions=actions,
         )
         results = self._call("step", active, actions)
-        for i, name in enumerate(RESULTS):
-            rows = np.array([result[i] for result in results], np.float32)
-            if name == "next_observations":
-                rows = self.observations[active]  # `_call` has observed and normalised them
-            column = np.zeros((*self.shape, *rows.shape[1:]), np.float32)
-            column[active] = rows
+        transitions["next_observations"] = self.observations.copy()  # `_call` has updated them
+        for i, name in enumerate(RESULTS, start=1):
+            column = np.zeros(self.shape, np.float32)
+            column[active] = [result[i] for result in results]
             transitions[name] = column
         self.ages[active] += 1
         self.played[active] += 1
         return transitions
 
     def save(self) -> dict[str, ndarray]:
-        """Returns everything `load` needs except the actions that were played."""
+        """Returns what `load` needs besides the actions that were played, and the normalisation."""
         return dict(
             seeds=self.seeds,
             ages=self.ages,
@@ -183,7 +182,10 @@ class EnvPool:
         self.plans = np.array(saved["plans"])
         self.played = np.array(saved["played"])
         if self.ages.max(initial=0) > actions.shape[2]:
-            raise UserError("an episode is longer than the replay, so the run cannot be continued")
+            raise UserError(
+                "an episode is longer than the replay, so the run cannot be continued: start "
+                "another one with a larger --replay-size"
+            )
         self._call("replay", self.active, self.seeds, self.ages, actions)
 
 
@@ -227,14 +229,14 @@ class Episodes:
         """Plays a step in every active slot, and begins the next episodes."""
         transitions = self.pool.step()
         active = self.pool.active
-        for agent, slot in np.argwhere(active):
-            number = self.numbers[agent, slot]
-            row = {name: values[agent, slot] for name, values in transitions.items()}
-            self.results["success"][agent, number] = row["success"]
-            self.results["return"][agent, number] += row["rewards"]
-            self.results["length"][agent, number] += 1
-            path = self.results["path"][agent, number]
-            path.append(self.pool.states[agent, slot].copy())
+        agents, _ = np.nonzero(active)
+        episodes = agents, self.numbers[active]
+        self.results["success"][episodes] = transitions["success"][active]
+        self.results["return"][episodes] += transitions["rewards"][active]
+        self.results["length"][episodes] += 1
+        paths = self.results["path"][episodes]
+        for path, state in zip(paths, self.pool.states[active], strict=True):
+            path.append(state)
         ended = active & (transitions["terminals"] > 0)
         if ended.any():
             self.numbers[ended] += self.pool.shape[1]

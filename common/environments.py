@@ -66,11 +66,11 @@ class Domain(NamedTuple):
     sparse: bool = False
 
 
-NAVIGATION = ("navigate", "stitch", "explore")
+NAVIGATION = ("navigate", "stitch")
 MANIPULATION = ("play", "noisy")
 DOMAINS = {
     "pointmaze": Domain(NAVIGATION, task=1),
-    "antmaze": Domain(NAVIGATION, task=1, chunk_length=1),
+    "antmaze": Domain((*NAVIGATION, "explore"), task=1, chunk_length=1),
     "antsoccer": Domain(NAVIGATION, task=4, chunk_length=1),
     "humanoidmaze": Domain(NAVIGATION, task=1, chunk_length=1, discount=0.995, pessimism=0.0),
     "cube": Domain(MANIPULATION, task=2),
@@ -118,7 +118,7 @@ def refuse_name(name: str, known: list[str]) -> None:
 
 
 def is_gymnasium_id(name: str) -> bool:
-    """Whether a name is a registered id, or one that the import of a module registers."""
+    """Returns whether a name is a registered id, or one that the import of a module registers."""
     registered = name in gymnasium.registry and not name.startswith(PIXELS)
     return registered or bool(MODULE_AND_ID.fullmatch(name))
 
@@ -225,7 +225,7 @@ def seed_of(*parts: int) -> int:
 
 
 def seeds_of(agents: list[tuple[int, int]], *parts: int) -> np.ndarray:
-    """Returns a seed (agents, 1) from each agent's seed and task and `parts`."""
+    """Returns a seed per agent, (agents, 1), hashed from its seed, its task and `parts`."""
     return np.array([[seed_of(seed, task, *parts)] for task, seed in agents], np.uint32)
 
 

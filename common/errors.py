@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 def in_a_line(text: object, most: int | None = 300) -> str:
-    """Returns a text, or what describes an object, in one line of at most so many characters."""
+    """Returns the text of an object on one line, cut to `most` characters (None: not cut)."""
     words = str(text).split()
     line = " ".join(words)
     return line[:most]

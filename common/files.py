@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import itertools
 import json
 import os
 import sys
@@ -93,9 +92,11 @@ def append_text(path: Path, text: str) -> None:
 
 def move_aside(folder: Path) -> Path:
     """Renames a folder to <folder>.old-1, or the next free number, and returns the new path."""
-    taken = {path.name for path in folder.parent.iterdir()}
-    names = (f"{folder.name}.old-{number}" for number in itertools.count(1))
-    new = folder.with_name(next(name for name in names if name not in taken))
+    number = 1
+    new = folder
+    while new.exists():
+        new = folder.with_name(f"{folder.name}.old-{number}")
+        number += 1
     with file_errors(folder):
         folder.rename(new)
     return new

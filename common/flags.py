@@ -31,7 +31,7 @@ FREE = (
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from `low` (unless `exclusive`) to `high`, a number or the name of another flag."""
+    """Numbers from `low`, itself excluded if `exclusive`, to `high`, a number or another flag."""
 
     low: float = -LARGEST
     high: float | str = LARGEST
@@ -110,8 +110,8 @@ def check_range(flag: str, value: float, allowed: Range, args: Any) -> None:
     high = allowed.high
     if isinstance(high, str):
         high = getattr(args, high) or LARGEST  # 0 switches the other flag's phase off
-    above = value > allowed.low if allowed.exclusive else value >= allowed.low
-    if above and value <= high:
+    high_enough = value > allowed.low if allowed.exclusive else value >= allowed.low
+    if high_enough and value <= high:
         return
     least = "greater than" if allowed.exclusive else "at least"
     most = f"{high:,}" if high == LARGEST else f"{high}"
@@ -171,7 +171,8 @@ def read_command_line(Args: type, defaults: Any, argv: list[str]) -> Any:
         group, text = described[field.name]
         annotation = Annotated[hints[field.name], tyro.conf.arg(help=text)]
         default = dataclasses.field(default=getattr(defaults, field.name))
-        groups.setdefault(group.replace(" ", "_"), []).append((field.name, annotation, default))
+        group = re.sub(r"\W", "_", group)  # the name of a class
+        groups.setdefault(group, []).append((field.name, annotation, default))
     boxes = []
     for group, fields in groups.items():
         box = dataclasses.make_dataclass(group, fields)
@@ -214,13 +215,13 @@ def as_command_line(flags: dict) -> list[str]:
     for name, value in flags.items():
         if value is None or (name == "track" and not value):
             continue
-        flag = f"--{name}".replace("_", "-")
+        flag = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
+            words.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, list | tuple):
-            words += [flag, *map(str, value)]
+            words += [f"--{flag}", *map(str, value)]
         else:
-            words.append(f"{flag}={value}")
+            words.append(f"--{flag}={value}")
     return words
 
 
@@ -233,7 +234,7 @@ def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
     argv = sys.argv[1:] if argv is None else argv
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--env", nargs="?", const="")
-    first_look.add_argument("--dataset")
+    first_look.add_argument("--dataset", nargs="?")
     look = first_look.parse_known_args(argv)[0]
     own = dict(dataset=look.dataset) if look.dataset and hasattr(Args, "dataset") else {}
     env = look.env
@@ -242,6 +243,8 @@ def parse(Args: type, env_defaults: dict, argv: list[str] | None = None) -> Any:
     defaults = configure(Args, env_defaults, env, **own)
     args = read_command_line(Args, defaults, argv)
     check_ranges(args)
+    if not args.env:
+        raise UserError("--env needs the name of an environment")
     tasks = getattr(args, "tasks", ())
     if len(tasks) > len(set(tasks)):
         raise UserError("--tasks must not name a task twice")
@@ -273,5 +276,7 @@ def launch(main: Callable, Args: type, env_defaults: dict) -> None:
         os._exit(1)  # jax would crash at Python's own exit if it is still compiling in a thread
     except Exception as error:
         if re.search("MemoryError|RESOURCE_EXHAUSTED|Out of memory", repr(error)):
-            sys.exit("error: out of memory. Lower --num-seeds, --tasks or --batch-size.")
+            sys.exit(
+                "error: out of memory. Lower --num-seeds or --batch-size, or train fewer tasks."
+            )
         raise

@@ -27,7 +27,7 @@ def ignore_missing_driver() -> None:
 
 
 def create(name: str, id: str, arguments: dict) -> gymnasium.Env:
-    """Calls gymnasium.make; raises UserError where there is no such environment. `name` is ours."""
+    """Calls gymnasium.make; raises UserError, with `name` in its message, if that fails."""
     if os.environ.get("MUJOCO_GL", "disable") != "disable" and "render_mode" not in arguments:
         ignore_missing_driver()
     try:
@@ -58,22 +58,17 @@ def action_box(env: gymnasium.Env) -> Box:
     return env.env.action_space if isinstance(env, RescaleAction) else env.action_space
 
 
-def parts_of(space: Space) -> list[Space]:
-    """Returns the spaces that a Dict or a Tuple is made of, or the space itself."""
-    if not isinstance(space, Dict | Tuple):
-        return [space]
-    children = space.values() if isinstance(space, Dict) else space
-    return [part for child in children for part in parts_of(child)]
-
-
 def is_flat(space: Space) -> bool:
-    """Returns whether a space is a Box of floats that is no image."""
+    """Returns whether a space is a Box of floats that is no image, or is made of such spaces."""
+    if isinstance(space, Dict | Tuple):
+        children = space.values() if isinstance(space, Dict) else space
+        return all(map(is_flat, children))
     return isinstance(space, Box) and space.dtype.kind == "f" and len(space.shape) <= 2
 
 
 def check_actions(actions: Space) -> None:
     """Raises ValueError if the methods cannot work with such actions."""
-    flat = is_flat(actions) and len(actions.shape) == 1
+    flat = isinstance(actions, Box) and is_flat(actions) and len(actions.shape) == 1
     if not flat or not actions.is_bounded() or (actions.low >= actions.high).any():
         supported = "supported is a Box of floats with one axis and finite bounds"
         raise ValueError(f"{in_a_line(actions)}; {supported}")
@@ -82,7 +77,7 @@ def check_actions(actions: Space) -> None:
 def check(env: gymnasium.Env, name: str) -> None:
     """Raises UserError if the methods cannot work with the spaces, or an episode need not end."""
     seen = env.observation_space
-    if not all(is_flat(part) for part in parts_of(seen)):
+    if not is_flat(seen):
         raise UserError(
             f"{name} observes {in_a_line(seen)}; supported are a Box of floats that is no image, "
             "and a Dict or Tuple of those: wrap the environment"

@@ -56,7 +56,7 @@ def environment_of(minari: Any) -> EnvSpec | None:
 
 
 def recorded_in(dataset: str) -> dict:
-    """Returns the flags of the environment that belongs to a dataset; of a file, its name."""
+    """Returns the flags of the environment that belongs to a dataset; for a file, its name."""
     spec = environment_of(load_minari(dataset)) if dataset.startswith(MINARI) else None
     if spec is None:
         return dict(env=Path(dataset).stem)
@@ -146,7 +146,7 @@ def to_dataset(arrays: Arrays) -> Dataset:
     if "next_observations" in arrays:
         following = np.float32(arrays["next_observations"])
         ends[:-1] |= (following[:-1] != observations[1:]).any(axis=1)
-        used = ends | True
+        used = np.ones_like(ends)
     else:
         following = np.roll(observations, -1, axis=0)
         following[terminals] = observations[terminals]  # nothing is expected there
@@ -183,7 +183,7 @@ def action_range(args: Any, arrays: Arrays) -> Box | None:
         expected = [*env.observation_space.shape, *env.action_space.shape]
         if widths != expected:
             where = f"expected {expected} for {args.env}"
-            raise BadDataset(args.dataset, f"{KEYS[:2]} have widths {widths}, {where}")
+            raise BadDataset(args.dataset, f"{list(KEYS[:2])} have widths {widths}, {where}")
     except UserError as error:
         if args.eval_episodes or args.online_steps:
             raise
@@ -217,7 +217,7 @@ def read_own(args: Any) -> tuple[Dataset, dict]:
     found = {OTHER_NAMES.get(key, key): x for key, x in found.items()}
     arrays = {key: x for key, x in found.items() if key in KEYS + END_KEYS}
     check(name, arrays)
-    unused = [*(found.keys() - arrays), *unused]
+    unused = [*sorted(found.keys() - arrays), *unused]
     print(f"not used     {', '.join(unused) or 'nothing'}")
     checksum = 0
     for key in sorted(arrays):
@@ -230,7 +230,7 @@ def read_own(args: Any) -> tuple[Dataset, dict]:
             checksum = zlib.crc32(np.ascontiguousarray(bounds), checksum)
         actions = 2 * (actions - box.low) / (box.high - box.low) - 1
     check_array(name, "actions", actions, len(actions), (-1, 1))
-    arrays["actions"] = np.clip(actions, -1 + 1e-5, 1 - 1e-5)  # as of OGBench's files
+    arrays["actions"] = np.clip(actions, -1 + 1e-5, 1 - 1e-5)  # like those of OGBench's files
     data = to_dataset(arrays)
     identity = dict(checksum=f"{checksum:08x}")
     if scores and None not in scores:

@@ -33,12 +33,12 @@ from common.tracking import Tracker
 
 SCRIPT = "script.py"  # the source of a run's script, from which its agents are loaded
 RESULTS = (CHECKPOINT, PREVIOUS, *TABLES)  # files from which a run continues
-SECONDS_PER_CALL = 1.0  # so that the progress bar and signals are answered in time
+SECONDS_PER_CALL = 1.0  # between updates of the progress bar, and between checks for signals
 
 
 @functools.cache
 def installed_packages() -> dict[str, str]:
-    """Returns name -> version of all packages; reading them takes a tenth of a second."""
+    """Returns name -> version of all packages; cached, because this takes a tenth of a second."""
     return {package.name: package.version for package in importlib.metadata.distributions()}
 
 
@@ -89,13 +89,13 @@ def pack_rollouts(agents: list[tuple[int, int]], results: dict[str, np.ndarray])
 def describe_scores(name: str, scores: np.ndarray) -> str:
     """Returns a line with the mean of scores (agents, episodes), and its 95 % bootstrap interval.
 
-    Each agent's episodes are drawn again, so the interval says how exact the evaluation is, not how
-    much seeds differ.
+    Episodes are resampled within each agent, so the interval says how exact the evaluation is, not
+    how much seeds differ.
     """
     count, episodes = scores.shape
     draws = np.random.default_rng(0).integers(episodes, size=(1000, count, episodes))
-    again = np.take_along_axis(scores[None], draws, axis=2)
-    low, high = np.percentile(again.mean((1, 2)), [2.5, 97.5])
+    resampled = np.take_along_axis(scores[None], draws, axis=2)
+    low, high = np.percentile(resampled.mean((1, 2)), [2.5, 97.5])
     text = f"{name:12} {scores.mean():.2f} [{low:.2f}, {high:.2f}]"
     return f"{text} (mean of {count * episodes} episodes, 95 % bootstrap interval)"
 
@@ -124,7 +124,7 @@ def as_json(values: dict) -> dict:
 
 
 class Run:
-    """The folder of a run, as a context: it is locked, and signals are answered with a checkpoint.
+    """The folder of a run, as a context manager: locks it, and saves when a signal comes.
 
     `evaluation_due` says whether an evaluation follows the step that was just logged.
     """
@@ -139,12 +139,12 @@ class Run:
         self.agents = agents
         self.ends = ends
         self.reference_scores = data.get("reference_scores")  # returns that are 0 and 100
-        self.unit = "update" if hasattr(args, "tasks") else "step"
         self.folder = run_folder(script, args)
-        if args.eval_only and not self.folder.exists():
-            raise UserError(f"{self.folder} holds no checkpoint that could be evaluated")
         if args.eval_only and not args.eval_episodes:
             raise UserError("--eval-only without episodes does nothing: give it --eval-episodes")
+        saved = any((self.folder / name).exists() for name in (CHECKPOINT, PREVIOUS))
+        if args.eval_only and not saved:
+            raise UserError(f"{self.folder} holds no checkpoint that could be evaluated")
         self.lock = FolderLock(self.folder)
         flags = as_json(vars(args) | data)
         try:
@@ -153,7 +153,7 @@ class Run:
             config = self._configure(Path(script), flags)
             self.tracker = Tracker(args, self.folder, agents, config)
         except BaseException:
-            self.lock.close()  # whoever keeps the error could not start the run again
+            self.lock.close()  # a notebook keeps the error, and with it this object
             raise
         self.checkpoints = Checkpoints(self.folder, config["id"])
         self.tables = Tables(self.folder, agents, self.tracker)
@@ -234,14 +234,12 @@ class Run:
         like = content | dict(step=0, seconds=0.0, evaluation_due=False)
         found = self.checkpoints.restore(like, with_replay=not self.args.eval_only)
         if found is None:
-            if self.args.eval_only:
-                raise UserError(f"{self.folder} holds no checkpoint that could be evaluated")
             found = like | dict(replay={})
         self.step = found["step"]
         self._check_phase(found["replay"])
         self.tables.start -= found["seconds"]
         if self.args.eval_only:
-            self.tables.drop_torn_end("eval_only.csv")
+            self.tables.plan_cut("eval_only.csv", self.step)
         else:
             self.tables.continue_from(self.step)
         self._write_new_files()
@@ -249,7 +247,7 @@ class Run:
         self.evaluation_due = self.args.eval_only or (found["evaluation_due"] and not evaluated)
         self._describe(content["state"])
         self.bar = tqdm(
-            initial=self.step, total=self.ends[-1], unit=self.unit, dynamic_ncols=True, disable=None
+            initial=self.step, total=self.ends[-1], unit="step", dynamic_ncols=True, disable=None
         )
         return self.step, found
 
@@ -370,7 +368,7 @@ class Run:
             write_file(self.folder / "rollouts.npz", pack_rollouts(self.agents, results))
         self.tables.log(table, step, means)
         scores = ", ".join(f"{name} {means[name].mean():.2f}" for name in shown)
-        self.bar.write(f"{step:,} {self.unit}s: {scores}")
+        self.bar.write(f"step {step:,}: {scores}")
         self.evaluation_due = False
         self.last_scores = (score, results[score])
 
@@ -388,7 +386,7 @@ class Run:
         self.tracker.log_pictures(self.step)
         if self.last_scores:
             print(describe_scores(*self.last_scores))
-        total = max(self.ends[-1], self.step)  # --eval-only may ask for fewer steps
+        total = max(self.ends[-1], self.step)  # the flags may ask for fewer steps than were made
         state = "complete" if self.step == total else "not complete"
-        print(f"{self.folder} is {state}: {self.step:,} of {total:,} {self.unit}s")
+        print(f"{self.folder} is {state}: {self.step:,} of {total:,} steps")
         return self.tables.read("eval.csv")

@@ -79,7 +79,8 @@ class Replay:
         size = int(self.size[0])
         capacity = self.rewards.shape[1]
         slots = np.arange(max(start, size - capacity), size) % max(capacity, 1)
-        columns = {name: x for name, x in vars(self).items() if name != "size"}
+        columns = dict(vars(self))
+        del columns["size"]
         return {name: np.asarray(x[:, slots]) for name, x in columns.items()}
 
     def refill(self, transitions: dict[str, np.ndarray]) -> "Replay":

@@ -22,8 +22,8 @@ class Tables:
         self.folder = folder
         self.agents = agents
         self.tracker = tracker
-        self.start = time.time()  # of the run, without the time between its parts
-        self.last_row = dict.fromkeys(TABLES, 0)  # step of each table's last row
+        self.start = time.time()  # when the run would have begun without interruptions
+        self.last_row = dict.fromkeys(TABLES, 0)  # step of each table's last row that is kept
         self.remaining = {}  # table -> its content without the rows that will be written again
         self.lost = set()  # agents with metrics that are not finite
 
@@ -32,19 +32,15 @@ class Tables:
 
         Raises UserError if rows are damaged, or belong to a checkpoint that is gone.
         """
-        self._plan_cut("train.csv", step)
-        self._plan_cut("eval.csv", step)
+        self.plan_cut("train.csv", step)
+        self.plan_cut("eval.csv", step)
         if self.remaining.get("eval.csv") == b"" and not step:
             raise UserError(
                 f"{self.folder} has results but no checkpoint to continue from: move it away, "
                 "start over with --overwrite, or start another run with a --name"
             )
 
-    def drop_torn_end(self, table: str) -> None:
-        """Plans to drop a row that was not written to its end."""
-        self._plan_cut(table, sys.maxsize)
-
-    def _plan_cut(self, table: str, step: int) -> None:
+    def plan_cut(self, table: str, step: int) -> None:
         """Notes what will remain of a table: whole rows of all agents until a step."""
         path = self.folder / table
         if not path.exists():
@@ -67,22 +63,24 @@ class Tables:
         count = len(self.agents)
         if lines and not lines[-1].endswith("\n"):
             lines = lines[:-1]
+        width = len(header.split(","))
         steps = []
+        last = 0
         for i, line in enumerate(lines):
             words = line.split(",")
             try:
                 task, seed, step = map(int, words[:3])
-                others = list(map(float, words[3:]))
+                list(map(float, words[3:]))
+                damaged = len(words) != width or (task, seed) != self.agents[i % count]
             except ValueError:
-                others = []
-            width = 3 + len(others)
-            damaged = width != len(header.split(",")) or (task, seed) != self.agents[i % count]
-            if damaged or step < max(steps, default=0):
+                damaged = True
+            if damaged or step < last:
                 raise ValueError(f"line {i + 2} is damaged: {line.strip()[:80]!r}")
             if i % count == 0:
-                steps.append(int(step))
-            elif step != steps[-1]:
+                steps.append(step)
+            elif step != last:
                 raise ValueError(f"line {i + 2} lacks the rows of other agents before it")
+            last = step
         return steps[: len(lines) // count]
 
     def columns(self, table: str) -> list[str]:
@@ -116,7 +114,6 @@ class Tables:
         for (task, seed), numbers in zip(self.agents, values.T, strict=True):
             rows.writerow([task, seed, step, seconds, *numbers])
         append_text(path, text.getvalue())
-        self.last_row[table] = step
         self.tracker.log(path.stem, step, metrics)
 
     def _cut(self, table: str) -> None:
@@ -135,7 +132,8 @@ class Tables:
             new = agent not in self.lost
             self.lost.add(agent)
             if len(self.lost) == len(self.agents):
-                raise UserError(f"{problem}: {self.folder} stays as it was")
+                advice = "start another run with a smaller learning rate"
+                raise UserError(f"{problem}: {self.folder} stays as it was; {advice}")
             if new:
                 print(f"\n{problem}: this agent is lost, the others go on", file=sys.stderr)
 

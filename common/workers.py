@@ -1,6 +1,6 @@
 """Environments in fresh Python processes, and what these processes do.
 
-Workers import this module, so it must not import jax, which does not survive a fork either.
+Worker processes import this module, so it must not import jax.
 """
 
 import os
@@ -121,7 +121,7 @@ def work(pipe: int) -> None:
             except Exception:
                 answer = traceback.format_exc()
             connection.send(answer)
-    except (EOFError, OSError, KeyboardInterrupt):
+    except (EOFError, OSError):
         pass  # the parent process ended
 
 
@@ -173,14 +173,11 @@ class Workers:
 
     def run(self, jobs: list[tuple[int, str, tuple]]) -> list[tuple]:
         """Calls a method of each slot, like `Slots.run`. Raises RuntimeError if a worker fails."""
+        count = len(self.workers)
         shares = {}
         for job in jobs:
-            shares.setdefault(job[0] % len(self.workers), []).append(job)
+            shares.setdefault(job[0] % count, []).append(job)
         for worker, share in shares.items():
             self.workers[worker].send(share)
-        results = {}
-        for worker, share in shares.items():
-            answers = self.workers[worker].receive()
-            for (slot, *_), answer in zip(share, answers, strict=True):
-                results[slot] = answer
-        return [results[slot] for slot, *_ in jobs]
+        answers = {worker: iter(self.workers[worker].receive()) for worker in shares}
+        return [next(answers[slot % count]) for slot, *_ in jobs]

@@ -207,6 +207,25 @@ with configured_jax(parse(fmer.Args, fmer.ENV_DEFAULTS, sys.argv[1:])):
     assert not (tmp_path / "third").exists() and not (tmp_path / "none").exists()
 
 
+def test_a_second_run_has_its_own_cache(tmp_path):
+    """jax alone would keep the folder of the first one."""
+    code = """
+import os, types
+import jax
+from common.devices import configured_jax
+
+for folder in ("first", "none", "second"):
+    flags = types.SimpleNamespace(compile_cache=folder, run_dir="runs", precision="default")
+    with configured_jax(flags):
+        jax.jit(lambda x: x + len(folder))(1.0)
+print(*sorted(os.listdir()))
+"""
+    variables = os.environ | dict(PYTHONPATH=str(ROOT))
+    line = [sys.executable, "-c", code]
+    answer = subprocess.run(line, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert answer.stdout == "first second\n", answer.stderr
+
+
 def test_freed_memory_is_kept():
     """64 MiB that were freed are taken again without new pages from the system."""
     code = """

@@ -79,6 +79,7 @@ def test_default_tasks_are_those_of_ogbench(env):
         ("pointmase-medium", "pointmaze-medium"),
         ("pointmze-medium", "pointmaze-medium"),
         ("antmaze-large-play", "antmaze-large-navigate"),
+        ("pointmaze-medium-explore", "pointmaze-medium"),
         ("cube-double-navigate", "cube-double-play"),
         ("scene-stitch", "scene"),
         ("cube-double-singletask-task6-v0", "cube-double"),

@@ -197,7 +197,7 @@ def test_numbers_of_online_scripts(name):
 class Copied:
     """The flags of a copied script, in which somebody has added some."""
 
-    # --- method ---
+    # --- my method's flags, fine-tuned ---
     lr: float = 0.25
     hidden_dims: tuple[PositiveInt, ...] = (8,)
     margin: Annotated[float, Range(-1, 0.5)] = -0.5  # A flag that may be negative.
@@ -286,6 +286,11 @@ def test_intervals_need_not_fit_one_another():
 def test_tasks_that_are_none_or_twice(argv):
     """No agent, or two whose rows cannot be told apart."""
     stops("--tasks", call=lambda: parse(qam.Args, qam.ENV_DEFAULTS, argv))
+
+
+def test_own_data_of_no_environment():
+    """As of `--env "$UNSET"`."""
+    stops("--env needs the name", call=lambda: parse(meam.Args, {}, ["--dataset=x.npz", "--env="]))
 
 
 # --- help ----------------------------------------------------------------------------------------

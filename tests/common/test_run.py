@@ -95,7 +95,7 @@ def test_the_end_says_whether_all_is_done(run, capsys, step, words):
     restore(first)
     go(first, [step])
     first.finish()
-    assert f"{words} updates" in capsys.readouterr().out
+    assert f"{words} steps" in capsys.readouterr().out
 
 
 def test_the_precision_of_a_run_ends_with_it(run):
@@ -177,7 +177,7 @@ def test_an_evaluation_is_a_row_per_agent(run, capsys):
     restore(first)
     go(first, [20])
     first.log_evaluation(20, EVALUATION)
-    assert "20 updates: success 0.50" in capsys.readouterr().out
+    assert "step 20: success 0.50" in capsys.readouterr().out
     rows = first.finish()
     assert [(row["task"], row["seed"]) for row in rows] == [("1", "0"), ("1", "1"), ("4", "0")]
     assert [float(row["success"]) for row in rows] == [0.5, 0, 1]

@@ -100,7 +100,7 @@ def test_a_checkpoint_of_something_else(new, kind, tmp_path):
     new().save(saved(2))
     path = tmp_path / "checkpoint.msgpack"
     before = path.read_bytes()
-    words = f"{path} is damaged, or of another version", "move it away"
+    words = f"{path} is damaged, or of another version", "start over with --overwrite"
     stops(*words, call=lambda: new().restore(changed(saved(2), kind)))
     assert path.read_bytes() == before
 

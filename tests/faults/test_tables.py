@@ -30,6 +30,22 @@ def test_another_column(run):
     assert (first.folder / "eval.csv").read_bytes() == before
 
 
+def test_a_first_row_that_cannot_be_read(run):
+    """In a table without metrics, too."""
+    first = run()
+    (first.folder / "train.csv").write_text("task,seed,step\nx,y,z\n")
+    stops("train.csv", "line 2 is damaged: 'x,y,z'", call=lambda: first.tables.continue_from(0))
+
+
+def test_an_evaluation_alone_of_an_earlier_checkpoint(run):
+    """Its rows take the place of those of the checkpoint that was lost, and more may follow."""
+    first = run()
+    for step in (20, 10, 10):
+        first.tables.plan_cut("eval_only.csv", step)
+        first.tables.log("eval_only.csv", step, metrics())
+    assert [row[2] for row in table(first.folder / "eval_only.csv")[1:]] == ["10"] * 6
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_not_finite_stop_the_run(run, bad, capsys):
     """An agent that has such numbers is named once and is lost; when all are, the line names
