@@ -310,7 +310,7 @@ class Run:
         `metrics` are sums over the updates since the last row, with their number under "updates".
         Returns the sums to go on with: zeros after a row. Exits after saving if a signal came.
         """
-        if self.call_began:  # the bar must not run ahead of the device
+        if self.call_began is not None:  # the bar must not run ahead of the device
             jax.block_until_ready(metrics)
             self._adapt_call(step - self.step)
         self.evaluation_due = step in self.ends or self._passes(self.args.eval_interval, step)
