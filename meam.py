@@ -360,7 +360,7 @@ def mixture(args: Args, state: State, batch: Batch, key: Array) -> Array:
     if args.noisy_expansion:
         u += jnp.exp(log_std) * jax.random.normal(noise_key, u.shape)
     replaced = jax.random.bernoulli(choice_key, args.rho, (len(u), 1))
-    return jnp.where(replaced, jnp.tanh(u), batch.actions)  # Eq. (10); mode = tanh(mean)
+    return jnp.where(replaced, jnp.tanh(u), batch.actions)  # Eq. (10); the paper's mode: tanh(mean)
 
 
 def behavior_loss(

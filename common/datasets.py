@@ -79,9 +79,8 @@ class OfflineDataset:
         name = self._paths[0].name
         files = name if self._one_file else f"{len(self._paths)} files like {name}"
         print(f"dataset      {files}, {self.num_transitions:,} transitions")
-        rewards = self._label(data.rewards)
-        for task, row, masks in zip(self._args.tasks, rewards, data.masks):
-            if masks.all() and row.min() == row.max():
+        for task, rewards, masks in zip(self._args.tasks, data.rewards, data.masks):
+            if masks.all() and np.ptp(self._label(rewards)) == 0:
                 print(f"Note: nothing in {name} solves task {task}: its rewards teach nothing.")
         longest = np.diff(np.flatnonzero(data.terminals), prepend=-1).max()
         if self._args.chunk_length > longest:  # no chunk would be valid: nothing would be learned

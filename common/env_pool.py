@@ -156,7 +156,8 @@ class EnvPool:
             actions=actions,
         )
         results = self._call("step", active, actions)
-        transitions["next_observations"] = self.observations.copy()  # `_call` has updated them
+        transitions["next_observations"] = np.zeros_like(self.observations)
+        transitions["next_observations"][active] = self.observations[active]  # set by `_call`
         for i, name in enumerate(RESULTS, start=1):
             column = np.zeros(self.shape, np.float32)
             column[active] = [result[i] for result in results]

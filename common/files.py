@@ -94,7 +94,7 @@ def move_aside(folder: Path) -> Path:
     """Renames a folder to <folder>.old-1, or the next free number, and returns the new path."""
     number = 1
     new = folder
-    while new.exists():
+    while os.path.lexists(new):
         new = folder.with_name(f"{folder.name}.old-{number}")
         number += 1
     with file_errors(folder):

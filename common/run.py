@@ -142,8 +142,7 @@ class Run:
         self.folder = run_folder(script, args)
         if args.eval_only and not args.eval_episodes:
             raise UserError("--eval-only without episodes does nothing: give it --eval-episodes")
-        saved = any((self.folder / name).exists() for name in (CHECKPOINT, PREVIOUS))
-        if args.eval_only and not saved:
+        if args.eval_only and not self._has_any(CHECKPOINT, PREVIOUS):
             raise UserError(f"{self.folder} holds no checkpoint that could be evaluated")
         self.lock = FolderLock(self.folder)
         flags = as_json(vars(args) | data)
@@ -181,11 +180,15 @@ class Run:
         finally:
             self.lock.close()
 
+    def _has_any(self, *names: str) -> bool:
+        """Returns whether the folder has one of these files."""
+        return any((self.folder / name).exists() for name in names)
+
     def _begin_anew(self) -> None:
         """Moves the old folder aside."""
         if self.args.eval_only:
             raise UserError("--overwrite and --eval-only exclude each other")
-        if any((self.folder / name).exists() for name in ("config.json", *RESULTS)):
+        if self._has_any("config.json", *RESULTS):
             aside = move_aside(self.folder)
             self.lock.close()
             self.lock = FolderLock(self.folder)
@@ -202,7 +205,7 @@ class Run:
         digest = hashlib.sha256(source).hexdigest()
         now = dict(flags=flags, script=script.stem, source_sha256=digest, agents=self.agents)
         config = dict(id=uuid.uuid4().hex[:16], **now, made_with=environment_info())
-        continues = any((self.folder / name).exists() for name in RESULTS)
+        continues = self._has_any(*RESULTS)
         if continues:
             old = read_config(self.folder)
             if "id" not in old:

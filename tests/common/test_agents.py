@@ -83,6 +83,13 @@ def test_an_agent_acts_bit_for_bit_as_in_its_run(moved, observations):
     assert np.abs(agent.act(observations, seed=8) - actions).max() > 1e-3
 
 
+def test_an_agent_in_the_home_folder(moved, monkeypatch):
+    """~ is the user's home, as in the flags."""
+    folder = moved[0]
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert load_agent(f"~/{folder.name}").step == 10
+
+
 def test_rows_have_noise_of_their_own(moved, observations):
     agent = load_agent(moved[0])
     same = agent.act(np.repeat(observations[:1], 3, 0))

@@ -220,7 +220,8 @@ for folder in ("first", "none", "second"):
         jax.jit(lambda x: x + len(folder))(1.0)
 print(*sorted(os.listdir()))
 """
-    variables = os.environ | dict(PYTHONPATH=str(ROOT))
+    ask = dict(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    variables = os.environ | ask | dict(PYTHONPATH=str(ROOT))
     line = [sys.executable, "-c", code]
     answer = subprocess.run(line, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert answer.stdout == "first second\n", answer.stderr

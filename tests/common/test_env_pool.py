@@ -121,6 +121,7 @@ def test_few_cheap_environments_stay_in_this_process(new_pool, name):
         assert len(set(psutil.Process().children()) - before) == workers
     same(*outcomes)
     assert not new_pool([name], 9)._in_process
+    assert new_pool([f'{name}?{{"max_episode_steps": 5}}'])._in_process
     assert not new_pool(["kitchen-1"])._in_process
 
 
@@ -195,13 +196,13 @@ def test_steps_are_transitions(new_pool):
 
 
 def test_slots_that_do_not_play(new_pool):
-    """Stay as they are; their rewards and masks are zeros."""
+    """Stay as they are; their results are zeros."""
     pool = new_pool([TOY] * 2, 2)
     pool.reset(np.array([[50, 51], [52, 53]], np.uint32))
     before = pool.observations.copy()
     pool.active = np.array([[True, False], [False, True]])
     steps = step(pool, noise(2, 2))
-    for name in ("rewards", "masks"):
+    for name in ("next_observations", "rewards", "masks"):
         assert steps[name][0, 0].any() and not steps[name][0, 1].any()
         assert steps[name][1, 1].any() and not steps[name][1, 0].any()
     assert pool.ages.tolist() == [[1, 0], [0, 1]]

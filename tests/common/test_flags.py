@@ -293,6 +293,14 @@ def test_own_data_of_no_environment():
     stops("--env needs the name", call=lambda: parse(meam.Args, {}, ["--dataset=x.npz", "--env="]))
 
 
+def test_own_data_without_a_value(capsys):
+    """The message is that of every flag, not of the first look at the command line."""
+    with pytest.raises(SystemExit):
+        parse(meam.Args, meam.ENV_DEFAULTS, ["--dataset"])
+    said = capsys.readouterr()
+    assert "--dataset" in said.out + said.err and "[--env" not in said.out + said.err
+
+
 # --- help ----------------------------------------------------------------------------------------
 
 
